@@ -1,0 +1,1 @@
+"""One file for each framework: how it holds arrays, differentiates and runs fast. No mathematics of a loss."""

@@ -1,0 +1,50 @@
+"""NumPy: no autodiff, floating-point warnings kept quiet, ml_dtypes' bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.numpy as xp
+import numpy as np
+
+from ..backend import Backend
+from ..formulas import Array, Loss, Namespace, Operands, Options
+
+
+class NumpyBackend(Backend):
+    name = "numpy"
+    install = "pip install numpy"
+
+    def namespace(self, x: Array) -> Namespace:
+        return xp
+
+    def problem(self, x: Array) -> str | None:
+        return f"numpy {type(x).__name__}" if isinstance(x, (np.matrix, np.ma.MaskedArray)) else None
+
+    def dtype(self, x: Array) -> str:
+        return str(x.dtype.name)
+
+    def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
+        return np.asarray(data)
+
+    def to_numpy(self, x: Array) -> Any:
+        return np.asarray(x)
+
+    # Infinities and zeros are right inputs here; what they raise inside a formula is no news to the caller. A sum of
+    # all elements comes as a scalar from NumPy: an array is the kind that went in.
+
+    def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+        with np.errstate(all="ignore"):
+            return np.asarray(super().loss(loss, options, np.asarray(x), operands))
+
+    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
+        with np.errstate(all="ignore"):
+            value, gradient = super().value_and_grad(loss, options, np.asarray(x), operands)
+            return np.asarray(value), np.asarray(gradient)
+
+    def activation(self, function: Any, x: Array, half: bool) -> Array:
+        with np.errstate(all="ignore"):
+            return np.asarray(super().activation(function, np.asarray(x), half))
+
+
+backend = NumpyBackend()

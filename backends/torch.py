@@ -1,0 +1,98 @@
+"""PyTorch: an autograd.Function with the closed-form gradient in eager mode, the plain expression everywhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.torch as compat
+import numpy as np
+import torch
+
+from .. import formulas
+from ..backend import Backend, Extended
+from ..formulas import Array, Loss, Namespace, Operands, Options
+
+xp = Extended(compat, stop_gradient=torch.Tensor.detach)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
+        ctx.loss, ctx.options = loss, options
+        ctx.save_for_backward(x, *operands)
+        return formulas.value(xp, loss, options, x, Operands(*operands))
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
+        x, *operands = ctx.saved_tensors
+        # Under create_graph these operations are recorded, and so differentiable again.
+        gradient = formulas.gradient(xp, ctx.loss, ctx.options, x, Operands(*operands), cotangent)
+        return None, None, gradient, *(None for _ in operands)
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    install = "pip install torch"
+    autodiff = True
+
+    def devices(self) -> list[str]:
+        return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+    def device(self, x: Array) -> str:
+        return str(x.device)
+
+    def namespace(self, x: Array) -> Namespace:
+        return xp
+
+    def problem(self, x: Array) -> str | None:
+        return f"a torch tensor of layout {x.layout}" if x.layout is not torch.strided else None
+
+    def dtype(self, x: Array) -> str:
+        return str(x.dtype).removeprefix("torch.")
+
+    def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
+        place = device if like is None else like.device
+        if not isinstance(data, torch.Tensor):
+            if data.dtype.name == "bfloat16":  # ml_dtypes' own, which torch does not read
+                return torch.from_numpy(data.astype(np.float32)).to(place, torch.bfloat16)
+            # A copy: torch takes no negative strides, no foreign byte order, and warns of read-only memory.
+            data = torch.from_numpy(np.array(data, dtype=data.dtype.newbyteorder("="), order="C"))
+        return data.to(place)
+
+    def to_numpy(self, x: Array) -> Any:
+        if torch.compiler.is_compiling():
+            raise ValueError("Expected values to read. Received: a tensor under torch.compile, which has none yet.")
+        x = x.detach().cpu()
+        return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
+
+    def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+        if not _plain(x, operands):
+            return formulas.value(xp, loss, options, x, operands, by_autodiff=True)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Loss.apply(loss, options, x, *operands)
+        return formulas.value(xp, loss, options, x, operands)
+
+    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
+        with torch.no_grad():
+            return super().value_and_grad(loss, options, x, operands)
+
+    def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
+        x = x.detach().requires_grad_()
+        value = function(x)
+        (gradient,) = torch.autograd.grad(value, x, cotangent)
+        return value.detach(), gradient
+
+
+def _plain(x: Array, operands: Operands) -> bool:
+    """Whether these are ordinary tensors in eager mode, where only the logits may need a gradient."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch._C._get_tracing_state()
+        and not any(array is not None and array.requires_grad for array in operands)
+    )
+
+
+backend = TorchBackend()

@@ -1,0 +1,28 @@
+"""Multilabel logistic loss and softmax + NLL for NumPy, PyTorch, JAX and TensorFlow tensors, from one implementation."""
+
+from .losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    log_sigmoid,
+    log_softmax,
+    multilabel_logistic_loss,
+    nll,
+    sigmoid,
+    softmax,
+    softmax_nll,
+    value_and_grad,
+)
+
+__all__ = [
+    "binary_cross_entropy",
+    "cross_entropy",
+    "log_sigmoid",
+    "log_softmax",
+    "multilabel_logistic_loss",
+    "nll",
+    "sigmoid",
+    "softmax",
+    "softmax_nll",
+    "value_and_grad",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,321 @@
+"""Operands into canonical form: every check, and every error text, of the public functions.
+
+What comes out (an Arranged) is what the formulas take: all arrays of the logits' framework and on their device, the
+class axis last where classes exclude each other, the options resolved and hashable.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from .backend import Backend, backend_of
+from .formulas import BINARY, CATEGORICAL, NLL, Array, Loss, Namespace, Operands, Options
+
+HALVES = ("float16", "bfloat16")
+FLOATS = (*HALVES, "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+NUMBERS = ("bool", *INTEGERS, *FLOATS)
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+Shape = tuple[Any, ...]  # of ints; None where a framework does not know a length before it runs
+
+
+class Arranged(NamedTuple):
+    """A call, ready to run. `restore` gives an array laid out like `x` the layout of the caller's logits."""
+
+    backend: Backend
+    loss: Loss
+    options: Options
+    x: Array
+    operands: Operands
+    restore: Callable[[Array], Array]
+
+
+def arrange(
+    loss: Loss,
+    logits: Array,
+    targets: Any,
+    *,
+    reduction: str,
+    axis: int | tuple[int, ...] = -1,
+    weight: Any = None,
+    pos_weight: Any = None,
+    sample_weight: Any = None,
+    where: Any = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    eps: float | None = None,
+    validate: bool = False,
+) -> Arranged:
+    """Check a call of a loss and bring it into canonical form."""
+    backend = backend_of(logits, targets, weight, pos_weight, sample_weight, where)
+    what = {BINARY: "probs", CATEGORICAL: "probs", NLL: "log_probs"}.get(loss, "logits")
+    name = check_array(backend, logits, what)
+    shape: Shape = tuple(logits.shape)
+    axes = class_axes(axis, len(shape), what)
+    if reduction not in REDUCTIONS:
+        _fail(ValueError, "reduction", _choices(map(repr, REDUCTIONS)), repr(reduction))
+    options = Options(
+        reduction=reduction,
+        axes=(-1,) if loss.per_row else axes,
+        label_smoothing=_fraction("label_smoothing", label_smoothing, 1.0),
+        eps=EPSILON[name] if eps is None else _fraction("eps", eps, 0.5),
+        half=name in HALVES,
+    )
+
+    def operand(label: str, data: Any, dtypes: tuple[str, ...] = NUMBERS) -> Array:
+        return None if data is None else _operand(backend, label, data, dtypes, logits, name)
+
+    if targets is None:
+        _fail(TypeError, "targets", "an array", "None")
+    operands = Operands(
+        operand("targets", targets),
+        operand("weight", weight),
+        operand("pos_weight", pos_weight),
+        operand("sample_weight", sample_weight),
+        operand("where", where, ("bool",)),
+    )
+    _broadcasts("where", operands.where, shape, what)
+    if not loss.per_row:
+        _has_shape("targets", operands.targets, shape, f"the shape of the {what}, {_text(shape)}")
+        _broadcasts("weight", operands.weight, shape, what)
+        _broadcasts("pos_weight", operands.pos_weight, shape, what)
+        if validate:
+            _validate(backend, loss, what, logits, operands, options, axes)
+        return Arranged(backend, loss, options, logits, operands, lambda array: array)
+
+    batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
+    classes = _product(shape[i] for i in axes)
+    if classes == 0:
+        _fail(ValueError, what, "at least one class", f"shape {_text(shape)} with class axis {axis}")
+    indices = len(operands.targets.shape) == len(batch)
+    kinds = f"integer class indices of shape {_text(batch)} or a distribution of shape {_text(shape)}"
+    _has_shape("targets", operands.targets, batch if indices else shape, kinds)
+    if indices:
+        dtype = backend.dtype(operands.targets)
+        if dtype not in INTEGERS:
+            _fail(TypeError, "targets", kinds, f"{dtype} of shape {_text(batch)}")
+        if ignore_index is not None:
+            ignore_index = _index("ignore_index", ignore_index)
+            bits = int(dtype.removeprefix("u").removeprefix("int"))
+            low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+            ignore_index = ignore_index if low <= ignore_index < high else None  # this dtype cannot hold it
+    elif ignore_index is not None:
+        _fail(ValueError, "ignore_index", "None, where the targets are a distribution (mask with where)", ignore_index)
+    _has_shape("weight", operands.weight, (classes,), f"one weight for each of {classes} classes")
+    _has_shape("sample_weight", operands.sample_weight, batch, f"one weight per example, {_text(batch)}")
+    options = options._replace(indices=indices, ignore_index=ignore_index)
+    if validate:
+        _validate(backend, loss, what, logits, operands, options, axes)
+
+    xp = backend.namespace(logits)
+    if operands.where is not None:  # broadcast by arithmetic: a length may be unknown before it runs
+        operands = operands._replace(where=operands.where & xp.ones_like(logits, dtype=xp.bool))
+    last, restore = _class_axis_last(xp, axes, shape, classes)
+    operands = operands._replace(
+        targets=operands.targets if indices else last(operands.targets),
+        where=None if operands.where is None else last(operands.where),
+    )
+    return Arranged(backend, loss, options, last(logits), operands, restore)
+
+
+def arrange_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Backend, bool, Array, Any]:
+    """The backend, whether x is of half precision, x with its class axis (None: it has none) last, and the way back."""
+    backend = backend_of(x)
+    half = check_array(backend, x, "x") in HALVES
+    if axis is None:
+        return backend, half, x, lambda array: array
+    axes = class_axes(axis, len(x.shape), "x")
+    classes = _product(x.shape[i] for i in axes)
+    if classes == 0:
+        _fail(ValueError, "x", "at least one class", f"shape {_text(x.shape)} with class axis {axis}")
+    last, restore = _class_axis_last(backend.namespace(x), axes, tuple(x.shape), classes)
+    return backend, half, last(x), restore
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_array(backend: Backend, x: Array, label: str) -> str:
+    """The name of the dtype of a floating-point array."""
+    problem = backend.problem(x)
+    if problem is not None:
+        _fail(TypeError, label, f"a plain array of {backend.name}", problem)
+    name = backend.dtype(x)
+    if name not in FLOATS:
+        _fail(TypeError, label, "dtype " + _choices(FLOATS), name)
+    return name
+
+
+def class_axes(axis: Any, ndim: int, what: str) -> tuple[int, ...]:
+    """The class axes, negative and in the order given."""
+    given = axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(_index("axis", i) for i in given)
+    if not axes or not all(-ndim <= i < ndim for i in axes):
+        choices = f"an axis of the {what}, from {-ndim} to {ndim - 1}" if ndim else f"{what} with a class axis"
+        _fail(ValueError, "axis", f"{choices}, or a tuple of them", f"{axis} for {ndim} dimensions")
+    axes = tuple(i - ndim if i >= 0 else i for i in axes)
+    if len(set(axes)) < len(axes):
+        _fail(ValueError, "axis", "axes that differ", str(axis))
+    return axes
+
+
+def _operand(backend: Backend, label: str, data: Any, dtypes: tuple[str, ...], logits: Array, name: str) -> Array:
+    """An operand as an array of the logits' framework, beside them; plain floats in the dtype to compute in."""
+    import numpy
+
+    plain = isinstance(data, (numpy.ndarray, numpy.generic, bool, int, float, list, tuple))
+    problem = backend_of(data).problem(data) if not plain or isinstance(data, numpy.ndarray) else None
+    if problem is not None:
+        _fail(TypeError, label, "a plain array", problem)
+    array = data
+    if plain:
+        try:
+            array = numpy.asarray(data)
+        except ValueError as error:
+            _fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
+        if array.size == 0 and isinstance(data, (list, tuple)):
+            array = array.astype("bool" if "int8" not in dtypes else "int8")  # an empty list fits any dtype
+        if array.dtype.name in FLOATS and array.dtype.name in dtypes:
+            array = array.astype("float32" if name in HALVES else name)
+    dtype = array.dtype.name if plain else backend.dtype(array)
+    if dtype not in dtypes:
+        _fail(TypeError, label, "dtype " + _choices(dtypes), dtype)
+    return backend.asarray(array, like=logits)
+
+
+def _has_shape(label: str, array: Array | None, shape: Shape, expected: str) -> None:
+    if array is not None and not _same(array.shape, shape):
+        _fail(ValueError, label, expected, f"shape {_text(array.shape)}")
+
+
+def _broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> None:
+    if array is None:
+        return
+    own = tuple(array.shape)
+    tail = shape[len(shape) - len(own) :]
+    if len(own) > len(shape) or not _same([n if n != 1 else m for n, m in zip(own, tail, strict=True)], tail):
+        _fail(ValueError, label, f"a shape that broadcasts to that of the {what}, {_text(shape)}", _text(own))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(n is None or m is None or n == m for n, m in zip(a, b, strict=True))
+
+
+def _fraction(label: str, number: Any, high: float) -> float:
+    try:
+        converted = float(number)
+    except (TypeError, ValueError):
+        converted = -1.0
+    if not 0 <= converted <= high or isinstance(number, str):
+        _fail(ValueError, label, f"a number from 0 to {high}", repr(number))
+    return converted
+
+
+def _index(label: str, number: Any) -> int:
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        _fail(TypeError, label, "an integer" + (" or a tuple of integers" if label == "axis" else ""), repr(number))
+
+
+def _validate(
+    backend: Backend, loss: Loss, what: str, logits: Array, operands: Operands, options: Options, axes: tuple[int, ...]
+) -> None:
+    """validate=True: read the values, and raise ValueError that names the first wrong one and its position."""
+    import numpy as np
+
+    x = np.asarray(backend.to_numpy(logits), dtype="float64")
+    z = backend.to_numpy(operands.targets)
+    keep = np.broadcast_to(True if operands.where is None else backend.to_numpy(operands.where), x.shape)
+    if options.indices:
+        kept_last = np.moveaxis(keep, axes, range(-len(axes), 0)).reshape(*z.shape, -1)
+        classes = kept_last.shape[-1]
+        inside = (z >= 0) & (z < classes)
+        names = np.take_along_axis(kept_last, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
+        taken = kept_last.any(axis=-1)  # a row with no class left is ignored
+        expected = f"class indices from 0 to {classes - 1}"
+        if options.ignore_index is not None:
+            taken = taken & (z != options.ignore_index)
+            expected += f", or ignore_index={options.ignore_index}"
+        _first(z, taken & ~inside, "targets", expected)
+        _first(z, taken & inside & ~names, "targets", "class indices that where does not mask")
+        keep = keep & np.expand_dims(taken, tuple(axes))
+    else:
+        z = np.asarray(z, dtype="float64")
+        _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
+        if loss.per_row:
+            total = np.where(keep, z, 0).sum(axis=axes)
+            tolerance = 1e-2 if backend.dtype(operands.targets) in HALVES else 1e-4
+            low = total < 1 - tolerance if operands.where is None else np.zeros(total.shape, dtype=bool)
+            _first(total, low | (total > 1 + tolerance), "targets", "distributions that sum to 1")
+    valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]
+    expected = {"logits": "numbers", "probs": "values from 0 to 1", "log_probs": "values up to 0"}[what]
+    _first(x, keep & ~valid, what, expected)
+
+
+def _first(values: Any, wrong: Any, label: str, expected: str) -> None:
+    if wrong.any():
+        position = tuple(int(i) for i in zip(*wrong.nonzero(), strict=True).__next__())
+        _fail(ValueError, label, expected, f"{values[position]} at {_text(position)}")
+
+
+# --- Layout -----------------------------------------------------------------------------------------------------------
+
+
+def _class_axis_last(
+    xp: Namespace, axes: tuple[int, ...], shape: Shape, classes: Any
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """How to move the class axes to the end, as one, and how to move them back."""
+    if axes == (-1,):
+        return (lambda array: array), (lambda array: array)
+    ndim = len(shape)
+    order = [i for i in range(ndim) if i - ndim not in axes] + [i + ndim for i in axes]
+    back = [order.index(i) for i in range(ndim)]
+    moved = [shape[i] for i in order]
+
+    def last(array: Array) -> Array:
+        array = xp.permute_dims(array, tuple(order))
+        return array if len(axes) == 1 else xp.reshape(array, _known([*array.shape[: ndim - len(axes)], classes]))
+
+    def restore(array: Array) -> Array:
+        array = array if len(axes) == 1 else xp.reshape(array, _known(moved))
+        return xp.permute_dims(array, tuple(back))
+
+    return last, restore
+
+
+def _known(shape: list[Any]) -> tuple[int, ...]:
+    """A shape to reshape to: the one length that may be unknown before it runs is left to the framework."""
+    return tuple(-1 if n is None else n for n in shape)
+
+
+def _product(lengths: Any) -> Any:
+    """The product of lengths; None if one of them is unknown."""
+    result = 1
+    for n in lengths:
+        if n is None:
+            return None
+        result = result * n
+    return result
+
+
+# --- Error texts ------------------------------------------------------------------------------------------------------
+
+
+def _fail(kind: type[Exception], label: str, expected: str, received: Any) -> NoReturn:
+    raise kind(f"Expected {label} with {expected}. Received: {received}.")
+
+
+def _text(shape: Any) -> str:
+    return "(" + ", ".join("?" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _choices(names: Any) -> str:
+    *head, tail = names
+    return f"{', '.join(head)} or {tail}" if head else str(tail)

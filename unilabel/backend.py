@@ -1,0 +1,173 @@
+"""What unilabel asks of a framework (the class Backend), and how it finds the one that a tensor belongs to.
+
+Nothing here imports a framework: whoever has a tensor has imported its framework already, and the tensor's class names
+the module that it comes from. Only then is the one file of `unilabel.backends` that knows the framework loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+from . import formulas
+from .formulas import Array, Loss, Namespace, Operands, Options
+
+ENTRY_POINTS = "unilabel.backends"
+BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
+
+
+class Backend:
+    """One framework: how it holds arrays, how it differentiates, and how it runs a formula fast.
+
+    The methods here serve any library that keeps to the array API standard; a framework's backend overrides what its
+    framework does in another way, or better. None of them holds mathematics of a loss.
+    """
+
+    name: str
+    install: str  # the command that installs the framework
+    autodiff = False  # whether there is a `vjp`
+
+    def version(self) -> str:
+        """The framework's version."""
+        return str(sys.modules[self.name].__version__)
+
+    def devices(self) -> list[str]:
+        """The names of the devices that are here, the default one first."""
+        return ["cpu"]
+
+    def device(self, x: Array) -> str:
+        """The name of the array's device, as in `devices`."""
+        return "cpu"
+
+    def namespace(self, x: Array) -> Namespace:
+        """The array API namespace that the formulas run in."""
+        return x.__array_namespace__()
+
+    def problem(self, x: Array) -> str | None:
+        """What keeps an object of this framework from being an array to compute with; None if nothing does."""
+        return None
+
+    def dtype(self, x: Array) -> str:
+        """The dtype's name in the array API: 'float32', 'bool', …"""
+        return getattr(x.dtype, "name", None) or str(x.dtype).rpartition(".")[2]
+
+    def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
+        """A NumPy array, or an array of this framework, in the same dtype, beside `like` or on a device by name."""
+        raise NotImplementedError
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        """The array in the dtype of that name."""
+        xp = self.namespace(x)
+        return xp.astype(x, getattr(xp, dtype), copy=False)
+
+    def to_numpy(self, x: Array) -> Any:
+        """The values as a NumPy array; ValueError where there are none yet, under tracing."""
+        raise NotImplementedError
+
+    def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+        """The reduced loss, differentiable by the framework's autodiff if it has one."""
+        return formulas.value(self.namespace(x), loss, options, x, operands)
+
+    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
+        """The reduced loss and its closed-form gradient; nothing is recorded for autodiff."""
+        return formulas.value_and_gradient(self.namespace(x), loss, options, x, operands)
+
+    def activation(self, function: Any, x: Array, half: bool) -> Array:
+        """One of the activations of `formulas`, differentiable by the framework's autodiff if it has one."""
+        return formulas.activation(self.namespace(x), function, x, half)
+
+    def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
+        """function(x), and its derivative times the cotangent by the framework's own autodiff."""
+        raise TypeError(f"{self.name} has no autodiff: use unilabel.value_and_grad.")
+
+
+class Extended:
+    """An array API namespace with functions added to the standard's, or put in their place."""
+
+    def __init__(self, base: Any, **functions: Any) -> None:
+        self.__dict__.update(functions, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        found = self.__dict__[name] = getattr(self._base, name)
+        return found
+
+
+def backend_of(logits: Any, *others: Any) -> Backend:
+    """The backend of the logits. TypeError if they are of no known framework, or if others are of another one.
+
+    The others may be plain data as well: NumPy arrays, Python scalars, lists, None.
+    """
+    backend = _of_type(type(logits))
+    if backend is None:
+        raise TypeError(
+            f"Expected an array of {', '.join(BUILT_IN)} or of another library with the array API. "
+            f"Received: {type(logits).__name__}."
+        )
+    for other in others:
+        found = _of_type(type(other))
+        if found is backend or isinstance(other, (bool, int, float, list, tuple, type(None))):
+            continue
+        if found is None or found.name != "numpy":
+            raise TypeError(
+                f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the logits. "
+                f"Received: {backend.name} logits with {f'a {found.name} array' if found else type(other).__name__}."
+            )
+    return backend
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name, its framework imported: ModuleNotFoundError if it is not installed.
+
+    A name that is neither built in nor registered is taken for a module of arrays that keep to the array API standard.
+    """
+    module = _module_of(name)
+    if module is not None:
+        backend: Backend = importlib.import_module(module).backend
+        return backend
+    importlib.import_module(name)
+    return _array_api(name)
+
+
+_types: dict[type, Backend | None] = {}
+
+
+def _of_type(kind: type) -> Backend | None:
+    try:
+        return _types[kind]
+    except KeyError:
+        found = _types[kind] = _search(kind)
+        return found
+
+
+def _search(kind: type) -> Backend | None:
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__ if base.__module__ != "builtins"]
+    for root in roots:
+        module = _module_of(root)
+        if module is not None:
+            backend: Backend = importlib.import_module(module).backend
+            return backend
+    if hasattr(kind, "__array_namespace__") or "dask" in roots:
+        return _array_api(roots[0])
+    return None
+
+
+def _module_of(root: str) -> str | None:
+    """The module with the backend of a framework: of our own files, or one registered as an entry point."""
+    if root in BUILT_IN:
+        return f"{__package__}.backends.{root}"
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINTS, name=root):
+        return entry.value
+    return None
+
+
+_others: dict[str, Backend] = {}
+
+
+def _array_api(root: str) -> Backend:
+    if root not in _others:
+        _others[root] = importlib.import_module(f"{__package__}.backends.array_api").ArrayAPIBackend(root)
+    return _others[root]

@@ -1,0 +1,455 @@
+"""Value and gradient of each loss, once, in pure array API: the page that unilabel exists for.
+
+Every function takes the array namespace `xp` first, has the class axis last and never looks across rows (but to sum the
+result), so that a backend may run it whole, in tiles or traced. A loss is computed in three steps:
+
+    masses            what targets, weights, smoothing and masks come to: the share of the loss on each class
+    terms             what value and gradient have in common (the exponentials)
+    value, gradient   closed forms in these terms
+
+The value is written so that plain autodiff of it is right too: no framework depends on the closed form. The namespace
+of a framework that has autodiff offers `stop_gradient` beside the standard's functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Array = Any
+Namespace = Any
+
+
+class Operands(NamedTuple):
+    """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none."""
+
+    targets: Array
+    weight: Array | None = None
+    pos_weight: Array | None = None
+    sample_weight: Array | None = None
+    where: Array | None = None
+
+
+class Options(NamedTuple):
+    """What is not an array: hashable, so that compilers can key on it."""
+
+    reduction: str
+    axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for losses per element
+    indices: bool = False  # the targets are class indices, not a distribution
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    eps: float = 0.0
+    half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
+
+
+class Masses(NamedTuple):
+    """The input with its masked positions made harmless, and how much of the loss each of its classes carries."""
+
+    x: Array
+    mass: Any  # per element: (negative, positive); per row: the weighted target distribution
+    keep: Array | None  # False where the input does not exist
+    parts: Array | None  # what each element or row adds to the divisor of reduction="mean"; None: 1 each
+
+
+class Loss(NamedTuple):
+    """One loss: how its targets become masses, and its closed forms."""
+
+    name: str
+    per_row: bool  # one loss per row (classes that exclude each other), not one per element
+    masses: Callable[[Namespace, Array, Operands, Options], Masses]
+    terms: Callable[[Namespace, Masses, Options], Any]
+    value: Callable[[Namespace, Any], Array]
+    gradient: Callable[[Namespace, Any], Array]
+
+
+# --- The multilabel logistic loss -------------------------------------------------------------------------------------
+#
+#     L = negative · log(1 + exp x) + positive · log(1 + exp -x),    negative = w (1 - z),    positive = w pos_weight z
+
+
+class LogisticTerms(NamedTuple):
+    up: Array  # 1 where x >= 0, else 0. Arithmetic with it costs less than a select and differentiates right at x = 0
+    down: Array
+    size: Array  # |x|
+    e: Array  # exp -|x|
+    negative: Array
+    positive: Array
+
+
+def logistic_terms(xp: Namespace, masses: Masses, options: Options | None = None) -> LogisticTerms:
+    x = masses.x
+    up = xp.astype(x >= 0, x.dtype)
+    down = 1 - up
+    size = x * (up - down)
+    return LogisticTerms(up, down, size, xp.exp(-size), *masses.mass)
+
+
+def logistic_value(xp: Namespace, t: LogisticTerms) -> Array:
+    slope = t.up * t.negative + t.down * t.positive
+    return _product(xp, slope, t.size) + xp.log1p(t.e) * (t.negative + t.positive)
+
+
+def logistic_gradient(xp: Namespace, t: LogisticTerms) -> Array:
+    return (t.negative * (t.up + t.down * t.e) - t.positive * (t.up * t.e + t.down)) / (1 + t.e)
+
+
+# --- Binary cross-entropy on probabilities ----------------------------------------------------------------------------
+#
+#     L = -negative · log max(1 - p, eps) - positive · log max(p, eps)
+
+
+class BinaryTerms(NamedTuple):
+    p: Array
+    p_free: Array  # True where the clamp leaves p alone, and so has a derivative
+    q_free: Array  # the same for 1 - p
+    negative: Array
+    positive: Array
+    floor: float
+
+
+def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms:
+    p, eps = masses.x, options.eps
+    return BinaryTerms(p, ~(p < eps), ~(1 - p < eps), *masses.mass, _log(eps))
+
+
+def binary_value(xp: Namespace, t: BinaryTerms) -> Array:
+    log_p = xp.where(t.p_free, xp.log(xp.where(t.p_free, t.p, 1.0)), t.floor)
+    log_q = xp.where(t.q_free, xp.log1p(-xp.where(t.q_free, t.p, 0.0)), t.floor)
+    return _product(xp, t.negative, -log_q) + _product(xp, t.positive, -log_p)
+
+
+def binary_gradient(xp: Namespace, t: BinaryTerms) -> Array:
+    return _quotient(xp, t.negative, 1 - t.p, t.q_free) - _quotient(xp, t.positive, t.p, t.p_free)
+
+
+# --- Softmax + negative log-likelihood --------------------------------------------------------------------------------
+#
+#     L = -Σ_c z_c log p_c,    p = softmax x,    -log p_c = (m - x_c) + log(1 + s),    m = max x
+#
+# s sums exp(x_c - m) over all classes but the largest, whose 1 stands in the logarithm. So no digit is lost where one
+# class has nearly all the probability, nor where the logits are large.
+
+
+class SoftmaxTerms(NamedTuple):
+    d: Array  # x - m
+    e: Array  # exp d
+    s: Array
+    z: Array
+
+
+def softmax_terms(xp: Namespace, masses: Masses, options: Options | None = None) -> SoftmaxTerms:
+    x = masses.x
+    m = _constant(xp, xp.max(x, axis=-1, keepdims=True))
+    top = x == m
+    d = xp.where(top & xp.isinf(x) & (x > 0), 0.0, x - m)
+    e = xp.exp(d)
+    ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
+    s = xp.sum(xp.where(top, e - 1, e), axis=-1, keepdims=True) + (ties - 1)
+    return SoftmaxTerms(d, e, s, masses.mass)
+
+
+def softmax_value(xp: Namespace, t: SoftmaxTerms) -> Array:
+    return xp.sum(_product(xp, t.z, -t.d), axis=-1) + xp.sum(t.z, axis=-1) * xp.squeeze(xp.log1p(t.s), axis=-1)
+
+
+def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
+    # p_c Σ_k z_k - z_c without the cancellation: p_c times the other targets, less z_c times the other probabilities.
+    largest = xp.max(t.z, axis=-1, keepdims=True)
+    top = t.z == largest
+    ties = xp.sum(xp.astype(top, t.z.dtype), axis=-1, keepdims=True)
+    rest = xp.sum(xp.where(top, 0.0, t.z), axis=-1, keepdims=True) + (ties - 1) * largest
+    return (t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)
+
+
+def _anchored(xp: Namespace, masses: Masses) -> Masses:
+    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either.
+
+    The loss stays the same when all logits move together: moving the main target by h is moving all the others by -h,
+    and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1.
+    """
+    x = masses.x
+    main = _classes(xp, x) == xp.expand_dims(xp.argmax(_constant(xp, masses.mass), axis=-1), axis=-1)
+    x_main = xp.sum(xp.where(main, x, 0.0), axis=-1, keepdims=True)
+    move = xp.where(xp.isfinite(x_main), x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
+    return masses._replace(x=xp.where(main, _constant(xp, x), x - move))
+
+
+# --- Cross-entropy on probabilities, and on log-probabilities ---------------------------------------------------------
+#
+#     L = -Σ_c z_c log max(p_c, eps)
+
+
+class CategoricalTerms(NamedTuple):
+    p: Array
+    free: Array  # True where the clamp leaves p alone, and so has a derivative
+    z: Array
+    floor: float
+
+
+def categorical_terms(xp: Namespace, masses: Masses, options: Options) -> CategoricalTerms:
+    return CategoricalTerms(masses.x, ~(masses.x < options.eps), masses.mass, _log(options.eps))
+
+
+def categorical_value(xp: Namespace, t: CategoricalTerms) -> Array:
+    log_p = xp.where(t.free, xp.log(xp.where(t.free, t.p, 1.0)), t.floor)
+    return xp.sum(_product(xp, t.z, -log_p), axis=-1)
+
+
+def categorical_gradient(xp: Namespace, t: CategoricalTerms) -> Array:
+    return -_quotient(xp, t.z, t.p, t.free)
+
+
+def nll_terms(xp: Namespace, masses: Masses, options: Options) -> Masses:
+    return masses
+
+
+def nll_value(xp: Namespace, t: Masses) -> Array:
+    return xp.sum(_product(xp, t.mass, -t.x), axis=-1)
+
+
+def nll_gradient(xp: Namespace, t: Masses) -> Array:
+    return -t.mass
+
+
+# --- From targets to masses -------------------------------------------------------------------------------------------
+
+
+def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
+    """Independent classes: each element's share of the loss of label 0 and of label 1."""
+    targets, weight, pos_weight, _, keep = operands
+    z = xp.astype(targets, x.dtype, copy=False)
+    weight = None if weight is None else xp.astype(weight, x.dtype, copy=False)
+    pos_weight = None if pos_weight is None else xp.astype(pos_weight, x.dtype, copy=False)
+    parts = None
+    if keep is not None:
+        # Masked before the arithmetic: a NaN that stands there must not reach a derivative either.
+        parts = xp.where(keep, xp.ones_like(x), 0.0)
+        x, z = xp.where(keep, x, 0.0), xp.where(keep, z, 0.0)
+        weight = parts if weight is None else xp.where(keep, weight, 0.0)
+        pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    negative, positive = 1 - z, z
+    if options.label_smoothing:
+        negative = negative * (1 - options.label_smoothing) + options.label_smoothing / 2
+        positive = positive * (1 - options.label_smoothing) + options.label_smoothing / 2
+    if pos_weight is not None:
+        positive = positive * pos_weight
+    if weight is not None:
+        negative, positive = negative * weight, positive * weight
+    return Masses(x, (negative, positive), keep, parts)
+
+
+def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, masked: float) -> Masses:
+    """Classes that exclude each other: each class's share of the row's loss. A masked input is set to `masked`."""
+    targets, weight, _, sample_weight, keep = operands
+    ignored = wrong = None
+    if options.indices:
+        classes = _classes(xp, x)
+        targets = xp.astype(targets, classes.dtype, copy=False)
+        named = classes == xp.expand_dims(targets, axis=-1)
+        if keep is not None:
+            named = named & keep
+        z = xp.astype(named, x.dtype)
+        wrong = ~xp.any(named, axis=-1)
+        if options.ignore_index is not None:
+            ignored = targets == options.ignore_index
+    else:
+        z = xp.astype(targets, x.dtype, copy=False)
+        z = z if keep is None else xp.where(keep, z, 0.0)
+    if keep is not None:
+        empty = ~xp.any(keep, axis=-1)
+        ignored = empty if ignored is None else ignored | empty
+
+    parts = None
+    if weight is not None:
+        weight = xp.astype(weight, x.dtype, copy=False)
+        weight = weight if keep is None else xp.where(keep, weight, 0.0)
+        parts = xp.sum(z * weight, axis=-1)
+    if sample_weight is not None:
+        sample_weight = xp.astype(sample_weight, x.dtype, copy=False)
+        if ignored is not None:
+            sample_weight = xp.where(ignored, 0.0, sample_weight)
+        parts = sample_weight if parts is None else parts * sample_weight
+    if ignored is not None:
+        parts = xp.astype(~ignored, x.dtype) if parts is None else xp.where(ignored, 0.0, parts)
+
+    if options.label_smoothing:
+        if keep is None:
+            z = z * (1 - options.label_smoothing) + options.label_smoothing / _extent(xp, x, -1)
+        else:
+            count = xp.sum(xp.astype(keep, x.dtype), axis=-1, keepdims=True)
+            uniform = xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)
+            z = z * (1 - options.label_smoothing) + uniform
+    if weight is not None:
+        z = z * weight
+    if sample_weight is not None:
+        z = z * xp.expand_dims(sample_weight, axis=-1)
+    if wrong is not None:
+        z = xp.where(xp.expand_dims(wrong, axis=-1), math.nan, z)
+    if keep is not None:
+        x = xp.where(keep, x, masked)
+    if ignored is not None:
+        gone = xp.expand_dims(ignored, axis=-1)
+        x, z = xp.where(gone, 0.0, x), xp.where(gone, 0.0, z)
+        keep = ~gone if keep is None else keep & ~gone
+    return Masses(x, z, keep, parts)
+
+
+def softmax_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
+    return row_masses(xp, x, operands, options, masked=-math.inf)  # out of the softmax
+
+
+def probability_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
+    return row_masses(xp, x, operands, options, masked=0.0)
+
+
+LOGISTIC = Loss("multilabel_logistic_loss", False, element_masses, logistic_terms, logistic_value, logistic_gradient)
+BINARY = Loss("binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient)
+SOFTMAX = Loss("softmax_nll", True, softmax_masses, softmax_terms, softmax_value, softmax_gradient)
+CATEGORICAL = Loss(
+    "cross_entropy", True, probability_masses, categorical_terms, categorical_value, categorical_gradient
+)
+NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient)
+
+
+# --- The whole computation: what a backend calls ----------------------------------------------------------------------
+
+
+def value(
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
+) -> Array:
+    """The reduced loss. `by_autodiff`: the framework will differentiate this very expression by the logits."""
+    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    if by_autodiff and loss is SOFTMAX:
+        masses = _anchored(xp, masses)
+    values = loss.value(xp, loss.terms(xp, masses, options))
+    return xp.astype(_reduced(xp, values, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
+
+
+def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
+    """The cotangent of the reduced loss times its derivative by the logits."""
+    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    slopes = loss.gradient(xp, loss.terms(xp, masses, options))
+    scale = xp.astype(cotangent, masses.x.dtype, copy=False)
+    return _scaled(xp, loss, options, slopes, scale, masses, x)
+
+
+def value_and_gradient(
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
+) -> tuple[Array, Array]:
+    """The reduced loss and the derivative of its sum by the logits, the exponentials computed once."""
+    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    terms = loss.terms(xp, masses, options)
+    values = loss.value(xp, terms)
+    total = _reduced(xp, values, _divisor(xp, loss, masses, options), options)
+    slopes = loss.gradient(xp, terms)
+    return xp.astype(total, x.dtype, copy=False), _scaled(xp, loss, options, slopes, None, masses, x)
+
+
+def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
+    """The derivative of the reduced loss in the direction of the logits' tangent."""
+    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    slopes = loss.gradient(xp, loss.terms(xp, masses, options))
+    tangent = xp.astype(tangent, masses.x.dtype, copy=False)
+    change = slopes * (tangent if masses.keep is None else xp.where(masses.keep, tangent, 0.0))
+    change = xp.sum(change, axis=-1) if loss.per_row else change
+    return xp.astype(_reduced(xp, change, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
+
+
+def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Array:
+    if options.reduction == "none":
+        return values
+    return xp.sum(values) if divisor is None else xp.sum(values) / divisor
+
+
+def _scaled(
+    xp: Namespace, loss: Loss, options: Options, slopes: Array, scale: Array | None, masses: Masses, x: Array
+) -> Array:
+    divisor = _divisor(xp, loss, masses, options)
+    if divisor is not None:
+        scale = (1.0 if scale is None else scale) / divisor
+    if scale is not None:
+        slopes = slopes * (xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" else scale)
+    if masses.keep is not None:
+        slopes = xp.where(masses.keep, slopes, 0.0)
+    return xp.astype(slopes, x.dtype, copy=False)
+
+
+def _divisor(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any:
+    """What the sum is divided by, and 1 instead of 0: a mean over nothing is 0. None: not divided."""
+    x = masses.x
+    if options.reduction not in ("mean", "batchmean"):
+        return None
+    if options.reduction == "mean" and masses.parts is not None:
+        count = xp.sum(masses.parts)
+        return xp.where(count == 0, 1.0, count)
+    out = options.axes if loss.per_row or options.reduction == "batchmean" else ()
+    count = 1
+    for axis in range(-x.ndim, 0):
+        if axis not in out:
+            count = count * _extent(xp, x, axis)
+    return (count or 1) if isinstance(count, int) else xp.where(count == 0, 1, count)
+
+
+# --- Activations ------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(xp: Namespace, x: Array) -> Array:
+    t = logistic_terms(xp, Masses(x, (0.0, 1.0), None, None))
+    return (t.up + t.down * t.e) / (1 + t.e)
+
+
+def log_sigmoid(xp: Namespace, x: Array) -> Array:
+    return -logistic_value(xp, logistic_terms(xp, Masses(x, (0.0, 1.0), None, None)))
+
+
+def softmax(xp: Namespace, x: Array) -> Array:
+    t = softmax_terms(xp, Masses(x, None, None, None))
+    return t.e / (1 + t.s)
+
+
+def log_softmax(xp: Namespace, x: Array) -> Array:
+    t = softmax_terms(xp, Masses(x, None, None, None))
+    return t.d - xp.log1p(t.s)
+
+
+def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:
+    """An activation of x in its own dtype, half precision by way of float32."""
+    return xp.astype(function(xp, xp.astype(x, xp.float32) if half else x), x.dtype, copy=False)
+
+
+# --- Small things -----------------------------------------------------------------------------------------------------
+
+
+def _working(xp: Namespace, x: Array, options: Options) -> Array:
+    return xp.astype(x, xp.float32) if options.half else x
+
+
+def _product(xp: Namespace, mass: Array, size: Array) -> Array:
+    """mass · size, and 0 where an infinite size carries no mass."""
+    return mass * xp.where((mass == 0) & xp.isinf(size), 0.0, size)
+
+
+def _quotient(xp: Namespace, mass: Array, p: Array, free: Array) -> Array:
+    """mass / p where the clamp leaves p free, else 0; and 0 where p is 0 and carries no mass."""
+    free = free & ~((mass == 0) & (p == 0))
+    return xp.where(free, mass / xp.where(free, p, 1.0), 0.0)
+
+
+def _log(eps: float) -> float:
+    return math.log(eps) if eps > 0 else -math.inf
+
+
+def _constant(xp: Namespace, x: Array) -> Array:
+    stop_gradient = getattr(xp, "stop_gradient", None)
+    return x if stop_gradient is None else stop_gradient(x)
+
+
+def _classes(xp: Namespace, x: Array) -> Array:
+    return xp.arange(_extent(xp, x, -1), device=getattr(x, "device", None))
+
+
+def _extent(xp: Namespace, x: Array, axis: int) -> Any:
+    """The length of an axis: an int, or what the namespace's `extent` gives where it is not known before it runs."""
+    n = x.shape[axis]
+    return xp.extent(x, axis) if n is None else n
