@@ -27,6 +27,13 @@ class NumpyBackend(Backend):
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         return np.asarray(data)
 
+    def cast(self, x: Array, dtype: str) -> Array:
+        if dtype == "bfloat16":
+            import ml_dtypes
+
+            return np.asarray(x).astype(ml_dtypes.bfloat16)
+        return np.asarray(x).astype(dtype)
+
     def to_numpy(self, x: Array) -> Any:
         return np.asarray(x)
 

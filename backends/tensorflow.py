@@ -14,8 +14,8 @@ from ..formulas import Array, Loss, Namespace, Operands, Options
 
 
 def _where(condition: Array, a: Any, b: Any) -> Array:
-    dtype = (a if isinstance(a, tf.Tensor) else b).dtype
-    return tf.where(condition, tf.cast(a, dtype), tf.cast(b, dtype))
+    dtype = (a if isinstance(a, tf.Tensor) else b).dtype  # the other may be a Python scalar
+    return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
 
 
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
@@ -73,10 +73,13 @@ class TensorflowBackend(Backend):
         # TensorFlow compares and selects few of the integer types.
         return tf.cast(x, tf.int64) if x.dtype.is_integer else x
 
+    def cast(self, x: Array, dtype: str) -> Array:
+        return tf.cast(x, dtype)
+
     def to_numpy(self, x: Array) -> Any:
         if tf.is_symbolic_tensor(x):
             raise ValueError("Expected values to read. Received: a tensor of a tf.function, which has none yet.")
-        return np.asarray(x)
+        return np.asarray(tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x)
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         given = operands._asdict()

@@ -1,0 +1,14 @@
+"""The conformance suite: the same cases on every backend, against a high-precision oracle. Also the command `unilabel`."""
+
+import sys
+
+
+def main() -> None:
+    """The command `unilabel`; says what to install where its own needs are missing."""
+    try:
+        from .cli import main as run
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("click", "rich", "mpmath"):
+            raise
+        sys.exit(f"The command needs {missing.name}: pip install 'unilabel[conformance]'")
+    run(prog_name="unilabel")

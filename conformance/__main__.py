@@ -1,0 +1,5 @@
+"""python -m unilabel.conformance: the command `unilabel` without its script."""
+
+from . import main
+
+main()

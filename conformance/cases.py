@@ -1,0 +1,317 @@
+"""The cases: what goes into a loss. Plain Python numbers, the same for a seed on every machine; `oracle` has the answers.
+
+To add a case, extend a function marked with @family, or write one: it is given a Maker and yields cases.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+# Bits of the significand and the exponent of the smallest normal number.
+DTYPES = {"float16": (11, -14), "bfloat16": (8, -126), "float32": (24, -126), "float64": (53, -1022)}
+LARGEST = {name: (2 - 2.0 ** (1 - bits)) * 2.0 ** (1 - low) for name, (bits, low) in DTYPES.items()}
+
+MULTILABEL, SOFTMAX = "multilabel_logistic_loss", "softmax_nll"
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+class Tensor(NamedTuple):
+    """An array as data: its shape and its values, the last axis fastest."""
+
+    shape: tuple[int, ...]
+    values: list[Any]
+
+
+class Case(NamedTuple):
+    """One call of a loss, and the cotangent that its result is pulled back with."""
+
+    id: str
+    family: str
+    dtype: str
+    loss: str
+    logits: Tensor
+    targets: Tensor
+    options: dict[str, Any]  # as the loss takes them; arrays as Tensor
+    cotangent: Tensor
+
+
+Family = Callable[["Maker"], Iterator[Case]]
+FAMILIES: dict[str, Family] = {}
+
+
+def family(make: Family) -> Family:
+    FAMILIES[make.__name__] = make
+    return make
+
+
+def cases(dtypes: tuple[str, ...], seed: int) -> list[Case]:
+    """Every case, in a fixed order."""
+    return [case for dtype in dtypes for name, make in FAMILIES.items() for case in make(Maker(name, dtype, seed))]
+
+
+def nearest(x: float, dtype: str) -> float:
+    """The finite number of the dtype that is nearest to x; infinities and NaN stay."""
+    bits, low = DTYPES[dtype]
+    if x == 0 or not math.isfinite(x) or dtype == "float64":
+        return x
+    step = 2.0 ** (max(math.frexp(x)[1] - 1, low) - bits + 1)
+    return min(max(round(x / step) * step, -LARGEST[dtype]), LARGEST[dtype])
+
+
+class Maker:
+    """Makes the cases of one family in one dtype."""
+
+    def __init__(self, family: str, dtype: str, seed: int) -> None:
+        self.family, self.dtype = family, dtype
+        self.random = random.Random(f"{seed} {family} {dtype}")
+        self.count = 0
+
+    def case(self, loss: str, logits: Any, targets: Any, **options: Any) -> Case:
+        """A case of nested lists or Tensors, its cotangent random if it is an array."""
+        self.count += 1
+        logits, targets = self.tensor(logits), self.tensor(targets)
+        options = {
+            name: self.tensor(value) if isinstance(value, list | Tensor) else value for name, value in options.items()
+        }
+        shape: tuple[int, ...] = ()
+        if options.get("reduction") == "none":
+            axis = options.get("axis", -1)
+            axes = [i % len(logits.shape) for i in (axis if isinstance(axis, tuple) else (axis,))]
+            shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+            shape = logits.shape if loss in (MULTILABEL, "binary_cross_entropy") else shape
+        cotangent = self.numbers(shape, 0.5, 2.0) if shape else Tensor((), [1.0])
+        name = f"{self.dtype}/{self.family}/{self.count}"
+        return Case(name, self.family, self.dtype, loss, logits, targets, options, cotangent)
+
+    def tensor(self, nested: Any) -> Tensor:
+        """A nested list as a Tensor, its floats rounded to the dtype."""
+        if isinstance(nested, Tensor):
+            return nested
+        shape, values = [], nested
+        while isinstance(values, list):
+            shape.append(len(values))
+            values = values[0] if values else None
+        values = nested if shape else [nested]
+        for _ in shape[1:]:
+            values = [value for row in values for value in row]
+        return Tensor(tuple(shape), [nearest(v, self.dtype) if isinstance(v, float) else v for v in values])
+
+    def numbers(self, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+        """Uniform random numbers of the dtype."""
+        return Tensor(shape, [nearest(self.random.uniform(low, high), self.dtype) for _ in range(math.prod(shape))])
+
+    def chosen(self, shape: tuple[int, ...], *choices: Any) -> Tensor:
+        """Random choices."""
+        return Tensor(shape, [self.random.choice(choices) for _ in range(math.prod(shape))])
+
+    def distributions(self, rows: int, classes: int) -> Tensor:
+        """Random rows that sum to 1 but for rounding."""
+        values: list[float] = []
+        for _ in range(rows):
+            row = [self.random.uniform(0, 1) ** 3 for _ in range(classes)]
+            values += [nearest(value / sum(row), self.dtype) for value in row]
+        return Tensor((rows, classes), values)
+
+    def both(self, low: float, high: float, rows: int = 4, classes: int = 5, **options: Any) -> Iterator[Case]:
+        """Random logits of a range with random targets of every kind."""
+        shape = (rows, classes)
+        yield self.case(MULTILABEL, self.numbers(shape, low, high), self.chosen(shape, 0, 1), **options)
+        yield self.case(MULTILABEL, self.numbers(shape, low, high), self.numbers(shape, 0, 1), **options)
+        yield self.case(SOFTMAX, self.numbers(shape, low, high), self.chosen((rows,), *range(classes)), **options)
+        yield self.case(SOFTMAX, self.numbers(shape, low, high), self.distributions(rows, classes), **options)
+
+
+def one_hot(indices: Tensor, classes: int) -> Tensor:
+    return Tensor((*indices.shape, classes), [float(y == c) for y in indices.values for c in range(classes)])
+
+
+@family
+def seed(make: Maker) -> Iterator[Case]:
+    """The examples that the project began with."""
+    logits, targets = [[0.1, -0.2, 0.0], [0.4, 0.1, -0.3]], [[1, 0, 1], [0, 1, 0]]
+    for reduction in REDUCTIONS:
+        yield make.case(MULTILABEL, logits, targets, reduction=reduction)
+        yield make.case(SOFTMAX, logits, [0, 1], reduction=reduction)
+        yield make.case(SOFTMAX, logits, [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], reduction=reduction)
+    yield make.case(MULTILABEL, logits, targets)
+    yield make.case(MULTILABEL, [50.0, 0.0006, 2.3], [1, 0, 1], reduction="none")
+    yield make.case(MULTILABEL, [0.92, 0.35, 0.85], [True, False, True], reduction="none")
+
+
+@family
+def moderate(make: Maker) -> Iterator[Case]:
+    """The logits of a model in training."""
+    for reduction in REDUCTIONS:
+        yield from make.both(-4, 4, reduction=reduction)
+    yield from make.both(-4, 4, rows=1, classes=1)
+    yield from make.both(-4, 4, rows=40, classes=3)
+    yield from make.both(-4, 4, rows=2, classes=60)
+
+
+@family
+def confident(make: Maker) -> Iterator[Case]:
+    """Logits far from 0, where nearly all the probability is on one side: the digits are in the small rest."""
+    for reach in (20, 80, 200, 900):
+        yield from make.both(-reach, reach, reduction="none")
+    yield from make.both(-100, 100, rows=20)
+    for x in (10.0, 14.56, 16.66, 17.0, 30.0, 60.0, 80.0):
+        yield make.case(MULTILABEL, [x, -x, x, -x], [1, 0, 0, 1], reduction="none")
+        yield make.case(SOFTMAX, [[x, 0.0], [0.0, x], [-x, 0.0]], [0, 0, 1], reduction="none")
+        yield make.case(SOFTMAX, [[x, 0.0, 1.0]], [[0.999, 0.001, 0.0]], reduction="none")
+        yield make.case(MULTILABEL, [x, -x], [0.999, 0.001], reduction="none")
+    for x in (1e4, 1e8):
+        x = min(x, LARGEST[make.dtype])
+        yield make.case(SOFTMAX, [[x] * 10, [x, *[0.0] * 9]], [3, 0], reduction="none")
+    yield make.case(MULTILABEL, [1.0 * LARGEST[make.dtype], -LARGEST[make.dtype]], [1, 0], reduction="none")
+    yield make.case(SOFTMAX, [[LARGEST[make.dtype]] * 3], [2], reduction="none")
+
+
+@family
+def zero(make: Maker) -> Iterator[Case]:
+    """A zero-initialised head: the gradient is exactly 0.5 - z, where the absolute value has a kink."""
+    for z in (0.0, -0.0):
+        yield make.case(MULTILABEL, [[z] * 3] * 2, [[1, 0, 1], [0, 1, 0]])
+        yield make.case(MULTILABEL, [z] * 3, [0.25, 0.5, 1.0], reduction="none")
+        yield make.case(MULTILABEL, [z] * 2, [0, 1], pos_weight=3.0, reduction="none")
+        yield make.case(SOFTMAX, [[z] * 4] * 2, [0, 3])
+        yield make.case(SOFTMAX, [[z] * 4], [[0.5, 0.25, 0.25, 0.0]])
+
+
+@family
+def infinite(make: Maker) -> Iterator[Case]:
+    """Infinite logits: sure models, and classes that cannot be. Nothing is NaN but what has no value."""
+    inf, nan = math.inf, math.nan
+    yield make.case(MULTILABEL, [inf, -inf, inf, -inf], [1, 0, 0, 1], reduction="none")
+    yield make.case(MULTILABEL, [[inf, 0.0], [-inf, 1.0]], [[1, 0], [0, 1]])
+    yield make.case(MULTILABEL, [inf, -inf], [1, 0], label_smoothing=0.1, reduction="none")
+    yield make.case(MULTILABEL, [inf, -inf], [1, 0], pos_weight=2.0, weight=3.0, reduction="none")
+    yield make.case(MULTILABEL, [nan, 1.0], [1, 1], reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf, 2.0], [-inf, -inf, 3.0], [1.0, -inf, 2.0]], [0, 2, 1], reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf]], [[1.0, 0.0]], reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0], [inf, 0.0], [inf, -inf]], [0, 1, 0], reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0, 1.0]], [[1.0, 0.0, 0.0]])
+    yield make.case(SOFTMAX, [[-inf, -inf], [nan, 0.0], [0.0, 1.0]], [0, 1, 0], reduction="none")
+
+
+@family
+def masked(make: Maker) -> Iterator[Case]:
+    """Missing labels, classes out of the softmax, ignored examples: whatever stands there, it does not count."""
+    inf, nan = math.inf, math.nan
+    for reduction in REDUCTIONS:
+        yield from make.both(-4, 4, reduction=reduction, where=make.chosen((4, 5), True, True, False))
+        yield make.case(
+            SOFTMAX, make.numbers((4, 3), -4, 4), [0, -100, 2, -100], ignore_index=-100, reduction=reduction
+        )
+        yield make.case(
+            MULTILABEL,
+            [[nan, 1.0, inf], [0.5, -inf, 2.0]],
+            [[0, 1, 0], [1, 0, 1]],
+            where=[[False, True, False], [True, False, True]],
+            reduction=reduction,
+        )
+        yield make.case(
+            SOFTMAX,
+            [[nan, 1.0, 2.0], [0.5, inf, 2.0], [nan, nan, nan]],
+            [1, 2, 0],
+            where=[[False, True, True], [True, False, True], [False, False, False]],
+            reduction=reduction,
+        )
+        yield make.case(SOFTMAX, [[nan, inf], [1.0, 2.0]], [7, 1], ignore_index=7, reduction=reduction)
+        yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [-1, -1], ignore_index=-1, reduction=reduction)
+        yield make.case(MULTILABEL, make.numbers((2, 3), -4, 4), [[1] * 3] * 2, where=False, reduction=reduction)
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.5]], where=[True, False, True])
+
+
+@family
+def weighted(make: Maker) -> Iterator[Case]:
+    """Weights of elements, of positives, of classes and of examples, and the divisors that go with them."""
+    for reduction in REDUCTIONS:
+        elements: dict[str, Any] = {"reduction": reduction, "weight": make.numbers((4, 5), 0.1, 3)}
+        yield make.case(MULTILABEL, make.numbers((4, 5), -8, 8), make.chosen((4, 5), 0, 1), **elements)
+        yield make.case(MULTILABEL, make.numbers((4, 5), -8, 8), make.numbers((4, 5), 0, 1), **elements)
+        elements = {"reduction": reduction, "pos_weight": make.numbers((5,), 0.1, 30)}
+        yield make.case(MULTILABEL, make.numbers((4, 5), -8, 8), make.chosen((4, 5), 0, 1), **elements)
+        yield make.case(MULTILABEL, make.numbers((4, 5), -8, 8), make.numbers((4, 5), 0, 1), **elements)
+        y = make.chosen((4,), *range(5))
+        for name, weights in {"weight": (5,), "sample_weight": (4,)}.items():
+            rows = {"reduction": reduction, name: make.numbers(weights, 0.1, 3)}
+            x = make.numbers((4, 5), -8, 8)
+            yield make.case(SOFTMAX, x, y, **rows)
+            yield make.case(SOFTMAX, x, one_hot(y, 5), **rows)
+            yield make.case(SOFTMAX, x, make.distributions(4, 5), **rows)
+    yield make.case(
+        SOFTMAX,
+        make.numbers((4, 5), -8, 8),
+        [0, 1, -1, 4],
+        weight=make.numbers((5,), 0.1, 3),
+        sample_weight=make.numbers((4,), 0.1, 3),
+        ignore_index=-1,
+        label_smoothing=0.1,
+    )
+    yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], weight=[0.0, 0.0, 1.0])
+
+
+@family
+def smoothed(make: Maker) -> Iterator[Case]:
+    """Label smoothing, alone and with masks and weights."""
+    for smoothing in (0.1, 0.5, 1.0):
+        yield from make.both(-8, 8, label_smoothing=smoothing, reduction="none")
+        yield from make.both(-40, 40, label_smoothing=smoothing)
+    yield from make.both(-8, 8, label_smoothing=0.1, where=make.chosen((4, 5), True, True, False), reduction="none")
+    yield make.case(
+        MULTILABEL,
+        make.numbers((4, 5), -8, 8),
+        make.chosen((4, 5), 0, 1),
+        label_smoothing=0.2,
+        weight=make.numbers((4, 1), 0.1, 3),
+        pos_weight=make.numbers((5,), 0.1, 30),
+    )
+
+
+@family
+def invalid(make: Maker) -> Iterator[Case]:
+    """Class indices that name no class: NaN for their example, never a plausible number."""
+    x = make.numbers((5, 3), -4, 4)
+    for reduction in ("none", "mean"):
+        yield make.case(SOFTMAX, x, [0, -1, 3, 2, -100], reduction=reduction)
+        yield make.case(SOFTMAX, x, [0, 1, 2, 100, 0], weight=[0.5, 1.0, 2.0], reduction=reduction)
+    yield make.case(SOFTMAX, x, [0, -100, 2, 1, 4], ignore_index=-100, reduction="none")
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]] * 2, [0, 1], where=[True, False, True], reduction="none")
+
+
+@family
+def shapes(make: Maker) -> Iterator[Case]:
+    """The class axis elsewhere, several class axes, more batch axes, one example, no example."""
+    for reduction in REDUCTIONS:
+        yield make.case(MULTILABEL, make.numbers((2, 3, 4), -4, 4), make.chosen((2, 3, 4), 0, 1), axis=1)
+        yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((2, 4), 0, 1, 2), axis=1)
+        yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((4,), *range(6)), axis=(0, 1))
+        yield make.case(SOFTMAX, make.numbers((3,), -4, 4), 1, reduction=reduction)
+        yield make.case(SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), reduction=reduction)
+        yield make.case(MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), reduction=reduction)
+        yield make.case(MULTILABEL, Tensor((2, 0), []), Tensor((2, 0), []), reduction=reduction)
+
+
+@family
+def probabilities(make: Maker) -> Iterator[Case]:
+    """The losses on probabilities, 0 and 1 among them, and on log-probabilities."""
+    for reduction in REDUCTIONS:
+        p = make.numbers((4, 5), 0.01, 0.99)
+        yield make.case("binary_cross_entropy", p, make.chosen((4, 5), 0, 1), reduction=reduction)
+        yield make.case("binary_cross_entropy", p, make.numbers((4, 5), 0, 1), reduction=reduction)
+        yield make.case("cross_entropy", p, make.chosen((4,), *range(5)), reduction=reduction)
+        yield make.case("cross_entropy", p, make.distributions(4, 5), reduction=reduction, label_smoothing=0.1)
+        log_p = make.numbers((4, 5), -9, -0.01)
+        yield make.case("nll", log_p, make.chosen((4,), *range(5)), reduction=reduction)
+        yield make.case("nll", log_p, make.distributions(4, 5), reduction=reduction, weight=make.numbers((5,), 0.1, 3))
+    yield make.case("binary_cross_entropy", [0.0, 1.0, 0.0, 1.0], [0, 1, 1, 0], reduction="none")
+    yield make.case("binary_cross_entropy", [0.0, 1.0, 0.0, 1.0], [0, 1, 1, 0], eps=0.015625, reduction="none")
+    yield make.case("binary_cross_entropy", [0.001, 0.999, 0.5], [0.5] * 3, eps=0.015625, reduction="none")
+    yield make.case("cross_entropy", [[0.0, 1.0], [0.0, 1.0]], [0, 1], reduction="none")
+    yield make.case("cross_entropy", [[0.001, 0.999]], [[0.5, 0.5]], eps=0.015625, reduction="none")
+    yield make.case("cross_entropy", [[0.25, 0.75], [math.nan, 0.5]], [1, -1], ignore_index=-1)
+    yield make.case("nll", [[-math.inf, 0.0], [-math.inf, 0.0]], [1, 0], reduction="none")
+    yield make.case("nll", [[-1.0, -2.0, math.nan]], [1], where=[True, True, False])

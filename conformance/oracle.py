@@ -1,0 +1,270 @@
+"""The right answers: each loss and its gradient from its definition, in 200-bit arithmetic (mpmath).
+
+Imports neither unilabel nor a framework, and shares no formula with either: σ, log and exp as they are written in books,
+and precision in place of care. Beside each number stands the sum of its terms' magnitudes: where terms cancel, what
+can be asked of a computation is measured by them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from mpmath import mp
+
+from .cases import Case, Tensor
+
+BITS = 200
+EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+Number = Any  # mpf
+
+
+class Exact(NamedTuple):
+    """A number, the sum of its terms' magnitudes, and what rounding x - max x before exp may cost."""
+
+    value: Number
+    terms: Number
+    shift: Number = 0  # in units of the dtype's epsilon, relative to the number
+
+
+class Expected(NamedTuple):
+    """The answers to a case: the reduced loss, and its gradient by the logits, as Exact in row-major order."""
+
+    value: list[Exact]
+    gradient: list[Exact]  # times the case's cotangent
+    gradient_of_sum: list[Exact]  # times a cotangent of ones
+    count: int  # how many numbers the reduction adds up
+
+
+def expected(case: Case) -> Expected:
+    with mp.workprec(BITS):
+        if case.loss in ("multilabel_logistic_loss", "binary_cross_entropy"):
+            return _elements(case)
+        return _rows(case)
+
+
+# --- The definitions --------------------------------------------------------------------------------------------------
+
+
+def softplus(x: Number) -> Number:
+    """log(1 + exp x)"""
+    return mp.log1p(mp.exp(x)) if x < 0 else x + mp.log1p(mp.exp(-x))
+
+
+def logistic(x: Number) -> Number:
+    """σ(x) = 1 / (1 + exp -x)"""
+    return 1 / (1 + mp.exp(-x)) if x > 0 else mp.exp(x) / (1 + mp.exp(x))
+
+
+def times(a: Number, b: Number) -> Number:
+    """a b with 0 · ∞ = 0: what has no mass has no loss."""
+    return mp.mpf(0) if a == 0 or (b == 0 and mp.isinf(a)) else a * b
+
+
+def binary_on_logits(x: Number, negative: Number, positive: Number) -> tuple[Exact, Exact]:
+    if mp.isnan(x):
+        return _nan(), _nan()
+    terms = times(negative, softplus(x)), times(positive, softplus(-x))
+    slopes = times(negative, logistic(x)), -times(positive, logistic(-x))
+    return _sum(terms), _sum(slopes)
+
+
+def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> tuple[Exact, Exact]:
+    q = 1 - p
+    terms = times(negative, -_log(max(q, eps))), times(positive, -_log(max(p, eps)))
+    slopes = [
+        negative / q if negative and q >= eps else mp.mpf(0),
+        -positive / p if positive and p >= eps else mp.mpf(0),
+    ]
+    return _sum(terms), _sum(slopes)
+
+
+def softmax_of_row(x: list[Number], z: list[Number]) -> tuple[Exact, list[Exact]]:
+    """Loss and gradient of -Σ z log softmax x; -inf is a class out of the game, inf takes all."""
+    if any(map(mp.isnan, [*x, *z])) or all(v == -mp.inf for v in x):
+        return _nan(), [_nan() for _ in x]
+    top = max(x)
+    d = [mp.mpf(0) if v == top else v - top for v in x]
+    e = [mp.exp(v) for v in d]
+    # The sums over all others, formed by leaving one out: 1 - p would need thousands of bits for logits of thousands.
+    total = mp.fsum(e)
+    others_e = [mp.fsum(e[:i] + e[i + 1 :]) for i in range(len(e))]
+    others_z = [mp.fsum(z[:i] + z[i + 1 :]) for i in range(len(z))]
+    largest = e.index(max(e))
+    log_total = mp.log1p(others_e[largest])
+    # exp(d) is off by up to |d|/2 epsilons if d is rounded; a sum of them by the average, weighted by what they add.
+    rest = others_e[largest]
+    average = mp.fsum(times(w, -v) for w, v in zip(e, d, strict=True)) / (2 * rest) if rest else mp.mpf(0)
+    in_total = average * rest / total
+    terms = [times(w, log_total - v) for w, v in zip(z, d, strict=True)]
+    loss = Exact(mp.fsum(terms), mp.fsum(map(abs, terms)), average)
+    slopes = []
+    for i in range(len(x)):
+        up, down = e[i] / total * others_z[i], z[i] * others_e[i] / total
+        own = -d[i] / 2 if mp.isfinite(d[i]) else mp.mpf(0)
+        left = average if i == largest else mp.mpf(0)
+        slopes.append(Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total))
+    return loss, slopes
+
+
+def categorical_on_probabilities(p: list[Number], z: list[Number], eps: Number) -> tuple[Exact, list[Exact]]:
+    loss = _sum(times(w, -_log(max(v, eps))) for v, w in zip(p, z, strict=True))
+    return loss, [_sum([-w / v if w and v >= eps else mp.mpf(0)]) for v, w in zip(p, z, strict=True)]
+
+
+def nll_of_row(log_p: list[Number], z: list[Number]) -> tuple[Exact, list[Exact]]:
+    return _sum(times(w, -v) for v, w in zip(log_p, z, strict=True)), [_sum([-w]) for w in z]
+
+
+# --- Targets, weights, masks, reductions ------------------------------------------------------------------------------
+
+
+def _elements(case: Case) -> Expected:
+    options = case.options
+    smoothing = mp.mpf(options.get("label_smoothing", 0.0))
+    eps = mp.mpf(options.get("eps") or EPS[case.dtype])
+    values, slopes, taken = [], [], 0
+    for index in _indices(case.logits.shape):
+        if not _at(options.get("where"), index, True):
+            values.append(_zero())
+            slopes.append(_zero())
+            continue
+        taken += 1
+        x, z = mp.mpf(_at(case.logits, index)), mp.mpf(_at(case.targets, index))
+        weight = mp.mpf(_at(options.get("weight"), index, 1))
+        z = z * (1 - smoothing) + smoothing / 2
+        negative, positive = weight * (1 - z), weight * mp.mpf(_at(options.get("pos_weight"), index, 1)) * z
+        if case.loss == "multilabel_logistic_loss":
+            value, slope = binary_on_logits(x, negative, positive)
+        else:
+            value, slope = binary_on_probabilities(x, negative, positive, eps)
+        values.append(value)
+        slopes.append(slope)
+    axes = _axes(case)
+    examples = math.prod(n for i, n in enumerate(case.logits.shape) if i not in axes)
+    divisor = {"mean": taken, "batchmean": examples}.get(options.get("reduction", "batchmean"), 1)
+    return _reduced(case, options.get("reduction", "batchmean"), values, slopes, list(range(len(slopes))), divisor)
+
+
+def _rows(case: Case) -> Expected:
+    options, axes = case.options, _axes(case)
+    smoothing = mp.mpf(options.get("label_smoothing", 0.0))
+    eps = mp.mpf(options.get("eps") or EPS[case.dtype])
+    shape = case.logits.shape
+    batch = tuple(n for i, n in enumerate(shape) if i not in axes)
+    positions = list(_indices(tuple(shape[i] for i in axes)))
+    flat = {index: i for i, index in enumerate(_indices(shape))}
+    values: list[Exact] = []
+    slopes = [_zero() for _ in flat]
+    owner = [0] * len(slopes)
+    divisor = mp.mpf(0)
+    for row, example in enumerate(_indices(batch)):
+        places = [_insert(example, axes, position) for position in positions]
+        for place in places:
+            owner[flat[place]] = row
+        keep = [_at(options.get("where"), place, True) for place in places]
+        weights = [mp.mpf(_at(options.get("weight"), (c,), 1)) for c in range(len(places))]
+        sample_weight = mp.mpf(_at(options.get("sample_weight"), example, 1))
+        wrong = ignored = False
+        if len(case.targets.shape) == len(batch):
+            y = _at(case.targets, example)
+            ignored = y == options.get("ignore_index")
+            wrong = not (0 <= y < len(places) and keep[y])
+            z = [mp.mpf(c == y) for c in range(len(places))]
+        else:
+            z = [mp.mpf(_at(case.targets, place)) for place in places]
+        if ignored or not any(keep):
+            values.append(_zero())
+            continue
+        z = [v if k else mp.mpf(0) for v, k in zip(z, keep, strict=True)]
+        divisor += sample_weight * (
+            mp.fsum(w * v for w, v in zip(weights, z, strict=True)) if "weight" in options else 1
+        )
+        z = [v * (1 - smoothing) + smoothing / sum(keep) for v in z]
+        chosen = [i for i, k in enumerate(keep) if k]
+        x = [mp.mpf(_at(case.logits, places[i])) for i in chosen]
+        mass = [mp.nan if wrong else sample_weight * weights[i] * z[i] for i in chosen]
+        if case.loss == "softmax_nll":
+            value, parts = softmax_of_row(x, mass)
+        elif case.loss == "cross_entropy":
+            value, parts = categorical_on_probabilities(x, mass, eps)
+        else:
+            value, parts = nll_of_row(x, mass)
+        values.append(value)
+        for i, part in zip(chosen, parts, strict=True):
+            slopes[flat[places[i]]] = part
+    reduction = options.get("reduction", "mean")
+    divisor = {"mean": divisor, "batchmean": len(values)}.get(reduction, 1)
+    return _reduced(case, reduction, values, slopes, owner, divisor)
+
+
+def _reduced(
+    case: Case, reduction: str, values: list[Exact], slopes: list[Exact], owner: list[int], divisor: Number
+) -> Expected:
+    """`owner` tells for each logit the value that it belongs to."""
+    if reduction == "none":
+        scaled = [_scaled(slope, mp.mpf(case.cotangent.values[owner[i]])) for i, slope in enumerate(slopes)]
+        return Expected(values, scaled, slopes, 1)
+    divisor = mp.mpf(divisor) or mp.mpf(1)
+    total = Exact(
+        mp.fsum(v.value for v in values) / divisor,
+        mp.fsum(v.terms for v in values) / divisor,
+        max([v.shift for v in values], default=mp.mpf(0)),
+    )
+    scaled = [_scaled(slope, 1 / divisor) for slope in slopes]
+    return Expected([total], scaled, scaled, len(values))
+
+
+# --- Small things -----------------------------------------------------------------------------------------------------
+
+
+def _sum(terms: Any) -> Exact:
+    terms = list(terms)
+    return Exact(mp.fsum(terms), mp.fsum(map(abs, terms)))
+
+
+def _scaled(exact: Exact, factor: Number) -> Exact:
+    return Exact(exact.value * factor, exact.terms * abs(factor), exact.shift)
+
+
+def _zero() -> Exact:
+    return Exact(mp.mpf(0), mp.mpf(0))
+
+
+def _nan() -> Exact:
+    return Exact(mp.nan, mp.nan)
+
+
+def _log(p: Number) -> Number:
+    return mp.log(p) if p > 0 else -mp.inf
+
+
+def _axes(case: Case) -> list[int]:
+    axis = case.options.get("axis", -1)
+    return [i % len(case.logits.shape) for i in (axis if isinstance(axis, tuple) else (axis,))]
+
+
+def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*map(range, shape))
+
+
+def _insert(example: tuple[int, ...], axes: list[int], position: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of a class of an example: the class axes' positions among those of the batch."""
+    rest = iter(example)
+    chosen = dict(zip(axes, position, strict=True))
+    return tuple(chosen[i] if i in chosen else next(rest) for i in range(len(example) + len(axes)))
+
+
+def _at(tensor: Any, index: tuple[int, ...], default: Any = None) -> Any:
+    """The element of a tensor that broadcasts at an index; a plain number is everywhere."""
+    if tensor is None:
+        return default
+    if not isinstance(tensor, Tensor):
+        return tensor
+    place = 0
+    for n, i in zip(tensor.shape, index[len(index) - len(tensor.shape) :], strict=True):
+        place = place * n + (0 if n == 1 else i)
+    return tensor.values[place]
