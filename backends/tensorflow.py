@@ -87,18 +87,20 @@ class TensorflowBackend(Backend):
 
         @tf.custom_gradient
         def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
-            operands = Operands(**given | dict(zip(moving, arrays, strict=True)))
+            def put(arrays: Any) -> Operands:
+                return Operands(**given | dict(zip(moving, arrays, strict=True)))
 
             def pullback(cotangent: Array) -> list[Array]:
-                gradients = [formulas.gradient(xp, loss, options, x, operands, cotangent)]
-                if arrays:  # targets and weights: by the plain expression
+                gradients = [formulas.gradient(xp, loss, options, x, put(arrays), cotangent)]
+                if arrays:  # targets and weights: by the plain expression. Copies: they may be the logits themselves
+                    copies = [tf.identity(array) for array in arrays]
                     with tf.GradientTape() as tape:
-                        tape.watch(arrays)
-                        value = formulas.value(xp, loss, options, x, operands)
-                    gradients += tape.gradient(value, arrays, cotangent, unconnected_gradients="zero")
+                        tape.watch(copies)
+                        value = formulas.value(xp, loss, options, x, put(copies))
+                    gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
                 return gradients
 
-            return formulas.value(xp, loss, options, x, operands, by_autodiff=True), pullback
+            return formulas.value(xp, loss, options, x, put(arrays), by_autodiff=True), pullback
 
         return run(tf.convert_to_tensor(x), *moving.values())
 

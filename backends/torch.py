@@ -50,6 +50,13 @@ class TorchBackend(Backend):
     def dtype(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")
 
+    def read(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor) or not torch.compiler.is_compiling():
+            return super().read(data)
+        array = torch.as_tensor(data)  # NumPy is traced as torch here; Python's floats are float64, as they are there
+        plain_float = not isinstance(data, (np.ndarray, np.generic)) and array.is_floating_point()
+        return torch.as_tensor(data, dtype=torch.float64) if plain_float else array
+
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         place = device if like is None else like.device
         if not isinstance(data, torch.Tensor):

@@ -16,7 +16,7 @@ from .formulas import BINARY, CATEGORICAL, NLL, Array, Loss, Namespace, Operands
 HALVES = ("float16", "bfloat16")
 FLOATS = (*HALVES, "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-NUMBERS = ("bool", *INTEGERS, *FLOATS)
+NUMBERS = (*INTEGERS, *FLOATS, "bool")
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -167,23 +167,23 @@ def _operand(backend: Backend, label: str, data: Any, dtypes: tuple[str, ...], l
     """An operand as an array of the logits' framework, beside them; plain floats in the dtype to compute in."""
     import numpy
 
-    plain = isinstance(data, (numpy.ndarray, numpy.generic, bool, int, float, list, tuple))
-    problem = backend_of(data).problem(data) if not plain or isinstance(data, numpy.ndarray) else None
-    if problem is not None:
-        _fail(TypeError, label, "a plain array", problem)
-    array = data
-    if plain:
-        try:
-            array = numpy.asarray(data)
-        except ValueError as error:
-            _fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
-        if array.size == 0 and isinstance(data, (list, tuple)):
-            array = array.astype("bool" if "int8" not in dtypes else "int8")  # an empty list fits any dtype
-        if array.dtype.name in FLOATS and array.dtype.name in dtypes:
-            array = array.astype("float32" if name in HALVES else name)
+    if not isinstance(data, (bool, int, float, list, tuple, numpy.generic)):
+        problem = backend_of(data).problem(data)
+        if problem is not None:
+            _fail(TypeError, label, "a plain array", problem)
+    try:
+        array = backend.read(data)
+    except ValueError as error:
+        _fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
+    plain = isinstance(array, numpy.ndarray)
     dtype = array.dtype.name if plain else backend.dtype(array)
+    if isinstance(data, (list, tuple)) and 0 in array.shape:
+        dtype = dtypes[0]  # an empty list fits any dtype
+        array = array.astype(dtype) if plain else backend.cast(array, dtype)
     if dtype not in dtypes:
         _fail(TypeError, label, "dtype " + _choices(dtypes), dtype)
+    if plain and dtype in FLOATS:
+        array = array.astype("float32" if name in HALVES else name)
     return backend.asarray(array, like=logits)
 
 

@@ -53,6 +53,14 @@ class Backend:
         """The dtype's name in the array API: 'float32', 'bool', …"""
         return getattr(x.dtype, "name", None) or str(x.dtype).rpartition(".")[2]
 
+    def read(self, data: Any) -> Any:
+        """An operand as an array: one of this framework stays, plain data becomes NumPy's."""
+        if _of_type(type(data)) is self:
+            return data
+        import numpy
+
+        return numpy.asarray(data)
+
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         """A NumPy array, or an array of this framework, in the same dtype, beside `like` or on a device by name."""
         raise NotImplementedError

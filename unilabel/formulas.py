@@ -388,7 +388,10 @@ def _divisor(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any
     for axis in range(-x.ndim, 0):
         if axis not in out:
             count = count * _extent(xp, x, axis)
-    return (count or 1) if isinstance(count, int) else xp.where(count == 0, 1, count)
+    if not hasattr(count, "dtype"):
+        return count or 1
+    count = xp.astype(count, x.dtype)
+    return xp.where(count == 0, 1.0, count)
 
 
 # --- Activations ------------------------------------------------------------------------------------------------------

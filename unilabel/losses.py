@@ -353,6 +353,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
         value, gradient = backend.value_and_grad(formula_, options_, x, operands)
         return value, restore(gradient)
 
+    _leave_as_it_is(run)
     run.__name__ = run.__qualname__ = f"value_and_grad({loss.__name__})"
     return run
 
@@ -445,3 +446,13 @@ def _run(arranged: Arranged) -> Any:
 def _activation(function: Any, x: Any, axis: Any) -> Any:
     backend, half, x, restore = arrange_activation(x, axis)
     return restore(backend.activation(function, x, half))
+
+
+def _leave_as_it_is(function: Any) -> None:
+    """Mark a function as one that TensorFlow's AutoGraph does not rewrite, as `tf.autograph.experimental.do_not_convert`
+    does: it would go on to rewrite the import system below it, slowly and with warnings."""
+    function.autograph_info__ = {}
+
+
+for _public in (*_FORMULAS, sigmoid, log_sigmoid, softmax, log_softmax):
+    _leave_as_it_is(_public)

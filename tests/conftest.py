@@ -1,0 +1,64 @@
+"""One fixture for every backend. A framework that is asked for and missing is a failure, never a skip."""
+
+import os
+
+os.environ["JAX_ENABLE_X64"] = "1"  # before JAX is imported: float64 is tested on it too
+
+import numpy as np
+import pytest
+
+from unilabel.backend import backend_named
+
+BACKENDS = ("numpy", "torch", "jax", "tensorflow", "array_api_strict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", action="append", choices=BACKENDS, help="test this backend; repeatable. Default: all")
+
+
+def pytest_generate_tests(metafunc):
+    wanted = metafunc.config.getoption("--backend") or BACKENDS
+    for fixture in ("framework", "recorder"):  # a recorder is a framework that has autodiff
+        if fixture in metafunc.fixturenames:
+            names = [name for name in wanted if fixture == "framework" or name not in ("numpy", "array_api_strict")]
+            metafunc.parametrize(fixture, names, indirect=True)
+
+
+class Framework:
+    """A backend, with what tests need of it in one word."""
+
+    def __init__(self, name):
+        self.backend = backend_named(name)
+        self.name = name
+        self.dtypes = ["float32", "float64"]
+        if name != "array_api_strict":  # the standard has no half precision
+            self.dtypes += ["float16", "bfloat16"]
+
+    def array(self, data, dtype="float32"):
+        wide = np.asarray(data, dtype="float64" if dtype == "float64" else "float32")
+        return self.backend.cast(self.backend.asarray(wide), dtype)
+
+    def integers(self, data, dtype="int64"):
+        return self.backend.asarray(np.asarray(data, dtype=dtype))
+
+    def numpy(self, array):
+        return self.backend.to_numpy(array)
+
+    def gradient(self, function, x, cotangent=None):
+        """By the framework's own autodiff."""
+        value = function(x)
+        ones = np.ones(tuple(value.shape)) if cotangent is None else cotangent
+        _, gradient = self.backend.vjp(function, x, self.array(ones, self.backend.dtype(value)))
+        return self.numpy(gradient)
+
+
+@pytest.fixture
+def framework(request):
+    return Framework(request.param)
+
+
+@pytest.fixture
+def recorder(request):
+    framework = Framework(request.param)
+    assert framework.backend.autodiff
+    return framework

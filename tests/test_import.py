@@ -1,0 +1,35 @@
+"""Importing unilabel, or using it with one framework, imports no other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FRAMEWORKS = {"jax", "jaxlib", "keras", "tensorflow", "torch"}
+COMMAND = {"click", "mpmath", "rich"}
+LOADED_LATER = {"unilabel.backends", "unilabel.conformance"}
+
+
+def imported(statements: str, folder: Path) -> set[str]:
+    """The names in sys.modules after the statements ran in a new process, in that folder."""
+    report = "; import sys; print(*sys.modules, sep='\\n')"
+    process = subprocess.run(
+        [sys.executable, "-c", statements + report], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return set(process.stdout.split())
+
+
+def test_import_brings_nothing_along(tmp_path):
+    modules = imported("import unilabel", tmp_path)
+    assert "unilabel.losses" in modules
+    assert not modules & (FRAMEWORKS | COMMAND | LOADED_LATER)
+
+
+def test_numpy_arrays_bring_no_other_framework(tmp_path):
+    modules = imported("import numpy, unilabel; unilabel.softmax_nll(numpy.zeros((1, 2)), [0])", tmp_path)
+    assert "unilabel.backends.numpy" in modules
+    assert not modules & (FRAMEWORKS | COMMAND)
+
+
+def test_the_check_sees_what_a_module_imports(tmp_path):
+    (tmp_path / "stand_in.py").write_text("import unilabel\nimport mpmath\n")
+    assert imported("import stand_in", tmp_path) & (FRAMEWORKS | COMMAND) == {"mpmath"}
