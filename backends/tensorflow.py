@@ -70,8 +70,8 @@ class TensorflowBackend(Backend):
             with tf.device(device):
                 return tf.identity(tf.convert_to_tensor(data))
         x = tf.convert_to_tensor(data)
-        # TensorFlow compares and selects few of the integer types.
-        return tf.cast(x, tf.int64) if x.dtype.is_integer else x
+        # TensorFlow compares and casts few of the integer types.
+        return tf.cast(x, tf.int64) if like is not None and x.dtype.is_integer else x
 
     def cast(self, x: Array, dtype: str) -> Array:
         return tf.cast(x, dtype)

@@ -1,4 +1,4 @@
-"""The conformance suite: the same cases on every backend, against a high-precision oracle. Also the command `unilabel`."""
+"""The conformance suite: the same cases on every backend, against a high-precision oracle; and the command line."""
 
 import sys
 

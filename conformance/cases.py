@@ -1,4 +1,4 @@
-"""The cases: what goes into a loss. Plain Python numbers, the same for a seed on every machine; `oracle` has the answers.
+"""The cases: what goes into a loss, as plain Python numbers, the same for a seed on every machine. Answers: `oracle`.
 
 To add a case, extend a function marked with @family, or write one: it is given a Maker and yields cases.
 """
@@ -309,9 +309,10 @@ def probabilities(make: Maker) -> Iterator[Case]:
         yield make.case("nll", log_p, make.distributions(4, 5), reduction=reduction, weight=make.numbers((5,), 0.1, 3))
     yield make.case("binary_cross_entropy", [0.0, 1.0, 0.0, 1.0], [0, 1, 1, 0], reduction="none")
     yield make.case("binary_cross_entropy", [0.0, 1.0, 0.0, 1.0], [0, 1, 1, 0], eps=0.015625, reduction="none")
-    yield make.case("binary_cross_entropy", [0.001, 0.999, 0.5], [0.5] * 3, eps=0.015625, reduction="none")
+    for q in (0.001, 0.015, 0.015625, 0.016, 0.02, 0.5):  # on both sides of the clamp, and on it
+        yield make.case("binary_cross_entropy", [q, 1 - q], [0.5, 0.5], eps=0.015625, reduction="none")
+        yield make.case("cross_entropy", [[q, 1 - q]], [[0.5, 0.5]], eps=0.015625, reduction="none")
     yield make.case("cross_entropy", [[0.0, 1.0], [0.0, 1.0]], [0, 1], reduction="none")
-    yield make.case("cross_entropy", [[0.001, 0.999]], [[0.5, 0.5]], eps=0.015625, reduction="none")
     yield make.case("cross_entropy", [[0.25, 0.75], [math.nan, 0.5]], [1, -1], ignore_index=-1)
     yield make.case("nll", [[-math.inf, 0.0], [-math.inf, 0.0]], [1, 0], reduction="none")
     yield make.case("nll", [[-1.0, -2.0, math.nan]], [1], where=[True, True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +16,7 @@ from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
 from .cases import DTYPES, FAMILIES
 from .report import as_json, passed, show
-from .runner import Job, describe, installed, run
+from .runner import Job, describe, installed, is_installed, run
 from .worker import selected
 
 
@@ -63,7 +62,7 @@ def conformance(
     The exit code is 0 if all match, 1 if any does not (or a backend asked for is missing), 2 for a wrong call.
     """  # fmt: skip
     for name in set(backends) - set(BUILT_IN):
-        if importlib.util.find_spec(name) is None and not entry_points(group=ENTRY_POINTS, name=name):
+        if not is_installed(name) and not entry_points(group=ENTRY_POINTS, name=name):
             known = ", ".join(BUILT_IN)
             raise click.BadParameter(f"{name!r} is none of {known}, nor a module here.", param_hint="--backend")
     job = Job(tuple(dict.fromkeys(backends)) or installed(), device, dtypes or ("float32", "float64"), seed, patterns)
@@ -96,13 +95,11 @@ def backends() -> None:
     table = Table("backend", "version", "devices", "install with")
     here = installed()
     for name in BUILT_IN:
-        found = describe(name) if name in here else {"version": "not installed", "devices": []}
-        table.add_row(
-            name,
-            found["version"],
-            ", ".join(found["devices"]),
-            "" if name in here else f"pip install 'unilabel\\[{name}]'",
-        )
+        if name in here:
+            found = describe(name)
+            table.add_row(name, found["version"], ", ".join(found["devices"]), "")
+        else:
+            table.add_row(name, "not installed", "", f"pip install 'unilabel\\[{name}]'")
     Console().print(table)
 
 

@@ -33,7 +33,7 @@ def judge(case: Case, exact: Expected, result: dict[str, Any], backend: str) -> 
     by_row = case.loss not in ("multilabel_logistic_loss", "binary_cross_entropy")
     table = ROWS if by_row else ELEMENTS_POS_WEIGHT if "pos_weight" in case.options else ELEMENTS
     for_value, for_gradient = table.get(backend, table["numpy"])
-    in_sum = min(SUM, exact.count - 1)
+    in_sum = min(SUM, exact.summands - 1)
     return {
         "value": _worse(
             _compare(case, exact.value, result["value"], for_value + in_sum, backend, "value_and_grad"),

@@ -1,8 +1,8 @@
 """The right answers: each loss and its gradient from its definition, in 200-bit arithmetic (mpmath).
 
-Imports neither unilabel nor a framework, and shares no formula with either: σ, log and exp as they are written in books,
-and precision in place of care. Beside each number stands the sum of its terms' magnitudes: where terms cancel, what
-can be asked of a computation is measured by them.
+Imports neither unilabel nor a framework, and shares no formula with either: σ, log and exp as books write them, and
+precision in place of care. Beside each number stands the sum of its terms' magnitudes: where terms cancel, what can be
+asked of a computation is measured by them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Expected(NamedTuple):
     value: list[Exact]
     gradient: list[Exact]  # times the case's cotangent
     gradient_of_sum: list[Exact]  # times a cotangent of ones
-    count: int  # how many numbers the reduction adds up
+    summands: int  # how many numbers the reduction adds up
 
 
 def expected(case: Case) -> Expected:

@@ -43,7 +43,14 @@ class Run(NamedTuple):
 
 def installed() -> tuple[str, ...]:
     """The built-in backends whose framework is here."""
-    return tuple(name for name in BUILT_IN if importlib.util.find_spec(name) is not None)
+    return tuple(filter(is_installed, BUILT_IN))
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # no module can be of that name, or this one is kept from being imported
+        return False
 
 
 def run(job: Job, progress: Callable[[str, int, int], None]) -> tuple[list[Case], list[Run]]:
@@ -57,6 +64,8 @@ def run(job: Job, progress: Callable[[str, int, int], None]) -> tuple[list[Case]
         answers: dict[str, dict[str, Any]] = {}
         verdicts: dict[str, dict[str, Verdict]] = {}
         version, device, problem = "", "", ""
+        if name in BUILT_IN and not is_installed(name):
+            return Run(name, version, device, answers, verdicts, f"not installed: pip install 'unilabel[{name}]'")
         for line in _process({**job._asdict(), "backend": name, "dtypes": [dtype]}, dtype):
             if "id" in line:
                 identity = line.pop("id")
@@ -79,7 +88,8 @@ def run(job: Job, progress: Callable[[str, int, int], None]) -> tuple[list[Case]
 
 def _joined(parts: list[Run]) -> Run:
     """What a backend answered in all dtypes."""
-    answers, verdicts = {}, {}
+    answers: dict[str, dict[str, Any]] = {}
+    verdicts: dict[str, dict[str, Verdict]] = {}
     for part in parts:
         answers |= part.answers
         verdicts |= part.verdicts

@@ -110,7 +110,7 @@ def train_tensorflow(start: list[Array], batches: Iterable[Batch]) -> Trained:
     weights = [tf.Variable(w) for w in start]
     optimizer = tf.keras.optimizers.SGD(RATE, MOMENTUM)
 
-    @tf.function(autograph=False)
+    @tf.function
     def step(scans: Array, digits: Array, attributes: Array) -> Array:
         with tf.GradientTape() as tape:
             loss = total_loss(weights, scans, digits, attributes)

@@ -1,6 +1,7 @@
 """The losses do what the documentation says, on every backend. Accuracy in ULP is the conformance suite's business."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ import unilabel as ul
 
 LOGITS = [[0.1, -0.2, 0.0], [0.4, 0.1, -0.3]]
 TARGETS = [[1, 0, 1], [0, 1, 0]]
-ALL = [ul.multilabel_logistic_loss, ul.softmax_nll, ul.binary_cross_entropy, ul.cross_entropy, ul.nll]
+ALL: list[Any] = [ul.multilabel_logistic_loss, ul.softmax_nll, ul.binary_cross_entropy, ul.cross_entropy, ul.nll]
 
 
 def close(actual, expected, dtype="float32"):
-    np.testing.assert_allclose(actual, expected, rtol=8 * np.finfo(dtype).eps, atol=0)
+    np.testing.assert_allclose(actual, expected, rtol=8 * float(np.finfo(dtype).eps), atol=0)
 
 
 # --- The figures that the project began with --------------------------------------------------------------------------
@@ -32,7 +33,9 @@ def test_default_sums_classes_and_averages_examples(framework):
 def test_binary_cross_entropy_of_sigmoid(framework):
     probs = ul.sigmoid(framework.array(LOGITS))
     losses = framework.numpy(ul.binary_cross_entropy(probs, TARGETS, reduction="none"))
-    np.testing.assert_array_equal(losses.round(4), np.float32([[0.6444, 0.5981, 0.6931], [0.9130, 0.6444, 0.5544]]))
+    np.testing.assert_array_equal(
+        losses.round(4), np.array([[0.6444, 0.5981, 0.6931], [0.9130, 0.6444, 0.5544]], "float32")
+    )
     close(framework.numpy(ul.binary_cross_entropy(probs, TARGETS, reduction="mean")), 0.67457503)
 
 
@@ -146,7 +149,7 @@ def test_activations(framework):
 
 # --- Autodiff ---------------------------------------------------------------------------------------------------------
 
-SMOOTH = [
+SMOOTH: list[Any] = [
     (ul.multilabel_logistic_loss, TARGETS),
     (ul.multilabel_logistic_loss, [[0.3, 0.0, 1.0], [0.5, 0.9, 0.2]]),
     (ul.softmax_nll, [2, 0]),
@@ -213,19 +216,14 @@ def compiled(recorder, function):
     if recorder.name == "torch":
         import torch
 
-        def by_grad(x):
-            x = x.detach().requires_grad_()
-            value = function(x)
-            return value, torch.autograd.grad(value, x)[0]
-
         forward = torch.compile(function, backend="aot_eager", fullgraph=True)
 
-        def run(x):
+        def with_grad(x):
             x = x.detach().requires_grad_()
             value = forward(x)
             return value, torch.autograd.grad(value, x)[0]
 
-        return run
+        return with_grad
     if recorder.name == "jax":
         import jax
 
@@ -233,13 +231,13 @@ def compiled(recorder, function):
     import tensorflow as tf
 
     @tf.function(jit_compile=True)
-    def run(x):
+    def taped(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
             value = function(x)
         return value, tape.gradient(value, x)
 
-    return run
+    return taped
 
 
 @pytest.mark.parametrize(("loss", "targets"), SMOOTH)

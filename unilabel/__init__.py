@@ -1,4 +1,4 @@
-"""Multilabel logistic loss and softmax + NLL for NumPy, PyTorch, JAX and TensorFlow tensors, from one implementation."""
+"""Multilabel logistic loss and softmax + NLL for NumPy, PyTorch, JAX and TensorFlow tensors: one implementation."""
 
 from .losses import (
     binary_cross_entropy,

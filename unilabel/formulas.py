@@ -110,7 +110,8 @@ class BinaryTerms(NamedTuple):
 
 def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms:
     p, eps = masses.x, options.eps
-    return BinaryTerms(p, ~(p < eps), ~(1 - p < eps), *masses.mass, _log(eps))
+    negative, positive = masses.mass
+    return BinaryTerms(p, ~(p < eps), ~(1 - p < eps), negative, positive, _log(eps))
 
 
 def binary_value(xp: Namespace, t: BinaryTerms) -> Array:

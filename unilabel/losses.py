@@ -341,7 +341,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
     if formula is None:
         names = ", ".join(function.__name__ for function in _FORMULAS)
         raise TypeError(f"Expected a loss of unilabel: {names}. Received: {loss!r}.")
-    defaults = loss.__kwdefaults__
+    defaults: dict[str, Any] = loss.__kwdefaults__ or {}
 
     def run(logits: Any, targets: Any, **options: Any) -> tuple[Any, Any]:
         unknown = options.keys() - defaults.keys()
@@ -449,8 +449,10 @@ def _activation(function: Any, x: Any, axis: Any) -> Any:
 
 
 def _leave_as_it_is(function: Any) -> None:
-    """Mark a function as one that TensorFlow's AutoGraph does not rewrite, as `tf.autograph.experimental.do_not_convert`
-    does: it would go on to rewrite the import system below it, slowly and with warnings."""
+    """Keep TensorFlow's AutoGraph from rewriting a function, with the mark that its own `do_not_convert` sets.
+
+    It would go on and rewrite all that the function calls, the import system among it, slowly and with warnings.
+    """
     function.autograph_info__ = {}
 
 

@@ -1,0 +1,152 @@
+"""The command: what it prints, how it ends, and that it sees a planted bug."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from unilabel.conformance import runner
+from unilabel.conformance.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments, package=None):
+    """`unilabel ARGUMENTS` in a process of its own, of the installed package or of one in a folder."""
+    environment = os.environ | ({} if package is None else {"PYTHONPATH": str(package)})
+    return subprocess.run(
+        [sys.executable, "-m", "unilabel.conformance", *arguments],
+        cwd=package or ROOT / "tests",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_all_match(framework):
+    done = command("conformance", "--backend", framework.name, "--case", "seed", "--case", "infinite")
+    assert done.returncode == 0, done.stdout
+    assert f"50 cases on {framework.name}: all match the oracle" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["CPU_DEVICE", "device1", "device2", "no_float64", "no_x64"])
+def test_every_device_of_the_strict_namespace(device):
+    done = command("conformance", "--backend", "array_api_strict", "--device", device, "--dtype", "float32")
+    assert done.returncode == 0, done.stdout
+
+
+BUGS = {
+    "sign": ("- t.positive * (t.up * t.e + t.down)", "+ t.positive * (t.up * t.e + t.down)", "seed"),
+    "clamp": ("~(p < eps)", "~(p < 2 * eps)", "probabilities"),
+    "gradient at 0": (
+        "(t.negative * (t.up + t.down * t.e)",
+        "(t.negative * (t.up * (t.size > 0) + t.down * t.e)",
+        "zero",
+    ),
+    "mean for sum": ('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"', "seed"),
+    "sum for mean": (
+        "return xp.sum(values) if divisor is None else xp.sum(values) / divisor",
+        "return xp.sum(values)",
+        "seed",
+    ),
+    "digits": ("xp.log1p(t.s)", "xp.log(1 + t.s)", "confident"),
+    "mask": ("ignored = targets == options.ignore_index", "ignored = targets != options.ignore_index", "masked"),
+    "infinity": ("xp.where((mass == 0) & xp.isinf(size), 0.0, size)", "size", "infinite"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug(tmp_path, bug):
+    """A bug in formulas.py makes the command exit with 1 and name the case."""
+    right, wrong, family = BUGS[bug]
+    for folder, place in {"unilabel": "", "backends": "backends", "conformance": "conformance"}.items():
+        shutil.copytree(ROOT / folder, tmp_path / "unilabel" / place, dirs_exist_ok=True)
+    formulas = tmp_path / "unilabel" / "formulas.py"
+    text = formulas.read_text()
+    assert right in text
+    formulas.write_text(text.replace(right, wrong))
+    done = command("conformance", "--backend", "numpy", package=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert f"numpy: float32/{family}/" in done.stdout
+    assert "NOT all match the oracle" in done.stdout
+
+
+def test_json(tmp_path):
+    file = tmp_path / "results.json"
+    done = command("conformance", "--backend", "numpy", "--case", "float64/seed/1", "--seed", "7", "--json", str(file))
+    assert done.returncode == 0, done.stdout
+    results = json.loads(file.read_text())
+    assert (results["seed"], results["dtypes"], results["passed"]) == (7, ["float32", "float64"], True)
+    (backend,) = results["backends"]
+    assert (backend["backend"], backend["device"]) == ("numpy", "cpu")
+    (case,) = backend["cases"]
+    assert case["id"] == "float64/seed/1"
+    assert [round(float.fromhex(x), 4) for x in case["value"]] == [0.6444, 0.5981, 0.6931, 0.9130, 0.6444, 0.5544]
+
+
+def test_same_seed_same_cases():
+    from unilabel.conformance.cases import cases
+
+    assert cases(("float32",), 3) == cases(("float32",), 3)
+    assert cases(("float32",), 3) != cases(("float32",), 4)
+    identities = [case.id for case in cases(("float16", "bfloat16", "float32", "float64"), 0)]
+    assert len(set(identities)) == len(identities)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--backend", "numbers_"], "'numbers_' is none of numpy, torch, jax, tensorflow, nor a module here"),
+        (["--dtype", "float8"], "'float8' is not one of 'float16', 'bfloat16', 'float32', 'float64'"),
+        (["--case", "nonsense"], "no case matches 'nonsense'. Families: seed, "),
+        (["--seed", "one"], "'one' is not a valid integer"),
+        (["--json", "no/such/folder/results.json"], "there is no folder"),
+        (["--quick"], "No such option"),
+    ],
+)
+def test_wrong_call_exits_with_2(arguments, text):
+    result = CliRunner().invoke(main, ["conformance", *arguments], terminal_width=200)
+    assert result.exit_code == 2
+    assert text in result.output
+
+
+def test_backend_asked_for_and_missing_is_a_failure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # find_spec and import find none, here and nowhere else
+    monkeypatch.setenv("PYTHONPATH", "")
+    result = CliRunner().invoke(main, ["conformance", "--backend", "torch", "--case", "seed"])
+    assert result.exit_code == 1
+    assert "not installed: pip install 'unilabel[torch]'" in result.output
+
+
+def test_device_that_is_not_there_is_a_failure():
+    done = command("conformance", "--backend", "numpy", "--device", "cuda", "--case", "seed")
+    assert done.returncode == 1
+    assert "numpy: Expected a device of numpy: cpu. Received: cuda." in done.stdout
+
+
+def test_a_backend_that_dies_is_a_line_in_the_report(tmp_path):
+    (tmp_path / "mortal.py").write_text("import os, signal\n__version__ = '1'\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    done = command("conformance", "--backend", "mortal", "--backend", "numpy", "--case", "seed", package=tmp_path)
+    assert done.returncode == 1
+    assert "exit code -9" in done.stdout
+    assert "not run" in done.stdout
+    assert "1.0, 1.6 ✓" in done.stdout
+
+
+def test_backends_lists_what_is_here_and_how_to_get_the_rest(monkeypatch):
+    monkeypatch.setattr(runner, "BUILT_IN", ("numpy",))
+    result = CliRunner().invoke(main, ["backends"])
+    assert result.exit_code == 0
+    assert "cpu" in result.output
+    assert "pip install 'unilabel[jax]'" in result.output
+
+
+def test_command_without_its_needs_says_what_to_install(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module named rich', name='rich')")
+    done = command("backends", package=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "The command needs rich: pip install 'unilabel[conformance]'\n"

@@ -1,0 +1,242 @@
+"""Wrong calls: an error at once that says what was expected and what came, the same on every backend."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import unilabel as ul
+
+X = np.arange(6.0).reshape(2, 3) / 4
+Z = [[1, 0, 1], [0, 1, 0]]
+
+# (loss, targets, options, error, what its text must have in it)
+WRONG: list[Any] = [
+    # shapes
+    (
+        ul.multilabel_logistic_loss,
+        [[1], [0]],
+        {},
+        ValueError,
+        "targets .*shape of the logits, (2, 3). Received: shape (2, 1)",
+    ),
+    (ul.multilabel_logistic_loss, [1, 0, 1], {}, ValueError, "Received: shape (3,)"),
+    (
+        ul.multilabel_logistic_loss,
+        Z,
+        {"weight": [1.0, 2.0]},
+        ValueError,
+        "weight .*broadcasts.* (2, 3). Received: (2,)",
+    ),
+    (ul.multilabel_logistic_loss, Z, {"pos_weight": [[[1.0]]]}, ValueError, "pos_weight .*Received: (1, 1, 1)"),
+    (ul.multilabel_logistic_loss, Z, {"where": [[True]] * 3}, ValueError, "where .*Received: (3, 1)"),
+    (
+        ul.softmax_nll,
+        [0, 1, 2],
+        {},
+        ValueError,
+        "class indices of shape (2,) or a distribution of shape (2, 3). Received: shape (3,)",
+    ),
+    (ul.softmax_nll, [[0], [1]], {}, ValueError, "Received: shape (2, 1)"),
+    (
+        ul.softmax_nll,
+        [0, 1],
+        {"weight": [1.0, 2.0]},
+        ValueError,
+        "one weight for each of 3 classes. Received: shape (2,)",
+    ),
+    (
+        ul.softmax_nll,
+        [0, 1],
+        {"sample_weight": [1.0] * 3},
+        ValueError,
+        "one weight per example, (2,). Received: shape (3,)",
+    ),
+    # dtypes and kinds
+    (ul.softmax_nll, [0.0, 1.0], {}, TypeError, "integer class indices .*Received: float32 of shape (2,)"),
+    (ul.softmax_nll, [True, False], {}, TypeError, "integer class indices .*Received: bool"),
+    (ul.softmax_nll, ["a", "b"], {}, TypeError, "targets with dtype int8, .*Received: str"),
+    (ul.softmax_nll, [[1], [0, 1]], {}, TypeError, "targets with an array. Received: a list"),
+    (ul.softmax_nll, None, {}, TypeError, "targets with an array. Received: None"),
+    (ul.softmax_nll, "cat", {}, TypeError, "Received: .*str"),
+    (ul.multilabel_logistic_loss, np.array(Z) * 1j, {}, TypeError, "targets with dtype .*Received: complex128"),
+    (ul.multilabel_logistic_loss, np.ma.masked_array(Z), {}, TypeError, "plain array. Received: numpy MaskedArray"),
+    (ul.multilabel_logistic_loss, Z, {"where": [[1, 0, 1]]}, TypeError, "where with dtype bool. Received: int64"),
+    # options
+    (
+        ul.multilabel_logistic_loss,
+        Z,
+        {"reduction": "average"},
+        ValueError,
+        "'none', 'sum', 'mean' or 'batchmean'. Received: 'average'",
+    ),
+    (
+        ul.multilabel_logistic_loss,
+        Z,
+        {"label_smoothing": 1.5},
+        ValueError,
+        "label_smoothing with a number from 0 to 1.0. Received: 1.5",
+    ),
+    (ul.multilabel_logistic_loss, Z, {"label_smoothing": "much"}, ValueError, "Received: 'much'"),
+    (ul.binary_cross_entropy, Z, {"eps": 0.7}, ValueError, "eps with a number from 0 to 0.5. Received: 0.7"),
+    (ul.multilabel_logistic_loss, Z, {"axis": 2}, ValueError, "axis .*from -2 to 1, .*Received: 2 for 2 dimensions"),
+    (ul.multilabel_logistic_loss, Z, {"axis": (0, -2)}, ValueError, "axes that differ. Received: (0, -2)"),
+    (ul.multilabel_logistic_loss, Z, {"axis": ()}, ValueError, "axis .*tuple of them. Received: ()"),
+    (
+        ul.multilabel_logistic_loss,
+        Z,
+        {"axis": 1.0},
+        TypeError,
+        "axis with an integer or a tuple of integers. Received: 1.0",
+    ),
+    (ul.softmax_nll, [0, 1], {"ignore_index": 0.5}, TypeError, "ignore_index with an integer. Received: 0.5"),
+    (ul.softmax_nll, X, {"ignore_index": 1}, ValueError, "ignore_index with None, .*Received: 1"),
+    # values, on demand
+    (ul.softmax_nll, [0, 3], {"validate": True}, ValueError, "class indices from 0 to 2. Received: 3 at (1,)"),
+    (
+        ul.softmax_nll,
+        [-1, 3],
+        {"validate": True, "ignore_index": -1},
+        ValueError,
+        "or ignore_index=-1. Received: 3 at (1,)",
+    ),
+    (
+        ul.softmax_nll,
+        [0, 1],
+        {"validate": True, "where": [True, False, True]},
+        ValueError,
+        "where does not mask. Received: 1 at (1,)",
+    ),
+    (ul.softmax_nll, [[0.5, 0.5, 0], [0.5, 0, 0]], {"validate": True}, ValueError, "sum to 1. Received: 0.5 at (1,)"),
+    (
+        ul.softmax_nll,
+        [[1.5, -0.5, 0], [1, 0, 0]],
+        {"validate": True},
+        ValueError,
+        "from 0 to 1. Received: 1.5 at (0, 0)",
+    ),
+    (
+        ul.multilabel_logistic_loss,
+        [[0, 0, 2], [0, 1, 0]],
+        {"validate": True},
+        ValueError,
+        "from 0 to 1. Received: 2.0 at (0, 2)",
+    ),
+    (
+        ul.cross_entropy,
+        [0, 1],
+        {"validate": True},
+        ValueError,
+        "probs with values from 0 to 1. Received: 1.25 at (1, 2)",
+    ),
+    (ul.nll, [0, 1], {"validate": True}, ValueError, "log_probs with values up to 0. Received: 0.25 at (0, 1)"),
+]
+
+
+def pattern(text):
+    return ".*".join(re.escape(part) for part in text.split(".*"))
+
+
+@pytest.mark.parametrize(("loss", "targets", "options", "error", "text"), WRONG)
+def test_wrong_call(framework, loss, targets, options, error, text):
+    x = framework.array(X)
+    with pytest.raises(error, match=pattern(text)):
+        loss(x, targets, **options)
+    with pytest.raises(error, match=pattern(text)):
+        ul.value_and_grad(loss)(x, targets, **options)
+
+
+def test_right_values_pass_validation(framework):
+    x = framework.array(X)
+    where = [[True, True, False], [False] * 3]
+    ul.multilabel_logistic_loss(x, Z, validate=True)
+    ul.softmax_nll(x, [1, 9], where=where, validate=True)
+    ul.softmax_nll(x, [[0.25, 0.75, np.nan], [np.nan] * 3], where=where, validate=True)
+    ul.softmax_nll(framework.array(X.T), [[0.1, 0.6], [0.2, 0.2], [0.7, 0.2]], axis=0, validate=True)
+    ul.softmax_nll(x, [-100, 2], ignore_index=-100, validate=True)
+
+
+def test_nan_logits_do_not_pass_validation(framework):
+    x = framework.array([[0.0, np.nan, 1.0]])
+    for loss, targets in [(ul.multilabel_logistic_loss, [[0, 1, 1]]), (ul.softmax_nll, [0])]:
+        with pytest.raises(ValueError, match=re.escape("logits with numbers. Received: nan at (0, 1)")):
+            loss(x, targets, validate=True)
+        loss(x, targets, where=[True, False, True], validate=True)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool"])
+def test_integer_logits(framework, dtype):
+    with pytest.raises(TypeError, match=pattern(f"logits with dtype float16, .*float64. Received: {dtype}")):
+        ul.softmax_nll(framework.integers(X, dtype), [0, 1])
+    with pytest.raises(TypeError, match=pattern(f"x with dtype float16, .*Received: {dtype}")):
+        ul.softmax(framework.integers(X, dtype))
+
+
+@pytest.mark.parametrize("logits", [X.tolist(), 1.0, None, "logits", {"a": 1}])
+def test_logits_that_are_no_array(logits):
+    with pytest.raises(TypeError, match=f"numpy, torch, jax, tensorflow or .*Received: {type(logits).__name__}"):
+        ul.softmax_nll(logits, [0, 1])
+
+
+@pytest.mark.parametrize("kind", [np.matrix, np.ma.masked_array])
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_numpy_subclasses_with_other_arithmetic(kind):
+    with pytest.raises(TypeError, match=r"logits with a plain array of numpy. Received: numpy (matrix|MaskedArray)"):
+        ul.multilabel_logistic_loss(kind(X), Z)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "longdouble", "object"])
+def test_numpy_dtypes_that_no_loss_is_for(dtype):
+    with pytest.raises(TypeError, match=pattern("logits with dtype float16, bfloat16, float32 or float64. Received:")):
+        ul.multilabel_logistic_loss(X.astype(dtype), Z)
+
+
+def test_frameworks_do_not_mix(framework):
+    from unilabel.backend import backend_named
+
+    other = "jax" if framework.name == "torch" else "torch"
+    targets = backend_named(other).asarray(np.array(Z))
+    with pytest.raises(TypeError, match=pattern(f"Received: {framework.name} logits with a {other} array")):
+        ul.multilabel_logistic_loss(framework.array(X), targets)
+
+
+def test_no_class(framework):
+    with pytest.raises(ValueError, match=pattern("logits with at least one class. Received: shape (2, 0)")):
+        ul.softmax_nll(framework.array(np.zeros((2, 0))), [0, 0])
+    with pytest.raises(ValueError, match=pattern("x with at least one class. Received: shape (2, 0)")):
+        ul.softmax(framework.array(np.zeros((2, 0))))
+
+
+def test_no_class_axis(framework):
+    with pytest.raises(ValueError, match=pattern("logits with a class axis, .*Received: -1 for 0 dimensions")):
+        ul.softmax_nll(framework.array(1.0), 0)
+
+
+def test_value_and_grad_of_something_else():
+    with pytest.raises(
+        TypeError, match=r"a loss of unilabel: multilabel_logistic_loss, .*Received: <built-in function sum>"
+    ):
+        ul.value_and_grad(sum)
+    with pytest.raises(TypeError, match=r"options of softmax_nll: weight, .*Received: pos_weight"):
+        ul.value_and_grad(ul.softmax_nll)(X, [0, 1], pos_weight=1.0)
+
+
+def test_validation_cannot_read_what_is_traced(recorder):
+    def loss(x):
+        return ul.softmax_nll(x, [0, 1], validate=True)
+
+    if recorder.name == "torch":
+        import torch
+
+        traced, error = torch.compile(loss, backend="eager", fullgraph=True), Exception
+    elif recorder.name == "jax":
+        import jax
+
+        traced, error = jax.jit(loss), ValueError
+    else:
+        import tensorflow as tf
+
+        traced, error = tf.function(loss), ValueError
+    with pytest.raises(error, match=r"Expected values to read. Received: a .*, which has none yet"):
+        traced(recorder.array(X))
