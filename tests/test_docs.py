@@ -11,14 +11,16 @@ PACKAGES = ("unilabel", "unilabel.backends", "unilabel.conformance")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def modules_with_examples():
-    return [
+def docstrings():
+    """The docstrings with examples, of all modules."""
+    names = [
         package if file.stem == "__init__" else f"{package}.{file.stem}"
         for package in PACKAGES
         for folder in importlib.import_module(package).__path__
         for file in sorted(Path(folder).glob("*.py"))
         if ">>> " in file.read_text()
     ]
+    return [test for name in names for test in doctest.DocTestFinder().find(importlib.import_module(name))]
 
 
 def run(test):
@@ -29,10 +31,9 @@ def run(test):
     return results.attempted
 
 
-@pytest.mark.parametrize("name", modules_with_examples())
-def test_docstrings(name):
-    tests = doctest.DocTestFinder().find(importlib.import_module(name))
-    assert sum(run(test) for test in tests) > 0
+@pytest.mark.parametrize("test", [pytest.param(test, id=test.name) for test in docstrings() if test.examples])
+def test_docstring(test):
+    assert run(test) > 0
 
 
 def test_readme():

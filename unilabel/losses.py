@@ -335,7 +335,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
     >>> import numpy as np
     >>> loss, gradient = value_and_grad(softmax_nll)(np.array([[2.0, 0.5, -1.0]]), [0])
     >>> print(f"{loss:.6f}", gradient.round(6))
-    0.241311 [[-0.214403  0.175290  0.039112]]
+    0.241311 [[-0.214403  0.17529   0.039113]]
     """
     formula = _FORMULAS.get(loss)
     if formula is None:
