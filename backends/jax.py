@@ -45,9 +45,13 @@ def _is_zero(tangent: Any) -> bool:
 _value.defjvp(_jvp, symbolic_zeros=True)
 
 _loss = functools.partial(jax.jit, static_argnums=(0, 1))(_value)
-_value_and_gradient = functools.partial(jax.jit, static_argnums=(0, 1))(
-    functools.partial(formulas.value_and_gradient, xp)
-)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
+    return formula(xp, loss, options, x, operands)
+
+
 _activation = functools.partial(jax.jit, static_argnums=(0, 2))(functools.partial(formulas.activation, xp))
 
 
@@ -87,8 +91,8 @@ class JaxBackend(Backend):
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         return _loss(loss, options, x, operands)
 
-    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
-        return _value_and_gradient(loss, options, x, operands)
+    def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
+        return _closed_form(formula, loss, options, x, operands)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return _activation(function, x, half)

@@ -44,10 +44,9 @@ class NumpyBackend(Backend):
         with np.errstate(all="ignore"):
             return np.asarray(super().loss(loss, options, np.asarray(x), operands))
 
-    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
+    def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with np.errstate(all="ignore"):
-            value, gradient = super().value_and_grad(loss, options, np.asarray(x), operands)
-            return np.asarray(value), np.asarray(gradient)
+            return tuple(map(np.asarray, super().closed_form(formula, loss, options, np.asarray(x), operands)))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

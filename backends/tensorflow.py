@@ -104,8 +104,8 @@ class TensorflowBackend(Backend):
 
         return run(tf.convert_to_tensor(x), *moving.values())
 
-    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
-        return super().value_and_grad(loss, options, tf.convert_to_tensor(x), operands)
+    def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
+        return super().closed_form(formula, loss, options, tf.convert_to_tensor(x), operands)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return super().activation(function, tf.convert_to_tensor(x), half)

@@ -79,9 +79,9 @@ class TorchBackend(Backend):
             return _Loss.apply(loss, options, x, *operands)
         return formulas.value(xp, loss, options, x, operands)
 
-    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
+    def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with torch.no_grad():
-            return super().value_and_grad(loss, options, x, operands)
+            return super().closed_form(formula, loss, options, x, operands)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         x = x.detach().requires_grad_()

@@ -111,7 +111,13 @@ def _process(order: dict[str, Any], dtype: str) -> Iterator[dict[str, Any]]:
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker", json.dumps(order)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                f"{__package__}.worker",
+                json.dumps(order),
+            ],  # -P: not what lies in this folder
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,

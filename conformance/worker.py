@@ -59,22 +59,25 @@ def find_device(backend: Backend, wanted: str | None) -> str:
 def answer(backend: Backend, device: str, case: Case) -> dict[str, Any]:
     """Value and gradient, in closed form and by autodiff with the case's cotangent; or what went wrong."""
 
-    def array(tensor: Tensor, dtype: str | None = None) -> Any:
-        data = np.asarray(tensor.values, dtype=None if tensor.values else "int32").reshape(tensor.shape)
-        if dtype is None and data.dtype != np.float64:  # 32 bits: there are devices that have no more
-            return backend.asarray(data if data.dtype == bool else data.astype("int32"), device=device)
-        dtype = dtype or case.dtype
-        exact = data.astype("float64" if dtype == "float64" else "float32")
-        return backend.cast(backend.asarray(exact, device=device), dtype)
+    def array(tensor: Tensor, empty: str) -> Any:
+        """Floats in the case's dtype, integers in 32 bits (there are devices that have no more)."""
+        data = np.asarray(tensor.values, dtype=None if tensor.values else empty).reshape(tensor.shape)
+        if data.dtype.kind != "f":
+            return backend.asarray(data.astype("int32") if data.dtype.kind == "i" else data, device=device)
+        exact = data.astype("float64" if case.dtype == "float64" else "float32")
+        return backend.cast(backend.asarray(exact, device=device), case.dtype)
 
     try:
         loss = getattr(unilabel, case.loss)
         value_and_grad = unilabel.value_and_grad(loss)
-        logits, targets = array(case.logits, case.dtype), array(case.targets)
-        options = {k: array(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+        logits, targets = array(case.logits, "float64"), array(case.targets, "int32")
+        options = {
+            name: array(given, "bool" if name == "where" else "float64") if isinstance(given, Tensor) else given
+            for name, given in case.options.items()
+        }
         results = dict(zip(("value", "closed_form"), value_and_grad(logits, targets, **options), strict=True))
         if backend.autodiff:
-            cotangent = array(case.cotangent, case.dtype)
+            cotangent = array(case.cotangent, "float64")
             recorded = backend.vjp(lambda x: loss(x, targets, **options), logits, cotangent)
             results |= zip(("value_recorded", "gradient"), recorded, strict=True)
         else:

@@ -52,6 +52,12 @@ class Framework:
         return self.numpy(gradient)
 
 
+@pytest.fixture(scope="session")
+def frameworks(request):
+    """All that are tested, for tests that draw one input for all."""
+    return [Framework(name) for name in request.config.getoption("--backend") or BACKENDS]
+
+
 @pytest.fixture
 def framework(request):
     return Framework(request.param)

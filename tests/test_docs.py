@@ -25,7 +25,7 @@ def docstrings():
 
 def run(test):
     """How many examples of a doctest ran, all of them right."""
-    report: list[str] = []
+    report = []
     results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append, clear_globs=False)
     assert results.failed == 0, "".join(report)
     return results.attempted
@@ -37,7 +37,7 @@ def test_docstring(test):
 
 
 def test_readme():
-    names: dict[str, object] = {}  # the snippets run in one namespace, one after the other, as they are read
+    names = {}  # the snippets run in one namespace, one after the other, as they are read
     ran = 0
     for snippet in re.finditer(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
         line = README.count("\n", 0, snippet.start(1))

@@ -3,6 +3,7 @@
 from .losses import (
     binary_cross_entropy,
     cross_entropy,
+    grad_and_hess,
     log_sigmoid,
     log_softmax,
     multilabel_logistic_loss,
@@ -16,6 +17,7 @@ from .losses import (
 __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
+    "grad_and_hess",
     "log_sigmoid",
     "log_softmax",
     "multilabel_logistic_loss",

@@ -78,9 +78,9 @@ class Backend:
         """The reduced loss, differentiable by the framework's autodiff if it has one."""
         return formulas.value(self.namespace(x), loss, options, x, operands)
 
-    def value_and_grad(self, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Array, Array]:
-        """The reduced loss and its closed-form gradient; nothing is recorded for autodiff."""
-        return formulas.value_and_gradient(self.namespace(x), loss, options, x, operands)
+    def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
+        """`formulas.value_and_gradient` or `gradient_and_hessian`; nothing is recorded for autodiff."""
+        return formula(self.namespace(x), loss, options, x, operands)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         """One of the activations of `formulas`, differentiable by the framework's autodiff if it has one."""

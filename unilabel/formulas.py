@@ -1,11 +1,11 @@
-"""Value and gradient of each loss, once, in pure array API: the page that unilabel exists for.
+"""Value, gradient and Hessian diagonal of each loss, once, in pure array API: the page that unilabel exists for.
 
 Every function takes the array namespace `xp` first, has the class axis last and never looks across rows (but to sum the
 result), so that a backend may run it whole, in tiles or traced. A loss is computed in three steps:
 
-    masses            what targets, weights, smoothing and masks come to: the share of the loss on each class
-    terms             what value and gradient have in common (the exponentials)
-    value, gradient   closed forms in these terms
+    masses                     what targets, weights, smoothing and masks come to: each class's share of the loss
+    terms                      what value, gradient and Hessian have in common (the exponentials)
+    value, gradient, hessian   closed forms in these terms
 
 The value is written so that plain autodiff of it is right too: no framework depends on the closed form. The namespace
 of a framework that has autodiff offers `stop_gradient` beside the standard's functions.
@@ -61,6 +61,7 @@ class Loss(NamedTuple):
     terms: Callable[[Namespace, Masses, Options], Any]
     value: Callable[[Namespace, Any], Array]
     gradient: Callable[[Namespace, Any], Array]
+    hessian: Callable[[Namespace, Any], Array]  # its diagonal
 
 
 # --- The multilabel logistic loss -------------------------------------------------------------------------------------
@@ -94,6 +95,10 @@ def logistic_gradient(xp: Namespace, t: LogisticTerms) -> Array:
     return (t.negative * (t.up + t.down * t.e) - t.positive * (t.up * t.e + t.down)) / (1 + t.e)
 
 
+def logistic_hessian(xp: Namespace, t: LogisticTerms) -> Array:
+    return (t.negative + t.positive) * t.e / ((1 + t.e) * (1 + t.e))
+
+
 # --- Binary cross-entropy on probabilities ----------------------------------------------------------------------------
 #
 #     L = -negative · log max(1 - p, eps) - positive · log max(p, eps)
@@ -116,12 +121,23 @@ def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms
 
 def binary_value(xp: Namespace, t: BinaryTerms) -> Array:
     log_p = xp.where(t.p_free, xp.log(xp.where(t.p_free, t.p, 1.0)), t.floor)
-    log_q = xp.where(t.q_free, xp.log1p(-xp.where(t.q_free, t.p, 0.0)), t.floor)
+    small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
+    log_q = xp.where(
+        small,
+        xp.log1p(-xp.where(small, t.p, 0.0)),
+        xp.where(t.q_free, xp.log(xp.where(t.q_free & ~small, 1 - t.p, 1.0)), t.floor),
+    )
     return _product(xp, t.negative, -log_q) + _product(xp, t.positive, -log_p)
 
 
 def binary_gradient(xp: Namespace, t: BinaryTerms) -> Array:
     return _quotient(xp, t.negative, 1 - t.p, t.q_free) - _quotient(xp, t.positive, t.p, t.p_free)
+
+
+def binary_hessian(xp: Namespace, t: BinaryTerms) -> Array:
+    q = 1 - t.p
+    by_q = _quotient(xp, _quotient(xp, t.negative, q, t.q_free), q, t.q_free)
+    return by_q + _quotient(xp, _quotient(xp, t.positive, t.p, t.p_free), t.p, t.p_free)
 
 
 # --- Softmax + negative log-likelihood --------------------------------------------------------------------------------
@@ -163,6 +179,11 @@ def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
     return (t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)
 
 
+def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
+    # Σ_k z_k · p_c (1 - p_c)
+    return xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) * (((1 - t.e) + t.s) / (1 + t.s))
+
+
 def _anchored(xp: Namespace, masses: Masses) -> Masses:
     """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either.
 
@@ -201,6 +222,10 @@ def categorical_gradient(xp: Namespace, t: CategoricalTerms) -> Array:
     return -_quotient(xp, t.z, t.p, t.free)
 
 
+def categorical_hessian(xp: Namespace, t: CategoricalTerms) -> Array:
+    return _quotient(xp, _quotient(xp, t.z, t.p, t.free), t.p, t.free)
+
+
 def nll_terms(xp: Namespace, masses: Masses, options: Options) -> Masses:
     return masses
 
@@ -211,6 +236,10 @@ def nll_value(xp: Namespace, t: Masses) -> Array:
 
 def nll_gradient(xp: Namespace, t: Masses) -> Array:
     return -t.mass
+
+
+def nll_hessian(xp: Namespace, t: Masses) -> Array:
+    return 0 * t.mass
 
 
 # --- From targets to masses -------------------------------------------------------------------------------------------
@@ -304,13 +333,29 @@ def probability_masses(xp: Namespace, x: Array, operands: Operands, options: Opt
     return row_masses(xp, x, operands, options, masked=0.0)
 
 
-LOGISTIC = Loss("multilabel_logistic_loss", False, element_masses, logistic_terms, logistic_value, logistic_gradient)
-BINARY = Loss("binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient)
-SOFTMAX = Loss("softmax_nll", True, softmax_masses, softmax_terms, softmax_value, softmax_gradient)
-CATEGORICAL = Loss(
-    "cross_entropy", True, probability_masses, categorical_terms, categorical_value, categorical_gradient
+LOGISTIC = Loss(
+    "multilabel_logistic_loss",
+    False,
+    element_masses,
+    logistic_terms,
+    logistic_value,
+    logistic_gradient,
+    logistic_hessian,
 )
-NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient)
+BINARY = Loss(
+    "binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient, binary_hessian
+)
+SOFTMAX = Loss("softmax_nll", True, softmax_masses, softmax_terms, softmax_value, softmax_gradient, softmax_hessian)
+CATEGORICAL = Loss(
+    "cross_entropy",
+    True,
+    probability_masses,
+    categorical_terms,
+    categorical_value,
+    categorical_gradient,
+    categorical_hessian,
+)
+NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient, nll_hessian)
 
 
 # --- The whole computation: what a backend calls ----------------------------------------------------------------------
@@ -345,6 +390,16 @@ def value_and_gradient(
     total = _reduced(xp, values, _divisor(xp, loss, masses, options), options)
     slopes = loss.gradient(xp, terms)
     return xp.astype(total, x.dtype, copy=False), _scaled(xp, loss, options, slopes, None, masses, x)
+
+
+def gradient_and_hessian(
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
+) -> tuple[Array, Array]:
+    """The derivative of the sum of the losses by the logits, and the diagonal of the second derivative."""
+    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    terms = loss.terms(xp, masses, options)
+    slopes, curvatures = loss.gradient(xp, terms), loss.hessian(xp, terms)
+    return _scaled(xp, loss, options, slopes, None, masses, x), _scaled(xp, loss, options, curvatures, None, masses, x)
 
 
 def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
