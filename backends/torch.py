@@ -1,4 +1,7 @@
-"""PyTorch: an autograd.Function with the closed-form gradient in eager mode, the plain expression everywhere else."""
+"""PyTorch: an autograd.Function with the closed-form gradient in eager mode, the plain expression everywhere else.
+
+`MultilabelLogisticLoss` and `SoftmaxNLL` are the losses as modules.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..losses import multilabel_logistic_loss, softmax_nll
 
 xp = Extended(compat, stop_gradient=torch.Tensor.detach)
 
@@ -100,6 +104,84 @@ def _plain(x: Array, operands: Operands) -> bool:
         and not torch._C._get_tracing_state()
         and not any(array is not None and array.requires_grad for array in operands)
     )
+
+
+class _Module(torch.nn.Module):
+    """A loss with its options set; weights among them are buffers, so that they move and are saved with the module."""
+
+    loss: Any
+    buffer_names: tuple[str, ...]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for name in self.buffer_names:
+            given = options.pop(name)
+            self.register_buffer(name, None if given is None else torch.as_tensor(given))
+        self.options = options
+
+    def forward(self, logits: Array, targets: Array, **options: Any) -> Array:
+        buffers = {name: getattr(self, name) for name in self.buffer_names}
+        return type(self).loss(logits, targets, **self.options, **buffers, **options)
+
+    def extra_repr(self) -> str:
+        defaults = type(self).loss.__kwdefaults__
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name])
+
+
+class MultilabelLogisticLoss(_Module):
+    """`unilabel.multilabel_logistic_loss` as a module: `module(logits, targets, where=None)`.
+
+    >>> loss = MultilabelLogisticLoss(pos_weight=[1.0, 2.0], reduction="mean")
+    >>> loss
+    MultilabelLogisticLoss(reduction='mean')
+    >>> f"{loss(torch.tensor([[0.5, -1.0]]), torch.tensor([[1, 1]])):.6f}"
+    '1.550300'
+    """
+
+    loss = staticmethod(multilabel_logistic_loss)
+    buffer_names = ("weight", "pos_weight")
+
+    def __init__(
+        self,
+        *,
+        weight: Any = None,
+        pos_weight: Any = None,
+        label_smoothing: float = 0.0,
+        axis: int | tuple[int, ...] = -1,
+        reduction: str = "batchmean",
+    ) -> None:
+        super().__init__(
+            weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing, axis=axis, reduction=reduction
+        )
+
+
+class SoftmaxNLL(_Module):
+    """`unilabel.softmax_nll` as a module: `module(logits, targets, sample_weight=None, where=None)`.
+
+    Its class axis is the last, where `torch.nn.CrossEntropyLoss` has `axis=1`.
+
+    >>> loss = SoftmaxNLL(ignore_index=-100)
+    >>> loss
+    SoftmaxNLL(ignore_index=-100)
+    >>> f"{loss(torch.tensor([[2.0, 0.5, -1.0], [0.0, 0.0, 0.0]]), torch.tensor([0, -100])):.6f}"
+    '0.241311'
+    """
+
+    loss = staticmethod(softmax_nll)
+    buffer_names = ("weight",)
+
+    def __init__(
+        self,
+        *,
+        weight: Any = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        axis: int | tuple[int, ...] = -1,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, axis=axis, reduction=reduction
+        )
 
 
 backend = TorchBackend()

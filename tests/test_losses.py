@@ -250,6 +250,29 @@ def test_compiled(recorder, loss, targets, options):
     close(recorder.numpy(gradient), recorder.numpy(expected[1]), "float64")
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_wrong_index_is_nan(recorder, mode):
+    """For its example alone, in value and gradient; it is not clamped, wrapped around or ignored on any path."""
+    x, y = recorder.array(LOGITS * 3), recorder.integers([0, -1, 3, 2, -100, 1])
+
+    def loss(x):
+        return ul.softmax_nll(x, y, reduction="none")
+
+    def total(x):
+        return ul.softmax_nll(x, y, weight=[0.5, 1.0, 2.0])
+
+    if mode == "eager":
+        values, gradient, mean = loss(x), recorder.gradient(loss, x), total(x)
+    else:
+        summed = compiled(recorder, lambda x: ul.softmax_nll(x, y, reduction="sum"))
+        (_, gradient), (mean, slope) = summed(x), compiled(recorder, total)(x)
+        gradient, values = recorder.numpy(gradient), ul.softmax_nll(x, y, reduction="none")
+        assert np.isnan(recorder.numpy(slope)).any(axis=1).tolist() == [False, True, True, False, True, False]
+    assert np.isnan(recorder.numpy(values)).tolist() == [False, True, True, False, True, False]
+    assert np.isnan(gradient).tolist() == [[False] * 3, [True] * 3, [True] * 3, [False] * 3, [True] * 3, [False] * 3]
+    assert np.isnan(recorder.numpy(mean))
+
+
 def test_unknown_batch_size_under_tf_function():
     import tensorflow as tf
 
