@@ -251,7 +251,9 @@ def weighted(make: Maker) -> Iterator[Case]:
         ignore_index=-1,
         label_smoothing=0.1,
     )
-    yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], weight=[0.0, 0.0, 1.0])
+    for smoothing in (0.0, 0.5):  # the targets weigh nothing, and so there is nothing to average
+        options = {"weight": [0.0, 0.0, 1.0], "label_smoothing": smoothing}
+        yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], **options)
 
 
 @family

@@ -208,13 +208,13 @@ def _reduced(
     if reduction == "none":
         scaled = [_scaled(slope, mp.mpf(case.cotangent.values[owner[i]])) for i, slope in enumerate(slopes)]
         return Expected(values, scaled, slopes, 1)
-    divisor = mp.mpf(divisor) or mp.mpf(1)
+    factor = 1 / mp.mpf(divisor) if divisor else mp.mpf(0)  # a mean over nothing is 0
     total = Exact(
-        mp.fsum(v.value for v in values) / divisor,
-        mp.fsum(v.terms for v in values) / divisor,
+        mp.fsum(v.value for v in values) * factor,
+        mp.fsum(v.terms for v in values) * abs(factor),
         max([v.shift for v in values], default=mp.mpf(0)),
     )
-    scaled = [_scaled(slope, 1 / divisor) for slope in slopes]
+    scaled = [_scaled(slope, factor) for slope in slopes]
     return Expected([total], scaled, scaled, len(values))
 
 

@@ -6,11 +6,12 @@ class axis last where classes exclude each other, the options resolved and hasha
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from .backend import Backend, backend_of
+from .backend import Backend, backend_of, is_plain
 from .formulas import BINARY, CATEGORICAL, NLL, Array, Loss, Namespace, Operands, Options
 
 HALVES = ("float16", "bfloat16")
@@ -65,14 +66,17 @@ def arrange(
         eps=EPSILON[name] if eps is None else _fraction("eps", eps, 0.5),
         half=name in HALVES,
     )
+    if 0 < options.eps < (2.0**-1022 if name == "float64" else 2.0**-126):
+        _fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(eps))
 
     def operand(label: str, data: Any, dtypes: tuple[str, ...] = NUMBERS) -> Array:
-        return None if data is None else _operand(backend, label, data, dtypes, logits, name)
+        return None if data is None else _operand(backend, label, data, dtypes, logits, name)[0]
 
     if targets is None:
         _fail(TypeError, "targets", "an array", "None")
+    z, dtype = _operand(backend, "targets", targets, NUMBERS, logits, name)
     operands = Operands(
-        operand("targets", targets),
+        z,
         operand("weight", weight),
         operand("pos_weight", pos_weight),
         operand("sample_weight", sample_weight),
@@ -80,44 +84,46 @@ def arrange(
     )
     _broadcasts("where", operands.where, shape, what)
     if not loss.per_row:
-        _has_shape("targets", operands.targets, shape, f"the shape of the {what}, {_text(shape)}")
+        _has_shape("targets", z, shape, lambda: f"the shape of the {what}, {_text(shape)}")
         _broadcasts("weight", operands.weight, shape, what)
         _broadcasts("pos_weight", operands.pos_weight, shape, what)
         if validate:
-            _validate(backend, loss, what, logits, operands, options, axes)
+            _validate(backend, loss, what, logits, operands, options, axes, dtype)
         return Arranged(backend, loss, options, logits, operands, lambda array: array)
 
     batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
     classes = _product(shape[i] for i in axes)
     if classes == 0:
         _fail(ValueError, what, "at least one class", f"shape {_text(shape)} with class axis {axis}")
-    indices = len(operands.targets.shape) == len(batch)
-    kinds = f"integer class indices of shape {_text(batch)} or a distribution of shape {_text(shape)}"
-    _has_shape("targets", operands.targets, batch if indices else shape, kinds)
-    if indices:
-        dtype = backend.dtype(operands.targets)
-        if dtype not in INTEGERS:
-            _fail(TypeError, "targets", kinds, f"{dtype} of shape {_text(batch)}")
-        if ignore_index is not None:
-            ignore_index = _index("ignore_index", ignore_index)
-            bits = int(dtype.removeprefix("u").removeprefix("int"))
-            low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
-            ignore_index = ignore_index if low <= ignore_index < high else None  # this dtype cannot hold it
-    elif ignore_index is not None:
-        _fail(ValueError, "ignore_index", "None, where the targets are a distribution (mask with where)", ignore_index)
-    _has_shape("weight", operands.weight, (classes,), f"one weight for each of {classes} classes")
-    _has_shape("sample_weight", operands.sample_weight, batch, f"one weight per example, {_text(batch)}")
+
+    def kinds() -> str:
+        return f"integer class indices of shape {_text(batch)} or a distribution of shape {_text(shape)}"
+
+    indices = len(z.shape) == len(batch)
+    _has_shape("targets", z, batch if indices else shape, kinds)
+    if indices and dtype not in INTEGERS:
+        _fail(TypeError, "targets", kinds(), f"{dtype} of shape {_text(batch)}")
+    if ignore_index is not None:
+        if not indices:
+            _fail(ValueError, "ignore_index", "None, as the targets are a distribution (mask with where)", ignore_index)
+        ignore_index = _index("ignore_index", ignore_index)
+        if not -(2**31) < ignore_index < 2**31 - 1:
+            _fail(ValueError, "ignore_index", "an integer of 32 bits", ignore_index)
+        bits = int(dtype.removeprefix("u").removeprefix("int"))
+        low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+        ignore_index = ignore_index if low <= ignore_index < high else None  # the targets' dtype cannot hold it
+    _has_shape("weight", operands.weight, (classes,), lambda: f"one weight for each of {classes} classes")
+    _has_shape("sample_weight", operands.sample_weight, batch, lambda: f"one weight per example, {_text(batch)}")
     options = options._replace(indices=indices, ignore_index=ignore_index)
     if validate:
-        _validate(backend, loss, what, logits, operands, options, axes)
+        _validate(backend, loss, what, logits, operands, options, axes, dtype)
 
     xp = backend.namespace(logits)
     if operands.where is not None:  # broadcast by arithmetic: a length may be unknown before it runs
         operands = operands._replace(where=operands.where & xp.ones_like(logits, dtype=xp.bool))
-    last, restore = _class_axis_last(xp, axes, shape, classes)
+    last, restore = _class_axis_last(xp, axes, logits)
     operands = operands._replace(
-        targets=operands.targets if indices else last(operands.targets),
-        where=None if operands.where is None else last(operands.where),
+        targets=z if indices else last(z), where=None if operands.where is None else last(operands.where)
     )
     return Arranged(backend, loss, options, last(logits), operands, restore)
 
@@ -132,7 +138,7 @@ def arrange_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Ba
     classes = _product(x.shape[i] for i in axes)
     if classes == 0:
         _fail(ValueError, "x", "at least one class", f"shape {_text(x.shape)} with class axis {axis}")
-    last, restore = _class_axis_last(backend.namespace(x), axes, tuple(x.shape), classes)
+    last, restore = _class_axis_last(backend.namespace(x), axes, x)
     return backend, half, last(x), restore
 
 
@@ -155,7 +161,7 @@ def class_axes(axis: Any, ndim: int, what: str) -> tuple[int, ...]:
     given = axis if isinstance(axis, tuple) else (axis,)
     axes = tuple(_index("axis", i) for i in given)
     if not axes or not all(-ndim <= i < ndim for i in axes):
-        choices = f"an axis of the {what}, from {-ndim} to {ndim - 1}" if ndim else f"{what} with a class axis"
+        choices = f"one of the {what}' axes, {-ndim} to {ndim - 1}" if ndim else f"{what} that have an axis"
         _fail(ValueError, "axis", f"{choices}, or a tuple of them", f"{axis} for {ndim} dimensions")
     axes = tuple(i - ndim if i >= 0 else i for i in axes)
     if len(set(axes)) < len(axes):
@@ -163,28 +169,40 @@ def class_axes(axis: Any, ndim: int, what: str) -> tuple[int, ...]:
     return axes
 
 
-def _operand(backend: Backend, label: str, data: Any, dtypes: tuple[str, ...], logits: Array, name: str) -> Array:
-    """An operand as an array of the logits' framework, beside them; plain floats in the dtype to compute in."""
+def _operand(
+    backend: Backend, label: str, data: Any, dtypes: tuple[str, ...], logits: Array, name: str
+) -> tuple[Array, str]:
+    """An operand as an array of the logits' framework, beside them, and the dtype that it came in.
+
+    Plain floats come in the dtype that is computed in.
+    """
     import numpy
 
-    if not isinstance(data, (bool, int, float, list, tuple, numpy.generic)):
+    if not is_plain(data):
         problem = backend_of(data).problem(data)
         if problem is not None:
             _fail(TypeError, label, "a plain array", problem)
     try:
         array = backend.read(data)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         _fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
     plain = isinstance(array, numpy.ndarray)
     dtype = array.dtype.name if plain else backend.dtype(array)
-    if isinstance(data, (list, tuple)) and 0 in array.shape:
+    if isinstance(data, (list, tuple, range)) and 0 in array.shape:
         dtype = dtypes[0]  # an empty list fits any dtype
         array = array.astype(dtype) if plain else backend.cast(array, dtype)
     if dtype not in dtypes:
         _fail(TypeError, label, "dtype " + _choices(dtypes), dtype)
     if plain and dtype in FLOATS:
-        array = array.astype("float32" if name in HALVES else name)
-    return backend.asarray(array, like=logits)
+        with numpy.errstate(all="ignore"):  # a masked label may be any number
+            array = array.astype("float32" if name in HALVES else name)
+    return backend.asarray(array, like=logits), dtype
+
+
+def _has_shape(label: str, array: Array | None, shape: Shape, expected: Callable[[], str]) -> None:
+    """`expected` is called on failure only: compilers trace what is called, and cannot make text of a length."""
+    if array is not None and not _same(array.shape, shape):
+        _fail(ValueError, label, expected(), f"shape {_text(array.shape)}")
 
 
 def _has_shape(label: str, array: Array | None, shape: Shape, expected: str) -> None:
@@ -225,7 +243,14 @@ def _index(label: str, number: Any) -> int:
 
 
 def _validate(
-    backend: Backend, loss: Loss, what: str, logits: Array, operands: Operands, options: Options, axes: tuple[int, ...]
+    backend: Backend,
+    loss: Loss,
+    what: str,
+    logits: Array,
+    operands: Operands,
+    options: Options,
+    axes: tuple[int, ...],
+    dtype: str,
 ) -> None:
     """validate=True: read the values, and raise ValueError that names the first wrong one and its position."""
     import numpy as np
@@ -234,11 +259,11 @@ def _validate(
     z = backend.to_numpy(operands.targets)
     keep = np.broadcast_to(True if operands.where is None else backend.to_numpy(operands.where), x.shape)
     if options.indices:
-        kept_last = np.moveaxis(keep, axes, range(-len(axes), 0)).reshape(*z.shape, -1)
-        classes = kept_last.shape[-1]
+        classes = math.prod(x.shape[i] for i in axes)
+        kept = np.moveaxis(keep, axes, range(-len(axes), 0)).reshape(*z.shape, classes)
         inside = (z >= 0) & (z < classes)
-        names = np.take_along_axis(kept_last, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
-        taken = kept_last.any(axis=-1)  # a row with no class left is ignored
+        names = np.take_along_axis(kept, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
+        taken = kept.any(axis=-1)  # a row with no class left is ignored
         expected = f"class indices from 0 to {classes - 1}"
         if options.ignore_index is not None:
             taken = taken & (z != options.ignore_index)
@@ -249,13 +274,12 @@ def _validate(
     else:
         z = np.asarray(z, dtype="float64")
         _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
-        if loss.per_row:
-            total = np.where(keep, z, 0).sum(axis=axes)
-            tolerance = 1e-2 if backend.dtype(operands.targets) in HALVES else 1e-4
-            low = total < 1 - tolerance if operands.where is None else np.zeros(total.shape, dtype=bool)
-            _first(total, low | (total > 1 + tolerance), "targets", "distributions that sum to 1")
+        if loss.per_row:  # to half the digits of the dtype that they came in; what is masked may be the rest
+            total, tolerance = np.where(keep, z, 0).sum(axis=axes), EPSILON.get(dtype, 0.0) ** 0.5
+            wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))
+            _first(total, wrong, "targets", "distributions that sum to 1")
     valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]
-    expected = {"logits": "numbers", "probs": "values from 0 to 1", "log_probs": "values up to 0"}[what]
+    expected = {"logits": "no NaN", "probs": "values from 0 to 1", "log_probs": "values up to 0"}[what]
     _first(x, keep & ~valid, what, expected)
 
 
@@ -269,30 +293,26 @@ def _first(values: Any, wrong: Any, label: str, expected: str) -> None:
 
 
 def _class_axis_last(
-    xp: Namespace, axes: tuple[int, ...], shape: Shape, classes: Any
+    xp: Namespace, axes: tuple[int, ...], x: Array
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """How to move the class axes to the end, as one, and how to move them back."""
+    """How to move the class axes of arrays of this shape to the end, as one, and how to move them back."""
+    ndim = len(x.shape)
     if axes == (-1,):
         return (lambda array: array), (lambda array: array)
-    ndim = len(shape)
     order = [i for i in range(ndim) if i - ndim not in axes] + [i + ndim for i in axes]
     back = [order.index(i) for i in range(ndim)]
-    moved = [shape[i] for i in order]
+    moved = [xp.extent(x, i) if x.shape[i] is None else x.shape[i] for i in order]
+    flat = [*moved[: ndim - len(axes)], math.prod(moved[ndim - len(axes) :])]
 
     def last(array: Array) -> Array:
         array = xp.permute_dims(array, tuple(order))
-        return array if len(axes) == 1 else xp.reshape(array, _known([*array.shape[: ndim - len(axes)], classes]))
+        return array if len(axes) == 1 else xp.reshape(array, tuple(flat))
 
     def restore(array: Array) -> Array:
-        array = array if len(axes) == 1 else xp.reshape(array, _known(moved))
+        array = array if len(axes) == 1 else xp.reshape(array, tuple(moved))
         return xp.permute_dims(array, tuple(back))
 
     return last, restore
-
-
-def _known(shape: list[Any]) -> tuple[int, ...]:
-    """A shape to reshape to: the one length that may be unknown before it runs is left to the framework."""
-    return tuple(-1 if n is None else n for n in shape)
 
 
 def _product(lengths: Any) -> Any:
@@ -309,7 +329,7 @@ def _product(lengths: Any) -> Any:
 
 
 def _fail(kind: type[Exception], label: str, expected: str, received: Any) -> NoReturn:
-    raise kind(f"Expected {label} with {expected}. Received: {received}.")
+    raise kind(f"Expected {label}: {expected}. Received: {received}.")
 
 
 def _text(shape: Any) -> str:

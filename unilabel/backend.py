@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import types
 from typing import Any
 
 from . import formulas
@@ -114,15 +115,20 @@ def backend_of(logits: Any, *others: Any) -> Backend:
             f"Received: {type(logits).__name__}."
         )
     for other in others:
-        found = _of_type(type(other))
-        if found is backend or isinstance(other, (bool, int, float, list, tuple, type(None))):
+        if other is None or is_plain(other):
             continue
-        if found is None or found.name != "numpy":
+        found = _of_type(type(other))
+        if found is not backend and (found is None or found.name != "numpy"):
             raise TypeError(
                 f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the logits. "
                 f"Received: {backend.name} logits with {f'a {found.name} array' if found else type(other).__name__}."
             )
     return backend
+
+
+def is_plain(data: Any) -> bool:
+    """Whether this is a scalar of Python's or NumPy's, or a sequence of Python's."""
+    return type(data) in (bool, int, float, list, tuple, range) or type(data).__module__ == "numpy" and data.ndim == 0
 
 
 def backend_named(name: str) -> Backend:
@@ -138,15 +144,28 @@ def backend_named(name: str) -> Backend:
     return _array_api(name)
 
 
-_types: dict[type, Backend | None] = {}
+_names: dict[type, str] = {}  # of the attribute of _loaded
+_loaded: Any = types.SimpleNamespace(none=None)
 
 
 def _of_type(kind: type) -> Backend | None:
-    try:
-        return _types[kind]
-    except KeyError:
-        found = _types[kind] = _search(kind)
-        return found
+    found: Backend | None = getattr(_loaded, _name_of(kind))
+    return found
+
+
+def _name_of(kind: type) -> str:
+    """Where in _loaded the backend of a type is; it is there by then."""
+    name = _names.get(kind)
+    if name is None:
+        backend = _search(kind)
+        name = _names[kind] = "none" if backend is None else backend.name
+        setattr(_loaded, name, backend)
+    return name
+
+
+# torch.compile takes what this returns for a constant and does not trace into it: it could not trace an import. The mark
+# is that of `torch.compiler.assume_constant_result`; what that returns must be a plain constant.
+_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _search(kind: type) -> Backend | None:

@@ -114,9 +114,10 @@ class BinaryTerms(NamedTuple):
 
 
 def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms:
-    p, eps = masses.x, options.eps
-    negative, positive = masses.mass
-    return BinaryTerms(p, ~(p < eps), ~(1 - p < eps), negative, positive, _log(eps))
+    p, (negative, positive) = masses.x, masses.mass
+    return BinaryTerms(
+        p, _free(p, positive, options.eps), _free(1 - p, negative, options.eps), negative, positive, _log(options.eps)
+    )
 
 
 def binary_value(xp: Namespace, t: BinaryTerms) -> Array:
@@ -157,9 +158,10 @@ class SoftmaxTerms(NamedTuple):
 
 def softmax_terms(xp: Namespace, masses: Masses, options: Options | None = None) -> SoftmaxTerms:
     x = masses.x
-    m = _constant(xp, xp.max(x, axis=-1, keepdims=True))
+    m = xp.max(x, axis=-1, keepdims=True)
+    m = xp.where(m == math.inf, m, _constant(xp, m))  # an infinite logit takes all: then the others' loss is its own
     top = x == m
-    d = xp.where(top & xp.isinf(x) & (x > 0), 0.0, x - m)
+    d = xp.where(top & (x == math.inf), 0.0, x - m)
     e = xp.exp(d)
     ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
     s = xp.sum(xp.where(top, e - 1, e), axis=-1, keepdims=True) + (ties - 1)
@@ -190,11 +192,14 @@ def _anchored(xp: Namespace, masses: Masses) -> Masses:
     The loss stays the same when all logits move together: moving the main target by h is moving all the others by -h,
     and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1.
     """
-    x = masses.x
-    main = _classes(xp, x) == xp.expand_dims(xp.argmax(_constant(xp, masses.mass), axis=-1), axis=-1)
+    x, z = masses.x, _constant(xp, masses.mass)
+    main = _classes(xp, x) == xp.expand_dims(xp.argmax(z, axis=-1), axis=-1)
     x_main = xp.sum(xp.where(main, x, 0.0), axis=-1, keepdims=True)
-    move = xp.where(xp.isfinite(x_main), x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
-    return masses._replace(x=xp.where(main, _constant(xp, x), x - move))
+    # Not where the target is impossible, another class is sure, or there is no target: nothing cancels there.
+    finite = xp.isfinite(x_main) & (xp.max(_constant(xp, x), axis=-1, keepdims=True) < math.inf)
+    finite = finite & xp.isfinite(xp.sum(z, axis=-1, keepdims=True))
+    move = xp.where(finite, x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
+    return masses._replace(x=xp.where(main & finite, _constant(xp, x), x - move))
 
 
 # --- Cross-entropy on probabilities, and on log-probabilities ---------------------------------------------------------
@@ -210,7 +215,7 @@ class CategoricalTerms(NamedTuple):
 
 
 def categorical_terms(xp: Namespace, masses: Masses, options: Options) -> CategoricalTerms:
-    return CategoricalTerms(masses.x, ~(masses.x < options.eps), masses.mass, _log(options.eps))
+    return CategoricalTerms(masses.x, _free(masses.x, masses.mass, options.eps), masses.mass, _log(options.eps))
 
 
 def categorical_value(xp: Namespace, t: CategoricalTerms) -> Array:
@@ -305,7 +310,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
 
     if options.label_smoothing:
         if keep is None:
-            z = z * (1 - options.label_smoothing) + options.label_smoothing / _extent(xp, x, -1)
+            z = z * (1 - options.label_smoothing) + options.label_smoothing / _count(xp, x, (-1,))
         else:
             count = xp.sum(xp.astype(keep, x.dtype), axis=-1, keepdims=True)
             uniform = xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)
@@ -415,7 +420,7 @@ def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands:
 def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Array:
     if options.reduction == "none":
         return values
-    return xp.sum(values) if divisor is None else xp.sum(values) / divisor
+    return xp.sum(values) if divisor is None else _mean(xp, xp.sum(values), divisor)
 
 
 def _scaled(
@@ -423,7 +428,7 @@ def _scaled(
 ) -> Array:
     divisor = _divisor(xp, loss, masses, options)
     if divisor is not None:
-        scale = (1.0 if scale is None else scale) / divisor
+        scale = _mean(xp, 1.0 if scale is None else scale, divisor)
     if scale is not None:
         slopes = slopes * (xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" else scale)
     if masses.keep is not None:
@@ -432,22 +437,21 @@ def _scaled(
 
 
 def _divisor(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any:
-    """What the sum is divided by, and 1 instead of 0: a mean over nothing is 0. None: not divided."""
-    x = masses.x
+    """What the sum is divided by: a number, or an array where it is not known before it runs. None: by nothing."""
     if options.reduction not in ("mean", "batchmean"):
         return None
     if options.reduction == "mean" and masses.parts is not None:
-        count = xp.sum(masses.parts)
-        return xp.where(count == 0, 1.0, count)
+        return xp.sum(masses.parts)
     out = options.axes if loss.per_row or options.reduction == "batchmean" else ()
-    count = 1
-    for axis in range(-x.ndim, 0):
-        if axis not in out:
-            count = count * _extent(xp, x, axis)
-    if not hasattr(count, "dtype"):
-        return count or 1
-    count = xp.astype(count, x.dtype)
-    return xp.where(count == 0, 1.0, count)
+    return _count(xp, masses.x, tuple(axis for axis in range(-masses.x.ndim, 0) if axis not in out))
+
+
+def _mean(xp: Namespace, total: Any, divisor: Any) -> Any:
+    """total / divisor, and 0 where nothing takes part (NaN if the total is)."""
+    if isinstance(divisor, int):
+        return total / (divisor or 1)
+    nothing = divisor == 0
+    return xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor))
 
 
 # --- Activations ------------------------------------------------------------------------------------------------------
@@ -489,10 +493,14 @@ def _product(xp: Namespace, mass: Array, size: Array) -> Array:
     return mass * xp.where((mass == 0) & xp.isinf(size), 0.0, size)
 
 
+def _free(p: Array, mass: Array, eps: float) -> Array:
+    """Where the logarithm of p counts: neither clamped, nor of a 0 that carries no mass."""
+    return ~((p < eps) | ((p == 0) & (mass == 0)))
+
+
 def _quotient(xp: Namespace, mass: Array, p: Array, free: Array) -> Array:
-    """mass / p where the clamp leaves p free, else 0; and 0 where p is 0 and carries no mass."""
-    free = free & ~((mass == 0) & (p == 0))
-    return xp.where(free, mass / xp.where(free, p, 1.0), 0.0)
+    """mass / p where p is free, else 0; NaN wherever mass is."""
+    return xp.where(free, mass / xp.where(free, p, 1.0), 0 * mass)
 
 
 def _log(eps: float) -> float:
@@ -512,3 +520,11 @@ def _extent(xp: Namespace, x: Array, axis: int) -> Any:
     """The length of an axis: an int, or what the namespace's `extent` gives where it is not known before it runs."""
     n = x.shape[axis]
     return xp.extent(x, axis) if n is None else n
+
+
+def _count(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Any:
+    """The product of these axes' lengths, to divide by: an int, or a scalar array in the dtype of x."""
+    lengths = [_extent(xp, x, axis) for axis in axes]
+    if None not in x.shape:
+        return math.prod(lengths)
+    return math.prod(xp.astype(n, x.dtype) if hasattr(n, "dtype") else n for n in lengths)
