@@ -26,6 +26,9 @@ class ArrayAPIBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return array_api_compat.array_namespace(x)
 
+    def problem(self, x: Array) -> str | None:
+        return None if array_api_compat.is_array_api_obj(x) else f"{self.name} {type(x).__name__}"
+
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         if like is not None:
             place = array_api_compat.device(like)

@@ -69,6 +69,9 @@ class JaxBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return xp
 
+    def problem(self, x: Array) -> str | None:
+        return None if isinstance(x, jax.Array) else f"jax {type(x).__name__}"
+
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
 
@@ -76,12 +79,17 @@ class JaxBackend(Backend):
         if like is None:
             place = None if device is None else {str(d): d for d in jax.devices()}[device]
             return jnp.asarray(data, device=place)
-        if isinstance(data, jax.Array):
-            return data
-        wide = data.dtype.kind in "iu" and data.dtype.itemsize == 8 and not jax.config.jax_enable_x64
-        if wide:  # what does not fit 32 bits must not wrap around to a class that exists
-            data = np.clip(data, -(2**31), 2**31 - 1).astype(np.int32)
-        return jnp.asarray(data)
+        if isinstance(data, np.ndarray):
+            wide = data.dtype.kind in "iu" and data.dtype.itemsize == 8 and not jax.config.jax_enable_x64
+            if wide:  # what does not fit 32 bits must not wrap around to a class that exists
+                data = np.clip(data, -(2**31), 2**31 - 1).astype(np.int32)
+            data = data.astype(data.dtype.newbyteorder("="), copy=False)
+        if isinstance(like, jax.core.Tracer) or isinstance(data, jax.core.Tracer):
+            return jnp.asarray(data)
+        place = like.sharding
+        if not isinstance(place, jax.sharding.SingleDeviceSharding):  # over several devices: jit finds the way
+            return data if isinstance(data, jax.Array) else jnp.asarray(data)
+        return jax.device_put(data, place)
 
     def to_numpy(self, x: Array) -> Any:
         if isinstance(x, jax.core.Tracer):

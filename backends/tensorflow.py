@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,13 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
     return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
 
 
+def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    if tf.executing_eagerly() or x.dtype != tf.float32:
+        return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
+    # XLA adds one number after the other, and loses digits on the way: in float64 it has more, and need not store them.
+    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
+
+
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
 xp = SimpleNamespace(
     arange=lambda n, device=None: tf.range(tf.cast(n, tf.int64)),
@@ -27,11 +35,10 @@ xp = SimpleNamespace(
     bool=tf.bool,
     exp=tf.exp,
     expand_dims=tf.expand_dims,
-    extent=lambda x, axis: tf.shape(x)[axis],
+    extent=lambda x, axis: tf.shape(x, out_type=tf.int64)[axis],
     float32=tf.float32,
     isfinite=tf.math.is_finite,
     isinf=tf.math.is_inf,
-    isnan=tf.math.is_nan,
     log=tf.math.log,
     log1p=tf.math.log1p,
     max=tf.reduce_max,
@@ -40,9 +47,29 @@ xp = SimpleNamespace(
     reshape=tf.reshape,
     squeeze=tf.squeeze,
     stop_gradient=tf.stop_gradient,
-    sum=tf.reduce_sum,
+    sum=_sum,
     where=_where,
 )
+
+
+def _on_device_of(x: Array) -> Any:
+    """Eager operations go where TensorFlow likes best, not where their input is."""
+    return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
+
+
+def _fitted(options: Options, x: Array, operands: Operands) -> Operands:
+    """Operands whose shapes are checked when it runs if they were not known before: nothing must broadcast silently."""
+    if x.shape.is_fully_defined():
+        return operands
+
+    def fit(array: Array, shape: Array) -> Array:
+        with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
+            return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
+
+    per_row = tf.shape(x)[:-1]
+    targets = fit(operands.targets, per_row if options.indices else tf.shape(x))
+    sample_weight = None if operands.sample_weight is None else fit(operands.sample_weight, per_row)
+    return operands._replace(targets=targets, sample_weight=sample_weight)
 
 
 class TensorflowBackend(Backend):
@@ -60,7 +87,9 @@ class TensorflowBackend(Backend):
         return xp
 
     def problem(self, x: Array) -> str | None:
-        return None if isinstance(x, (tf.Tensor, tf.Variable)) else f"a tensorflow {type(x).__name__}"
+        if not isinstance(x, (tf.Tensor, tf.Variable)):
+            return f"a tensorflow {type(x).__name__}"
+        return "a tensor of unknown rank" if x.shape.rank is None else None
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
@@ -82,7 +111,8 @@ class TensorflowBackend(Backend):
         return np.asarray(tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x)
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        given = operands._asdict()
+        x = tf.convert_to_tensor(x)
+        given = _fitted(options, x, operands)._asdict()
         moving = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
 
         @tf.custom_gradient
@@ -91,24 +121,32 @@ class TensorflowBackend(Backend):
                 return Operands(**given | dict(zip(moving, arrays, strict=True)))
 
             def pullback(cotangent: Array) -> list[Array]:
-                gradients = [formulas.gradient(xp, loss, options, x, put(arrays), cotangent)]
-                if arrays:  # targets and weights: by the plain expression. Copies: they may be the logits themselves
-                    copies = [tf.identity(array) for array in arrays]
-                    with tf.GradientTape() as tape:
-                        tape.watch(copies)
-                        value = formulas.value(xp, loss, options, x, put(copies))
-                    gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
+                with _on_device_of(x):
+                    gradients = [formulas.gradient(xp, loss, options, x, put(arrays), cotangent)]
+                    if (
+                        arrays
+                    ):  # targets and weights: by the plain expression. Copies: they may be the logits themselves
+                        copies = [tf.identity(array) for array in arrays]
+                        with tf.GradientTape() as tape:
+                            tape.watch(copies)
+                            value = formulas.value(xp, loss, options, x, put(copies))
+                        gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
                 return gradients
 
             return formulas.value(xp, loss, options, x, put(arrays), by_autodiff=True), pullback
 
-        return run(tf.convert_to_tensor(x), *moving.values())
+        with _on_device_of(x):
+            return run(x, *moving.values())
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-        return super().closed_form(formula, loss, options, tf.convert_to_tensor(x), operands)
+        x = tf.convert_to_tensor(x)
+        with _on_device_of(x):
+            return super().closed_form(formula, loss, options, x, _fitted(options, x, operands))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
-        return super().activation(function, tf.convert_to_tensor(x), half)
+        x = tf.convert_to_tensor(x)
+        with _on_device_of(x):
+            return super().activation(function, x, half)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         with tf.GradientTape() as tape:

@@ -49,7 +49,9 @@ class TorchBackend(Backend):
         return xp
 
     def problem(self, x: Array) -> str | None:
-        return f"a torch tensor of layout {x.layout}" if x.layout is not torch.strided else None
+        if not isinstance(x, torch.Tensor):
+            return f"torch {type(x).__name__}"
+        return "a nested tensor" if x.is_nested else f"layout {x.layout}" if x.layout is not torch.strided else None
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")
@@ -71,8 +73,8 @@ class TorchBackend(Backend):
         return data.to(place)
 
     def to_numpy(self, x: Array) -> Any:
-        if torch.compiler.is_compiling():
-            raise ValueError("Expected values to read. Received: a tensor under torch.compile, which has none yet.")
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            raise ValueError("Expected values to read. Received: a tensor that torch traces, which has none yet.")
         x = x.detach().cpu()
         return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
 

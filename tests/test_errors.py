@@ -19,7 +19,7 @@ WRONG: list[Any] = [
         [[1], [0]],
         {},
         ValueError,
-        "targets .*shape of the logits, (2, 3). Received: shape (2, 1)",
+        "targets: .*shape of the logits, (2, 3). Received: shape (2, 1)",
     ),
     (ul.multilabel_logistic_loss, [1, 0, 1], {}, ValueError, "Received: shape (3,)"),
     (
@@ -27,10 +27,10 @@ WRONG: list[Any] = [
         Z,
         {"weight": [1.0, 2.0]},
         ValueError,
-        "weight .*broadcasts.* (2, 3). Received: (2,)",
+        "weight: .*broadcasts.* (2, 3). Received: (2,)",
     ),
-    (ul.multilabel_logistic_loss, Z, {"pos_weight": [[[1.0]]]}, ValueError, "pos_weight .*Received: (1, 1, 1)"),
-    (ul.multilabel_logistic_loss, Z, {"where": [[True]] * 3}, ValueError, "where .*Received: (3, 1)"),
+    (ul.multilabel_logistic_loss, Z, {"pos_weight": [[[1.0]]]}, ValueError, "pos_weight: .*Received: (1, 1, 1)"),
+    (ul.multilabel_logistic_loss, Z, {"where": [[True]] * 3}, ValueError, "where: .*Received: (3, 1)"),
     (
         ul.softmax_nll,
         [0, 1, 2],
@@ -54,15 +54,15 @@ WRONG: list[Any] = [
         "one weight per example, (2,). Received: shape (3,)",
     ),
     # dtypes and kinds
-    (ul.softmax_nll, [0.0, 1.0], {}, TypeError, "integer class indices .*Received: float32 of shape (2,)"),
+    (ul.softmax_nll, [0.0, 1.0], {}, TypeError, "integer class indices .*Received: float64 of shape (2,)"),
     (ul.softmax_nll, [True, False], {}, TypeError, "integer class indices .*Received: bool"),
-    (ul.softmax_nll, ["a", "b"], {}, TypeError, "targets with dtype int8, .*Received: str"),
-    (ul.softmax_nll, [[1], [0, 1]], {}, TypeError, "targets with an array. Received: a list"),
-    (ul.softmax_nll, None, {}, TypeError, "targets with an array. Received: None"),
+    (ul.softmax_nll, ["a", "b"], {}, TypeError, "targets: dtype int8, .*Received: str"),
+    (ul.softmax_nll, [[1], [0, 1]], {}, TypeError, "targets: an array. Received: a list"),
+    (ul.softmax_nll, None, {}, TypeError, "targets: an array. Received: None"),
     (ul.softmax_nll, "cat", {}, TypeError, "Received: .*str"),
-    (ul.multilabel_logistic_loss, np.array(Z) * 1j, {}, TypeError, "targets with dtype .*Received: complex128"),
+    (ul.multilabel_logistic_loss, np.array(Z) * 1j, {}, TypeError, "targets: dtype .*Received: complex128"),
     (ul.multilabel_logistic_loss, np.ma.masked_array(Z), {}, TypeError, "plain array. Received: numpy MaskedArray"),
-    (ul.multilabel_logistic_loss, Z, {"where": [[1, 0, 1]]}, TypeError, "where with dtype bool. Received: int64"),
+    (ul.multilabel_logistic_loss, Z, {"where": [[1, 0, 1]]}, TypeError, "where: dtype bool. Received: int64"),
     # options
     (
         ul.multilabel_logistic_loss,
@@ -76,22 +76,24 @@ WRONG: list[Any] = [
         Z,
         {"label_smoothing": 1.5},
         ValueError,
-        "label_smoothing with a number from 0 to 1.0. Received: 1.5",
+        "label_smoothing: a number from 0 to 1.0. Received: 1.5",
     ),
     (ul.multilabel_logistic_loss, Z, {"label_smoothing": "much"}, ValueError, "Received: 'much'"),
-    (ul.binary_cross_entropy, Z, {"eps": 0.7}, ValueError, "eps with a number from 0 to 0.5. Received: 0.7"),
-    (ul.multilabel_logistic_loss, Z, {"axis": 2}, ValueError, "axis .*from -2 to 1, .*Received: 2 for 2 dimensions"),
+    (ul.binary_cross_entropy, Z, {"eps": 0.7}, ValueError, "eps: a number from 0 to 0.5. Received: 0.7"),
+    (ul.multilabel_logistic_loss, Z, {"axis": 2}, ValueError, "axis: .*-2 to 1, .*Received: 2 for 2 dimensions"),
     (ul.multilabel_logistic_loss, Z, {"axis": (0, -2)}, ValueError, "axes that differ. Received: (0, -2)"),
-    (ul.multilabel_logistic_loss, Z, {"axis": ()}, ValueError, "axis .*tuple of them. Received: ()"),
+    (ul.multilabel_logistic_loss, Z, {"axis": ()}, ValueError, "axis: .*tuple of them. Received: ()"),
     (
         ul.multilabel_logistic_loss,
         Z,
         {"axis": 1.0},
         TypeError,
-        "axis with an integer or a tuple of integers. Received: 1.0",
+        "axis: an integer or a tuple of integers. Received: 1.0",
     ),
-    (ul.softmax_nll, [0, 1], {"ignore_index": 0.5}, TypeError, "ignore_index with an integer. Received: 0.5"),
-    (ul.softmax_nll, X, {"ignore_index": 1}, ValueError, "ignore_index with None, .*Received: 1"),
+    (ul.softmax_nll, [0, 1], {"ignore_index": 0.5}, TypeError, "ignore_index: an integer. Received: 0.5"),
+    (ul.softmax_nll, X, {"ignore_index": 1}, ValueError, "ignore_index: None, .*Received: 1"),
+    (ul.softmax_nll, [0, 1], {"ignore_index": 2**40}, ValueError, "ignore_index: an integer of 32 bits. Received: "),
+    (ul.binary_cross_entropy, Z, {"eps": 1e-310}, ValueError, "eps: 0 or a normal number .*Received: 1e-310"),
     # values, on demand
     (ul.softmax_nll, [0, 3], {"validate": True}, ValueError, "class indices from 0 to 2. Received: 3 at (1,)"),
     (
@@ -128,9 +130,9 @@ WRONG: list[Any] = [
         [0, 1],
         {"validate": True},
         ValueError,
-        "probs with values from 0 to 1. Received: 1.25 at (1, 2)",
+        "probs: values from 0 to 1. Received: 1.25 at (1, 2)",
     ),
-    (ul.nll, [0, 1], {"validate": True}, ValueError, "log_probs with values up to 0. Received: 0.25 at (0, 1)"),
+    (ul.nll, [0, 1], {"validate": True}, ValueError, "log_probs: values up to 0. Received: 0.25 at (0, 1)"),
 ]
 
 
@@ -155,21 +157,23 @@ def test_right_values_pass_validation(framework):
     ul.softmax_nll(x, [[0.25, 0.75, np.nan], [np.nan] * 3], where=where, validate=True)
     ul.softmax_nll(framework.array(X.T), [[0.1, 0.6], [0.2, 0.2], [0.7, 0.2]], axis=0, validate=True)
     ul.softmax_nll(x, [-100, 2], ignore_index=-100, validate=True)
+    ul.softmax_nll(framework.array(np.zeros((0, 3))), [], validate=True)
+    ul.softmax_nll(x, np.full((2, 3), 1 / 3, "float16"), validate=True)
 
 
 def test_nan_logits_do_not_pass_validation(framework):
     x = framework.array([[0.0, np.nan, 1.0]])
     for loss, targets in [(ul.multilabel_logistic_loss, [[0, 1, 1]]), (ul.softmax_nll, [0])]:
-        with pytest.raises(ValueError, match=re.escape("logits with numbers. Received: nan at (0, 1)")):
+        with pytest.raises(ValueError, match=re.escape("logits: no NaN. Received: nan at (0, 1)")):
             loss(x, targets, validate=True)
         loss(x, targets, where=[True, False, True], validate=True)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool"])
 def test_integer_logits(framework, dtype):
-    with pytest.raises(TypeError, match=pattern(f"logits with dtype float16, .*float64. Received: {dtype}")):
+    with pytest.raises(TypeError, match=pattern(f"logits: dtype float16, .*float64. Received: {dtype}")):
         ul.softmax_nll(framework.integers(X, dtype), [0, 1])
-    with pytest.raises(TypeError, match=pattern(f"x with dtype float16, .*Received: {dtype}")):
+    with pytest.raises(TypeError, match=pattern(f"x: dtype float16, .*Received: {dtype}")):
         ul.softmax(framework.integers(X, dtype))
 
 
@@ -179,16 +183,34 @@ def test_logits_that_are_no_array(logits):
         ul.softmax_nll(logits, [0, 1])
 
 
+def test_other_things_of_a_framework_are_no_arrays():
+    import jax
+    import tensorflow as tf
+    import torch
+
+    for thing, name in (
+        (np.dtype("f4"), "numpy Float32DType"),
+        (torch.nn.Linear(2, 2), "torch Linear"),
+        (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
+        (jax.ShapeDtypeStruct((2,), "float32"), "jax ShapeDtypeStruct"),
+        (tf.ragged.constant([[1.0], []]), "a tensorflow RaggedTensor"),
+    ):
+        with pytest.raises(TypeError, match=pattern(f"logits: a plain array of .*Received: {name}")):
+            ul.softmax_nll(thing, [0, 1])
+    with pytest.raises(TypeError, match=r"targets: a plain array. Received: torch max"):  # forgot .indices
+        ul.softmax_nll(torch.eye(2), torch.eye(2).max(1))
+
+
 @pytest.mark.parametrize("kind", [np.matrix, np.ma.masked_array])
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_numpy_subclasses_with_other_arithmetic(kind):
-    with pytest.raises(TypeError, match=r"logits with a plain array of numpy. Received: numpy (matrix|MaskedArray)"):
+    with pytest.raises(TypeError, match=r"logits: a plain array of numpy. Received: numpy (matrix|MaskedArray)"):
         ul.multilabel_logistic_loss(kind(X), Z)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "longdouble", "object"])
 def test_numpy_dtypes_that_no_loss_is_for(dtype):
-    with pytest.raises(TypeError, match=pattern("logits with dtype float16, bfloat16, float32 or float64. Received:")):
+    with pytest.raises(TypeError, match=pattern("logits: dtype float16, bfloat16, float32 or float64. Received:")):
         ul.multilabel_logistic_loss(X.astype(dtype), Z)
 
 
@@ -202,14 +224,14 @@ def test_frameworks_do_not_mix(framework):
 
 
 def test_no_class(framework):
-    with pytest.raises(ValueError, match=pattern("logits with at least one class. Received: shape (2, 0)")):
+    with pytest.raises(ValueError, match=pattern("logits: at least one class. Received: shape (2, 0)")):
         ul.softmax_nll(framework.array(np.zeros((2, 0))), [0, 0])
-    with pytest.raises(ValueError, match=pattern("x with at least one class. Received: shape (2, 0)")):
+    with pytest.raises(ValueError, match=pattern("x: at least one class. Received: shape (2, 0)")):
         ul.softmax(framework.array(np.zeros((2, 0))))
 
 
 def test_no_class_axis(framework):
-    with pytest.raises(ValueError, match=pattern("logits with a class axis, .*Received: -1 for 0 dimensions")):
+    with pytest.raises(ValueError, match=pattern("axis: logits that have an axis, .*Received: -1 for 0 dimensions")):
         ul.softmax_nll(framework.array(1.0), 0)
 
 

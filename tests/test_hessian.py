@@ -21,7 +21,8 @@ ROW = {
 }
 CALLS: list[Any] = [
     (ul.multilabel_logistic_loss, X, LABELS, {}),
-    (ul.multilabel_logistic_loss, X, SOFT, {"label_smoothing": 0.1, "weight": [0.5, 1, 2], "pos_weight": 7, "where": ROW["where"]}),
+    (ul.multilabel_logistic_loss, X, SOFT, {"label_smoothing": 0.1, "weight": [0.5, 1, 2], "pos_weight": 7}),
+    (ul.multilabel_logistic_loss, X, SOFT, {"pos_weight": 7, "where": ROW["where"]}),
     (ul.softmax_nll, X, [2, 0], {}),
     (ul.softmax_nll, X, [2, 1], ROW),
     (ul.softmax_nll, X, SOFT, ROW),

@@ -295,6 +295,39 @@ def test_unknown_batch_size_under_tf_function():
         close(result.numpy(), expected)
 
 
+def test_shapes_that_do_not_fit_when_it_runs():
+    """Lengths that TensorFlow knows only then: an error, never a silent broadcast."""
+    import tensorflow as tf
+
+    pairs = tf.TensorSpec([None, 3]), tf.TensorSpec([None, 3])
+    rows = tf.TensorSpec([None, 3]), tf.TensorSpec([None], tf.int64)
+    x, z, y = np.ones((4, 3), "float32"), np.ones((1, 3), "float32"), np.ones(1, "int64")
+    for jit in (False, True):
+        for loss, signature, targets in ((ul.multilabel_logistic_loss, pairs, z), (ul.softmax_nll, rows, y)):
+            with pytest.raises(tf.errors.InvalidArgumentError):
+                tf.function(loss, input_signature=signature, jit_compile=jit)(x, targets)
+
+
+def test_nothing_known_but_the_rank():
+    import tensorflow as tf
+
+    x, y = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32"), np.array([[0, 2, 1, 1], [2, 2, 0, 1]])
+    free = tf.TensorSpec([None] * 3), tf.TensorSpec([None] * 2, tf.int64)
+    run = tf.function(lambda x, y: ul.softmax_nll(x, y, label_smoothing=0.1, axis=2), input_signature=free)
+    close(run(x, y).numpy(), ul.softmax_nll(x, y, label_smoothing=0.1))
+    run = tf.function(lambda x: ul.softmax(x, axis=(0, 2)), input_signature=free[:1])
+    close(run(x).numpy(), ul.softmax(x, axis=(0, 2)))
+
+
+@pytest.mark.parametrize("size", [1 << 16, 1 << 20])
+def test_sums_keep_their_digits(recorder, size):
+    """Of equal numbers, where every rounding is in one direction."""
+    x = recorder.array(np.zeros((size // 4, 4)))
+    targets = recorder.array(np.zeros((size // 4, 4)))
+    value, _ = compiled(recorder, lambda x: ul.multilabel_logistic_loss(x, targets, reduction="mean"))(x)
+    np.testing.assert_allclose(recorder.numpy(value), math.log(2), rtol=20 * 2.0**-24, atol=0)
+
+
 # --- Inputs of every make ---------------------------------------------------------------------------------------------
 
 

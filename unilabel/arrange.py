@@ -205,11 +205,6 @@ def _has_shape(label: str, array: Array | None, shape: Shape, expected: Callable
         _fail(ValueError, label, expected(), f"shape {_text(array.shape)}")
 
 
-def _has_shape(label: str, array: Array | None, shape: Shape, expected: str) -> None:
-    if array is not None and not _same(array.shape, shape):
-        _fail(ValueError, label, expected, f"shape {_text(array.shape)}")
-
-
 def _broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> None:
     if array is None:
         return
@@ -274,8 +269,9 @@ def _validate(
     else:
         z = np.asarray(z, dtype="float64")
         _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
-        if loss.per_row:  # to half the digits of the dtype that they came in; what is masked may be the rest
-            total, tolerance = np.where(keep, z, 0).sum(axis=axes), EPSILON.get(dtype, 0.0) ** 0.5
+        if loss.per_row:  # to half the digits of the dtype that they came in or that is computed in
+            working = "float32" if options.half else backend.dtype(logits)
+            total, tolerance = np.where(keep, z, 0).sum(axis=axes), max(EPSILON.get(dtype, 0), EPSILON[working]) ** 0.5
             wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))
             _first(total, wrong, "targets", "distributions that sum to 1")
     valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]

@@ -128,7 +128,7 @@ def backend_of(logits: Any, *others: Any) -> Backend:
 
 def is_plain(data: Any) -> bool:
     """Whether this is a scalar of Python's or NumPy's, or a sequence of Python's."""
-    return type(data) in (bool, int, float, list, tuple, range) or type(data).__module__ == "numpy" and data.ndim == 0
+    return type(data) in (bool, int, float, list, tuple, range) or (type(data).__module__ == "numpy" and data.ndim == 0)
 
 
 def backend_named(name: str) -> Backend:
@@ -163,8 +163,8 @@ def _name_of(kind: type) -> str:
     return name
 
 
-# torch.compile takes what this returns for a constant and does not trace into it: it could not trace an import. The mark
-# is that of `torch.compiler.assume_constant_result`; what that returns must be a plain constant.
+# torch.compile takes what this returns for a constant and does not trace into it: it could not trace an import. The
+# mark is that of `torch.compiler.assume_constant_result`, which works for plain constants only: hence a name.
 _name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -125,7 +125,8 @@ def softmax_nll(
         TypeError: dtypes or kinds of array that are not accepted; tensors of two frameworks.
         ValueError: shapes or options that do not fit; with `validate`, the first wrong value and its position.
 
-    For class indices this is PyTorch's `cross_entropy`, in all its options.
+    For class indices this is PyTorch's `cross_entropy`, but that it ignores no index unless told to, and that the mean of
+    nothing is 0.
 
     >>> import numpy as np
     >>> loss = softmax_nll(np.array([[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]]), [0, 1])
@@ -285,7 +286,7 @@ def nll(
     Raises:
         TypeError, ValueError: as `softmax_nll`.
 
-    For class indices this is PyTorch's `nll_loss`, in all its options.
+    For class indices this is PyTorch's `nll_loss`, but that it ignores no index unless told to.
 
     >>> import numpy as np
     >>> print(nll(np.log([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25]]), [0, 2], reduction="none").round(6))

@@ -1,0 +1,54 @@
+"""What can only be seen in a new process: the very first call, and several devices."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILED = """
+import numpy as np, torch, unilabel as ul
+
+def compiled(function, **options):
+    return torch.compile(function, backend="aot_eager", fullgraph=True, **options)
+
+x, y = torch.zeros(1, 2), torch.tensor([0])
+assert compiled(lambda x: ul.softmax_nll(x, y))(x) == ul.softmax_nll(x, y)
+ones = {"weight": (1, 1.0), "sample_weight": np.float64(1), "where": np.True_}
+assert compiled(lambda x: ul.softmax_nll(x, [0], **ones))(torch.nn.Parameter(x)) == ul.softmax_nll(x, y)
+for dynamic in (None, True):
+    step = compiled(lambda x, y: ul.softmax_nll(x, y) + ul.multilabel_logistic_loss(x, x > 0), dynamic=dynamic)
+    for rows in (3, 5, 8):
+        x, y = torch.randn(rows, 4), torch.zeros(rows, dtype=torch.int64)
+        torch.testing.assert_close(step(x, y), ul.softmax_nll(x, y) + ul.multilabel_logistic_loss(x, x > 0))
+"""
+
+JAX_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np, unilabel as ul
+first, second = jax.devices()
+x, y = jax.device_put(jnp.ones((2, 3)), second), jax.device_put(jnp.array([0, 1]), first)
+for targets in (y, [0, 1], np.array([0, 1])):
+    for result in (ul.softmax_nll(x, targets), *ul.value_and_grad(ul.softmax_nll)(x, targets), ul.softmax(x)):
+        assert result.devices() == {second}
+assert jax.grad(ul.softmax_nll)(x, y).devices() == {second}
+"""
+
+TENSORFLOW_DEVICES = """
+import tensorflow as tf, unilabel as ul
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+with tf.device("/CPU:1"):
+    x = tf.ones((2, 3))
+with tf.GradientTape() as tape:
+    tape.watch(x)
+    loss = ul.softmax_nll(x, [0, 1])
+results = [loss, tape.gradient(loss, x), *ul.value_and_grad(ul.multilabel_logistic_loss)(x, x), ul.softmax(x)]
+assert [result.device.rpartition("/")[2] for result in results] == ["device:CPU:1"] * 5
+"""
+
+
+@pytest.mark.parametrize("code", [COMPILED, JAX_DEVICES, TENSORFLOW_DEVICES], ids=["compiled", "jax", "tensorflow"])
+def test_fresh(code, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
