@@ -125,7 +125,7 @@ def softmax_nll(
         TypeError: dtypes or kinds of array that are not accepted; tensors of two frameworks.
         ValueError: shapes or options that do not fit; with `validate`, the first wrong value and its position.
 
-    For class indices this is PyTorch's `cross_entropy`, but that it ignores no index unless told to, and that the mean of
+    For class indices this is PyTorch's `cross_entropy`, but that it ignores no index unless told to, and that a mean over
     nothing is 0.
 
     >>> import numpy as np
