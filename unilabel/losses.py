@@ -125,8 +125,8 @@ def softmax_nll(
         TypeError: dtypes or kinds of array that are not accepted; tensors of two frameworks.
         ValueError: shapes or options that do not fit; with `validate`, the first wrong value and its position.
 
-    For class indices this is PyTorch's `cross_entropy`, but that it ignores no index unless told to, and that a mean over
-    nothing is 0.
+    For class indices this is PyTorch's `cross_entropy`, but that it ignores no index unless told to, and that a mean
+    over nothing is 0.
 
     >>> import numpy as np
     >>> loss = softmax_nll(np.array([[2.0, 0.5, -1.0], [0.0, 1.0, 0.0]]), [0, 1])
