@@ -41,7 +41,7 @@ def test_every_device_of_the_strict_namespace(device):
 
 BUGS = {
     "sign": ("- t.positive * (t.up * t.e + t.down)", "+ t.positive * (t.up * t.e + t.down)", "seed"),
-    "clamp": ("~(p < eps)", "~(p < 2 * eps)", "probabilities"),
+    "clamp": ("(p < eps)", "(p < 2 * eps)", "probabilities"),
     "gradient at 0": (
         "(t.negative * (t.up + t.down * t.e)",
         "(t.negative * (t.up * (t.size > 0) + t.down * t.e)",
@@ -49,7 +49,7 @@ BUGS = {
     ),
     "mean for sum": ('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"', "seed"),
     "sum for mean": (
-        "return xp.sum(values) if divisor is None else xp.sum(values) / divisor",
+        "return xp.sum(values) if divisor is None else _mean(xp, xp.sum(values), divisor)",
         "return xp.sum(values)",
         "seed",
     ),
