@@ -90,10 +90,11 @@ class TorchBackend(Backend):
             return super().closed_form(formula, loss, options, x, operands)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
-        x = x.detach().requires_grad_()
+        nested = x.requires_grad  # then the gradient will be differentiated again
+        x = x if nested else x.detach().requires_grad_()
         value = function(x)
-        (gradient,) = torch.autograd.grad(value, x, cotangent)
-        return value.detach(), gradient
+        (gradient,) = torch.autograd.grad(value, x, cotangent, create_graph=nested)
+        return value if nested else value.detach(), gradient
 
 
 def _plain(x: Array, operands: Operands) -> bool:

@@ -25,11 +25,33 @@ class Tensor(NamedTuple):
     values: list[Any]
 
 
+# What a case is about, where losses are known to go wrong.
+FLAGS = {
+    "confident": "nearly all probability on one side: the loss and its gradient are the small rest, and lose no digit",
+    "curvature": "the second derivative of a confident model is small, not 0",
+    "zero logit": "the gradient at a logit of exactly 0 is 0.5 - z, where |x| has its kink",
+    "offset": "large logits that differ little or not at all: log C, not 0",
+    "unnormalised": "target distributions that do not sum to 1",
+    "soft saturated": "soft targets of a confident model: x z and softplus x cancel",
+    "excluded class": "a logit of -inf is a class that cannot be: no NaN where it has no target",
+    "infinite logit": "a logit of +inf or -inf is a sure model: 0 where it is right, infinite where it is wrong",
+    "nan logit": "a NaN logit is NaN in its own row, and nowhere else",
+    "masked": "what stands under a mask or an ignored index does not count, NaN and infinity neither",
+    "nothing takes part": "the mean over nothing is 0 with zero gradient",
+    "wrong index": "a class index that names no class makes its example NaN",
+    "half sum": "float16 and bfloat16 are summed in float32: no overflow, nothing swallowed",
+    "long sum": "a sum of many equal numbers, where every rounding is in one direction",
+    "kind": "the result has the logits' dtype",
+    "cotangent": "an incoming gradient that differs from element to element",
+}
+
+
 class Case(NamedTuple):
     """One call of a loss, and the cotangent that its result is pulled back with."""
 
     id: str
     family: str
+    flags: tuple[str, ...]
     dtype: str
     loss: str
     logits: Tensor
@@ -40,6 +62,7 @@ class Case(NamedTuple):
 
 Family = Callable[["Maker"], Iterator[Case]]
 FAMILIES: dict[str, Family] = {}
+FULL: set[str] = set()  # families of large cases, which only a full run has
 
 
 def family(make: Family) -> Family:
@@ -47,9 +70,20 @@ def family(make: Family) -> Family:
     return make
 
 
-def cases(dtypes: tuple[str, ...], seed: int) -> list[Case]:
-    """Every case, in a fixed order."""
-    return [case for dtype in dtypes for name, make in FAMILIES.items() for case in make(Maker(name, dtype, seed))]
+def full(make: Family) -> Family:
+    FULL.add(make.__name__)
+    return make
+
+
+def cases(dtypes: tuple[str, ...], seed: int, full: bool = False) -> list[Case]:
+    """Every case, in a fixed order; the large ones in a full run."""
+    return [
+        case
+        for dtype in dtypes
+        for name, make in FAMILIES.items()
+        if full or name not in FULL
+        for case in make(Maker(name, dtype, seed))
+    ]
 
 
 def nearest(x: float, dtype: str) -> float:
@@ -69,9 +103,11 @@ class Maker:
         self.random = random.Random(f"{seed} {family} {dtype}")
         self.count = 0
 
-    def case(self, loss: str, logits: Any, targets: Any, **options: Any) -> Case:
-        """A case of nested lists or Tensors, its cotangent random if it is an array."""
+    def case(self, loss: str, logits: Any, targets: Any, flag: str = "", **options: Any) -> Case:
+        """A case of nested lists or Tensors, its cotangent random if it is an array. Flags are separated by commas."""
         self.count += 1
+        flags = tuple(filter(None, flag.split(", ")))
+        assert all(name in FLAGS for name in flags), flags
         logits, targets = self.tensor(logits), self.tensor(targets)
         options = {
             name: self.tensor(value) if isinstance(value, list | Tensor) else value for name, value in options.items()
@@ -83,8 +119,9 @@ class Maker:
             shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
             shape = logits.shape if loss in (MULTILABEL, "binary_cross_entropy") else shape
         cotangent = self.numbers(shape, 0.5, 2.0) if shape else Tensor((), [1.0])
+        flags += ("cotangent",) if shape and not flags else ()
         name = f"{self.dtype}/{self.family}/{self.count}"
-        return Case(name, self.family, self.dtype, loss, logits, targets, options, cotangent)
+        return Case(name, self.family, flags, self.dtype, loss, logits, targets, options, cotangent)
 
     def tensor(self, nested: Any) -> Tensor:
         """A nested list as a Tensor, its floats rounded to the dtype."""
@@ -155,27 +192,70 @@ def moderate(make: Maker) -> Iterator[Case]:
 def confident(make: Maker) -> Iterator[Case]:
     """Logits far from 0, where nearly all the probability is on one side: the digits are in the small rest."""
     for reach in (20, 80, 200, 900):
-        yield from make.both(-reach, reach, reduction="none")
-    yield from make.both(-100, 100, rows=20)
-    for x in (10.0, 14.56, 16.66, 17.0, 30.0, 60.0, 80.0):
-        yield make.case(MULTILABEL, [x, -x, x, -x], [1, 0, 0, 1], reduction="none")
-        yield make.case(SOFTMAX, [[x, 0.0], [0.0, x], [-x, 0.0]], [0, 0, 1], reduction="none")
-        yield make.case(SOFTMAX, [[x, 0.0, 1.0]], [[0.999, 0.001, 0.0]], reduction="none")
-        yield make.case(MULTILABEL, [x, -x], [0.999, 0.001], reduction="none")
+        yield from make.both(-reach, reach, reduction="none", flag="confident")
+    yield from make.both(-100, 100, rows=20, flag="confident")
+    for x in (10.0, 14.56, 15.0, 16.66, 17.0, 30.0, 60.0, 80.0):
+        sure = "confident, curvature"
+        yield make.case(MULTILABEL, [x, -x, x, -x], [1, 0, 0, 1], flag=sure, reduction="none")
+        yield make.case(SOFTMAX, [[x, 0.0], [0.0, x], [-x, 0.0]], [0, 0, 1], flag="confident", reduction="none")
+        yield make.case(SOFTMAX, [[x, 0.0, 1.0]], [[0.999, 0.001, 0.0]], flag="soft saturated", reduction="none")
+        yield make.case(MULTILABEL, [x, -x], [0.999, 0.001], flag="soft saturated", reduction="none")
     for x in (1e4, 1e8):
         x = min(x, LARGEST[make.dtype])
-        yield make.case(SOFTMAX, [[x] * 10, [x, *[0.0] * 9]], [3, 0], reduction="none")
-    yield make.case(MULTILABEL, [1.0 * LARGEST[make.dtype], -LARGEST[make.dtype]], [1, 0], reduction="none")
-    yield make.case(SOFTMAX, [[LARGEST[make.dtype]] * 3], [2], reduction="none")
+        yield make.case(SOFTMAX, [[x] * 10, [x, *[0.0] * 9]], [3, 0], flag="offset", reduction="none")
+        yield make.case(SOFTMAX, [[x, nearest(x * (1 - 2.0**-7), make.dtype)]], [0], flag="offset", reduction="none")
+    huge = LARGEST[make.dtype]
+    yield make.case(MULTILABEL, [huge, -huge], [1, 0], reduction="none")
+    yield make.case(SOFTMAX, [[huge] * 3], [2], flag="offset", reduction="none")
+
+
+@family
+def tails(make: Maker) -> Iterator[Case]:
+    """Down to subnormal results, and up to the largest numbers."""
+    smallest = -math.log(2.0) * (DTYPES[make.dtype][1] - DTYPES[make.dtype][0] + 2)  # exp(-this) is the last above 0
+    last = [smallest * share for share in (0.5, 0.8, 0.9, 0.96, 0.99)]
+    for z in (0, 1):
+        yield make.case(MULTILABEL, [x * (2 * z - 1) for x in last], [z] * 5, flag="confident", reduction="none")
+    yield make.case(SOFTMAX, [[0.0, -x] for x in last], [0] * 5, flag="confident", reduction="none")
+    yield make.case(SOFTMAX, [[0.0, -x] for x in last], [1] * 5, flag="confident", reduction="none")
+    for pos_weight in (0.1, 30.0):
+        x = make.numbers((6,), -smallest, smallest)
+        yield make.case(MULTILABEL, x, make.chosen((6,), 0, 1), pos_weight=pos_weight, reduction="none")
+        yield make.case(MULTILABEL, x, make.numbers((6,), 0, 1), pos_weight=pos_weight, reduction="none")
+    large = [LARGEST[make.dtype] * share for share in (1.0, -1.0, 0.25, -0.5)]
+    yield make.case(MULTILABEL, large, [0, 1, 0.5, 0.25], reduction="none")
+    yield make.case(SOFTMAX, [[x, 0.0] for x in large], [0] * 4, reduction="none")
+    wide = [[0.0, smallest, 1.0, -smallest, -1.0, 1e-3, -50.0]]
+    for y in range(7):
+        yield make.case(SOFTMAX, wide, [y], flag="confident", reduction="none")
+
+
+@family
+def targets(make: Maker) -> Iterator[Case]:
+    """Distributions of every kind: one that dominates, ties, parts of 1, more than 1, one class only."""
+    x = make.numbers((1, 4), -5, 5)
+    for z in ([0.9999, 0.0001, 0.0, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]):
+        yield make.case(SOFTMAX, x, [z], reduction="none")
+        yield make.case(SOFTMAX, [[20.0, 0.0, -20.0, 1.0]], [z], flag="soft saturated", reduction="none")
+    for z in ([0.25, 0.25, 0.0, 0.0], [0.0] * 4, [2.0, 1.0, 0.5, 0.0]):
+        yield make.case(SOFTMAX, x, [z], flag="unnormalised", reduction="none")
+        yield make.case(SOFTMAX, x, [z], flag="unnormalised")
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.0]], flag="unnormalised")
+    for x_one in (0.0, 50.0, -1e4):
+        yield make.case(SOFTMAX, [[x_one]], [0], reduction="none")
+        yield make.case(SOFTMAX, [[x_one]], [[1.0]])
+    for x_tie in (0.0, -3.0, 100.0):
+        yield make.case(SOFTMAX, [[x_tie, x_tie, x_tie - 20]], [1], reduction="none")
 
 
 @family
 def zero(make: Maker) -> Iterator[Case]:
     """A zero-initialised head: the gradient is exactly 0.5 - z, where the absolute value has a kink."""
     for z in (0.0, -0.0):
-        yield make.case(MULTILABEL, [[z] * 3] * 2, [[1, 0, 1], [0, 1, 0]])
-        yield make.case(MULTILABEL, [z] * 3, [0.25, 0.5, 1.0], reduction="none")
-        yield make.case(MULTILABEL, [z] * 2, [0, 1], pos_weight=3.0, reduction="none")
+        yield make.case(MULTILABEL, [[z] * 3] * 2, [[1, 0, 1], [0, 1, 0]], flag="zero logit")
+        yield make.case(MULTILABEL, [z] * 3, [0.25, 0.5, 1.0], flag="zero logit", reduction="none")
+        yield make.case(MULTILABEL, [z] * 2, [0, 1], flag="zero logit", pos_weight=3.0, reduction="none")
+        yield make.case(MULTILABEL, [z], [0], flag="zero logit", pos_weight=1.0)
         yield make.case(SOFTMAX, [[z] * 4] * 2, [0, 3])
         yield make.case(SOFTMAX, [[z] * 4], [[0.5, 0.25, 0.25, 0.0]])
 
@@ -184,16 +264,22 @@ def zero(make: Maker) -> Iterator[Case]:
 def infinite(make: Maker) -> Iterator[Case]:
     """Infinite logits: sure models, and classes that cannot be. Nothing is NaN but what has no value."""
     inf, nan = math.inf, math.nan
-    yield make.case(MULTILABEL, [inf, -inf, inf, -inf], [1, 0, 0, 1], reduction="none")
-    yield make.case(MULTILABEL, [[inf, 0.0], [-inf, 1.0]], [[1, 0], [0, 1]])
-    yield make.case(MULTILABEL, [inf, -inf], [1, 0], label_smoothing=0.1, reduction="none")
-    yield make.case(MULTILABEL, [inf, -inf], [1, 0], pos_weight=2.0, weight=3.0, reduction="none")
-    yield make.case(MULTILABEL, [nan, 1.0], [1, 1], reduction="none")
-    yield make.case(SOFTMAX, [[1.0, -inf, 2.0], [-inf, -inf, 3.0], [1.0, -inf, 2.0]], [0, 2, 1], reduction="none")
-    yield make.case(SOFTMAX, [[1.0, -inf]], [[1.0, 0.0]], reduction="none")
-    yield make.case(SOFTMAX, [[inf, 0.0], [inf, 0.0], [inf, -inf]], [0, 1, 0], reduction="none")
-    yield make.case(SOFTMAX, [[inf, 0.0, 1.0]], [[1.0, 0.0, 0.0]])
-    yield make.case(SOFTMAX, [[-inf, -inf], [nan, 0.0], [0.0, 1.0]], [0, 1, 0], reduction="none")
+    sure, out = "infinite logit", "excluded class"
+    yield make.case(MULTILABEL, [inf], [1], flag=sure, reduction="none")
+    yield make.case(MULTILABEL, [-inf], [0], flag=sure, reduction="none")
+    yield make.case(MULTILABEL, [inf, -inf], [0, 1], flag=sure, reduction="none")
+    yield make.case(MULTILABEL, [[inf, 0.0], [-inf, 1.0]], [[1, 0], [0, 1]], flag=sure)
+    yield make.case(MULTILABEL, [inf, -inf], [1, 0], flag=sure, label_smoothing=0.1, reduction="none")
+    yield make.case(MULTILABEL, [inf, -inf], [1, 0], flag=sure, pos_weight=2.0, weight=3.0, reduction="none")
+    yield make.case(MULTILABEL, [nan, 1.0], [1, 1], flag="nan logit", reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf, 2.0], [-inf, -inf, 3.0]], [0, 2], flag=out, reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf, 2.0]], [1], flag=out, reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf]], [[1.0, 0.0]], flag=out, reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0]], [0], flag=sure, reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0], [inf, -inf]], [1, 0], flag=sure, reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0, 1.0]], [[1.0, 0.0, 0.0]], flag=sure)
+    yield make.case(SOFTMAX, [[-inf, -inf], [0.0, 1.0]], [0, 0], flag="nan logit", reduction="none")
+    yield make.case(SOFTMAX, [[nan, 0.0], [0.0, 1.0]], [1, 0], flag="nan logit", reduction="none")
 
 
 @family
@@ -201,28 +287,28 @@ def masked(make: Maker) -> Iterator[Case]:
     """Missing labels, classes out of the softmax, ignored examples: whatever stands there, it does not count."""
     inf, nan = math.inf, math.nan
     for reduction in REDUCTIONS:
-        yield from make.both(-4, 4, reduction=reduction, where=make.chosen((4, 5), True, True, False))
-        yield make.case(
-            SOFTMAX, make.numbers((4, 3), -4, 4), [0, -100, 2, -100], ignore_index=-100, reduction=reduction
-        )
+        whole: dict[str, Any] = {"flag": "masked", "reduction": reduction}
+        yield from make.both(-4, 4, where=make.chosen((4, 5), True, True, False), **whole)
+        yield make.case(SOFTMAX, make.numbers((4, 3), -4, 4), [0, -100, 2, -100], ignore_index=-100, **whole)
         yield make.case(
             MULTILABEL,
             [[nan, 1.0, inf], [0.5, -inf, 2.0]],
             [[0, 1, 0], [1, 0, 1]],
             where=[[False, True, False], [True, False, True]],
-            reduction=reduction,
+            **whole,
         )
         yield make.case(
             SOFTMAX,
             [[nan, 1.0, 2.0], [0.5, inf, 2.0], [nan, nan, nan]],
             [1, 2, 0],
             where=[[False, True, True], [True, False, True], [False, False, False]],
-            reduction=reduction,
+            **whole,
         )
-        yield make.case(SOFTMAX, [[nan, inf], [1.0, 2.0]], [7, 1], ignore_index=7, reduction=reduction)
-        yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [-1, -1], ignore_index=-1, reduction=reduction)
-        yield make.case(MULTILABEL, make.numbers((2, 3), -4, 4), [[1] * 3] * 2, where=False, reduction=reduction)
-    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.5]], where=[True, False, True])
+        yield make.case(SOFTMAX, [[nan, inf], [1.0, 2.0]], [-100, 1], ignore_index=-100, **whole)
+        nothing: dict[str, Any] = {"flag": "nothing takes part", "reduction": reduction}
+        yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [-100, -100], ignore_index=-100, **nothing)
+        yield make.case(MULTILABEL, make.numbers((2, 3), -4, 4), [[1] * 3] * 2, where=False, **nothing)
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.5]], flag="masked", where=[True, False, True])
 
 
 @family
@@ -278,10 +364,14 @@ def invalid(make: Maker) -> Iterator[Case]:
     """Class indices that name no class: NaN for their example, never a plausible number."""
     x = make.numbers((5, 3), -4, 4)
     for reduction in ("none", "mean"):
-        yield make.case(SOFTMAX, x, [0, -1, 3, 2, -100], reduction=reduction)
-        yield make.case(SOFTMAX, x, [0, 1, 2, 100, 0], weight=[0.5, 1.0, 2.0], reduction=reduction)
-    yield make.case(SOFTMAX, x, [0, -100, 2, 1, 4], ignore_index=-100, reduction="none")
-    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]] * 2, [0, 1], where=[True, False, True], reduction="none")
+        wrong: dict[str, Any] = {"flag": "wrong index", "reduction": reduction}
+        for index in (-1, 3, -100):
+            yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]] * 2, [0, index], **wrong)
+        yield make.case(SOFTMAX, x, [0, -1, 3, 2, -100], **wrong)
+        yield make.case(SOFTMAX, x, [0, 1, 2, 100, 0], weight=[0.5, 1.0, 2.0], **wrong)
+    yield make.case(SOFTMAX, x, [0, -100, 2, 1, 4], flag="wrong index", ignore_index=-100, reduction="none")
+    hidden = {"flag": "wrong index", "where": [True, False, True], "reduction": "none"}
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]] * 2, [0, 1], **hidden)
 
 
 @family
@@ -292,9 +382,10 @@ def shapes(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((2, 4), 0, 1, 2), axis=1)
         yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((4,), *range(6)), axis=(0, 1))
         yield make.case(SOFTMAX, make.numbers((3,), -4, 4), 1, reduction=reduction)
-        yield make.case(SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), reduction=reduction)
-        yield make.case(MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), reduction=reduction)
-        yield make.case(MULTILABEL, Tensor((2, 0), []), Tensor((2, 0), []), reduction=reduction)
+        empty = "nothing takes part"
+        yield make.case(SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), flag=empty, reduction=reduction)
+        yield make.case(MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), flag=empty, reduction=reduction)
+        yield make.case(MULTILABEL, Tensor((2, 0), []), Tensor((2, 0), []), flag=empty, reduction=reduction)
 
 
 @family
@@ -318,3 +409,25 @@ def probabilities(make: Maker) -> Iterator[Case]:
     yield make.case("cross_entropy", [[0.25, 0.75], [math.nan, 0.5]], [1, -1], ignore_index=-1)
     yield make.case("nll", [[-math.inf, 0.0], [-math.inf, 0.0]], [1, 0], reduction="none")
     yield make.case("nll", [[-1.0, -2.0, math.nan]], [1], where=[True, True, False])
+
+
+@family
+def sums(make: Maker) -> Iterator[Case]:
+    """Sums and means that half precision overflows or sticks in."""
+    for rows, classes in ((300, 1), (70_000, 1)):
+        shape = (rows, classes)
+        same = Tensor(shape, [0.5] * rows), Tensor(shape, [1] * rows)
+        yield make.case(MULTILABEL, *same, flag="half sum, long sum", reduction="mean")
+    yield make.case(SOFTMAX, Tensor((300, 2), [0.5, 0.25] * 300), Tensor((300,), [0] * 300), flag="half sum")
+
+
+@family
+@full
+def large(make: Maker) -> Iterator[Case]:
+    """Rows of 100,000 classes, and sums of a million."""
+    row = make.numbers((1, 100_000), -8, 8)
+    yield make.case(SOFTMAX, row, [77], reduction="none")
+    yield make.case(SOFTMAX, Tensor((1, 100_000), [0.0] * 100_000), [0], reduction="none")
+    for shape in ((1 << 20, 1), (1 << 18, 4)):
+        same = Tensor(shape, [0.5] * (1 << 20)), Tensor(shape, [1] * (1 << 20))
+        yield make.case(MULTILABEL, *same, flag="half sum, long sum", reduction="mean")

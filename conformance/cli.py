@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,8 +17,10 @@ import unilabel
 from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
 from .cases import DTYPES, FAMILIES
-from .report import as_json, passed, show
-from .runner import Job, describe, installed, is_installed, run
+from .compare_runs import differences
+from .report import passed, results, show
+from .runner import Job, columns, describe, installed, is_installed, run
+from .subjects import imported
 from .worker import selected
 
 
@@ -26,67 +30,130 @@ def main() -> None:
     """Losses for every framework's tensors, and the proof that they are right."""
 
 
-@main.command()
-@click.option(
-    "--backend", "backends", multiple=True, metavar="NAME", help="Run this backend; repeatable. Default: all installed."
-)
-@click.option("--device", metavar="NAME", help="Run there: 'cpu', 'cuda', or a name that `unilabel backends` lists.")
-@click.option(
-    "--dtype",
-    "dtypes",
-    multiple=True,
-    type=click.Choice(list(DTYPES)),
-    help="Repeatable. Default: float32 and float64.",
-)
-@click.option(
-    "--case",
-    "patterns",
-    multiple=True,
-    metavar="PATTERN",
-    help=f"Run these families or case ids (* and ? match); repeatable. Families: {', '.join(FAMILIES)}.",
-)
+def _file(_: object, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A file to write: its folder has to be there before the work is done."""
+    if value is not None and not value.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(value.absolute().parent)!r}.")
+    return value
+
+
+WRITTEN = click.Path(dir_okay=False, path_type=Path)
+READ = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.group(invoke_without_command=True)
+@click.option("--backend", "backends", multiple=True, metavar="NAME", help="Repeatable. Default: all installed.")
+@click.option("--device", metavar="NAME", help="'cpu', 'cuda', or a name that `unilabel backends` lists.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: float32 and float64.")
+@click.option("--case", "patterns", multiple=True, metavar="PATTERN", help="Families or case ids; * and ? match.")
 @click.option("--seed", default=0, show_default=True, help="Of the random cases.")
 @click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the results there."
+    "--subject",
+    "subjects",
+    multiple=True,
+    metavar="NAME",
+    help="unilabel (default); native: the framework's own; keras; or package.module:function. Repeatable.",
 )
+@click.option("--loss", metavar="NAME", help="The loss that package.module:function claims to be. Default: its name.")
+@click.option("--full", is_flag=True, help="The large cases too.")
+@click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes at a time.")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds without an answer until a process is ended.")
+@click.option("--json", "json_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write the results there.")
+@click.option("--junit", "junit_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write a JUnit report there.")
+@click.option("--html", "html_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write a page there.")
+@click.pass_context
 def conformance(
+    context: click.Context,
     backends: tuple[str, ...],
     device: str | None,
     dtypes: tuple[str, ...],
     patterns: tuple[str, ...],
     seed: int,
-    file: Path | None,
+    subjects: tuple[str, ...],
+    loss: str | None,
+    full: bool,
+    jobs: int,
+    timeout: float,
+    json_file: Path | None,
+    junit_file: Path | None,
+    html_file: Path | None,
 ) -> None:
-    """Check values and gradients of every loss on every backend against the oracle.
+    """Check values, gradients and Hessian diagonals of every loss on every backend against the oracle.
 
     The exit code is 0 if all match, 1 if any does not (or a backend asked for is missing), 2 for a wrong call.
-    """  # fmt: skip
+    """
+    if context.invoked_subcommand is not None:
+        return
     for name in set(backends) - set(BUILT_IN):
         if not is_installed(name) and not entry_points(group=ENTRY_POINTS, name=name):
             known = ", ".join(BUILT_IN)
             raise click.BadParameter(f"{name!r} is none of {known}, nor a module here.", param_hint="--backend")
-    job = Job(tuple(dict.fromkeys(backends)) or installed(), device, dtypes or ("float32", "float64"), seed, patterns)
+    for subject in set(subjects) - {"unilabel", "native", "keras"}:
+        try:
+            imported(subject)
+        except (ImportError, AttributeError, ValueError) as error:
+            hint = f"{subject!r} is none of unilabel, native, keras, nor a package.module:function here ({error})."
+            raise click.BadParameter(hint, param_hint="--subject") from error
+    job = Job(
+        subjects=tuple(dict.fromkeys(subjects)) or ("unilabel",),
+        backends=tuple(dict.fromkeys(backends)) or installed(),
+        device=device,
+        dtypes=dtypes or ("float32", "float64"),
+        seed=seed,
+        patterns=patterns,
+        loss=loss,
+        full=full,
+        jobs=max(jobs, 1),
+        timeout=timeout,
+    )
     for pattern in patterns:
-        if not selected(job.dtypes, seed, [pattern]):
+        if not selected(job.dtypes, seed, [pattern], full):
             raise click.BadParameter(
                 f"no case matches {pattern!r}. Families: {', '.join(FAMILIES)}.", param_hint="--case"
             )
-    if file is not None and not file.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {str(file.absolute().parent)!r}.", param_hint="--json")
     console = Console()
-    print(f"seed {seed}, {', '.join(job.dtypes)}")
+    print(f"seed {seed}, {', '.join(job.dtypes)}", flush=True)
     if console.is_terminal:
         bars = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         with Progress(*bars, console=console, transient=True) as progress:
-            tasks = {name: progress.add_task(name, total=None) for name in job.backends}
-            chosen, runs = run(job, lambda name, done, total: progress.update(tasks[name], completed=done, total=total))
+            tasks = {pair: progress.add_task(" ".join(pair), total=None) for pair in columns(job)}
+            ran = run(job, lambda pair, done, total: progress.update(tasks[pair], completed=done, total=total))
     else:
-        chosen, runs = run(job, _plain_progress)
-        console = Console(width=40 + 20 * len(runs))
-    show(console, chosen, runs)
-    if file is not None:
-        file.write_text(as_json(job, chosen, runs))
-    sys.exit(0 if passed(runs) else 1)
+        ran = run(job, _plain_progress)
+        console = Console(width=40 + 26 * len(columns(job)))
+    found = results(job, *ran)
+    show(console, found)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1))
+    if junit_file is not None:
+        from .junit import junit
+
+        junit_file.write_text(junit(found))
+    if html_file is not None:
+        from .html import html
+
+        html_file.write_text(html(found))
+    sys.exit(130 if found["interrupted"] else 0 if passed(found) else 1)
+
+
+@conformance.command()
+@click.argument("a", type=READ)
+@click.argument("b", type=READ)
+@click.option("--ulp", default=0.0, show_default=True, help="How far the numbers of the two may be apart.")
+def compare(a: Path, b: Path, ulp: float) -> None:
+    """Compare two saved results number by number: a GPU's with a CPU's, this release's with the last one's.
+
+    The exit code is 0 if they differ nowhere by more than --ulp, 1 if they do, 2 if they are not results.
+    """
+    try:
+        worst = differences(json.loads(a.read_text()), json.loads(b.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise click.UsageError(f"expected two files that --json wrote; received: {error!r}") from error
+    table = Table("a", "b", "cases in both", "largest difference, ULP", "in")
+    for row in worst:
+        table.add_row(row.a, row.b, str(row.cases), f"{row.ulp:.4g}", row.where)
+    Console().print(table)
+    sys.exit(0 if worst and all(row.ulp <= ulp and row.cases for row in worst) else 1)
 
 
 @main.command()
@@ -103,6 +170,6 @@ def backends() -> None:
     Console().print(table)
 
 
-def _plain_progress(name: str, done: int, total: int) -> None:
+def _plain_progress(pair: tuple[str, str], done: int, total: int) -> None:
     if done in (0, total):
-        print(f"{name}: {'started' if not done else 'done'}, {done} of {total} cases", flush=True)
+        print(f"{' '.join(pair)}: {'started' if not done else 'done'}, {done} of {total} cases", flush=True)

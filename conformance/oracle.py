@@ -7,6 +7,7 @@ asked of a computation is measured by them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ class Expected(NamedTuple):
     value: list[Exact]
     gradient: list[Exact]  # times the case's cotangent
     gradient_of_sum: list[Exact]  # times a cotangent of ones
+    hessian: list[Exact]  # the diagonal, of the sum of the losses before they are reduced
     summands: int  # how many numbers the reduction adds up
 
 
@@ -64,59 +66,76 @@ def times(a: Number, b: Number) -> Number:
     return mp.mpf(0) if a == 0 or (b == 0 and mp.isinf(a)) else a * b
 
 
-def binary_on_logits(x: Number, negative: Number, positive: Number) -> tuple[Exact, Exact]:
+@functools.lru_cache(maxsize=1 << 16)  # large cases are made of few different numbers
+def binary_on_logits(x: Number, negative: Number, positive: Number) -> tuple[Exact, Exact, Exact]:
+    """Value, slope, curvature."""
     if mp.isnan(x):
-        return _nan(), _nan()
+        return _nan(), _nan(), _nan()
     terms = times(negative, softplus(x)), times(positive, softplus(-x))
     slopes = times(negative, logistic(x)), -times(positive, logistic(-x))
-    return _sum(terms), _sum(slopes)
+    return _sum(terms), _sum(slopes), _sum([(negative + positive) * logistic(x) * logistic(-x)])
 
 
-def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> tuple[Exact, Exact]:
+def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> tuple[Exact, Exact, Exact]:
     q = 1 - p
     terms = times(negative, -_log(max(q, eps))), times(positive, -_log(max(p, eps)))
-    slopes = [
-        negative / q if negative and q >= eps else mp.mpf(0),
-        -positive / p if positive and p >= eps else mp.mpf(0),
-    ]
-    return _sum(terms), _sum(slopes)
+    by_q = negative / q if negative and q >= eps else mp.mpf(0)
+    by_p = positive / p if positive and p >= eps else mp.mpf(0)
+    curvature = [by_q / q if by_q else mp.mpf(0), by_p / p if by_p else mp.mpf(0)]
+    return _sum(terms), _sum([by_q, -by_p]), _sum(curvature)
 
 
-def softmax_of_row(x: list[Number], z: list[Number]) -> tuple[Exact, list[Exact]]:
-    """Loss and gradient of -Σ z log softmax x; -inf is a class out of the game, inf takes all."""
+def softmax_of_row(x: list[Number], z: list[Number]) -> tuple[Exact, list[Exact], list[Exact]]:
+    """Of -Σ z log softmax x: value, slopes, curvatures; -inf is a class out of the game, inf takes all."""
     if any(map(mp.isnan, [*x, *z])) or all(v == -mp.inf for v in x):
-        return _nan(), [_nan() for _ in x]
+        nothing = [_nan() for _ in x]
+        return _nan(), nothing, nothing
     top = max(x)
     d = [mp.mpf(0) if v == top else v - top for v in x]
     e = [mp.exp(v) for v in d]
-    # The sums over all others, formed by leaving one out: 1 - p would need thousands of bits for logits of thousands.
-    total = mp.fsum(e)
-    others_e = [mp.fsum(e[:i] + e[i + 1 :]) for i in range(len(e))]
-    others_z = [mp.fsum(z[:i] + z[i + 1 :]) for i in range(len(z))]
+    # 1 - p would need thousands of bits for logits of thousands: these are the sums over the others.
+    total, others_e = _leave_one_out(e)
+    mass, others_z = _leave_one_out(z)
     largest = e.index(max(e))
-    log_total = mp.log1p(others_e[largest])
-    # exp(d) is off by up to |d|/2 epsilons if d is rounded; a sum of them by the average, weighted by what they add.
     rest = others_e[largest]
+    log_total = mp.log1p(rest)
+    # exp(d) is off by up to |d|/2 epsilons if d is rounded; a sum of them by the average, weighted by what they add.
     average = mp.fsum(times(w, -v) for w, v in zip(e, d, strict=True)) / (2 * rest) if rest else mp.mpf(0)
     in_total = average * rest / total
     terms = [times(w, log_total - v) for w, v in zip(z, d, strict=True)]
     loss = Exact(mp.fsum(terms), mp.fsum(map(abs, terms)), average)
-    slopes = []
+    slopes, curvatures = [], []
     for i in range(len(x)):
         up, down = e[i] / total * others_z[i], z[i] * others_e[i] / total
         own = -d[i] / 2 if mp.isfinite(d[i]) else mp.mpf(0)
         left = average if i == largest else mp.mpf(0)
         slopes.append(Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total))
-    return loss, slopes
+        curvature = mass * e[i] / total * others_e[i] / total
+        curvatures.append(Exact(curvature, abs(curvature), own + left + 2 * in_total))
+    return loss, slopes, curvatures
 
 
-def categorical_on_probabilities(p: list[Number], z: list[Number], eps: Number) -> tuple[Exact, list[Exact]]:
+def _leave_one_out(numbers: list[Number]) -> tuple[Number, list[Number]]:
+    """The sum, and for each number the sum of the others: added up anew for the largest, where a difference cancels."""
+    total = mp.fsum(numbers)
+    largest = max(range(len(numbers)), key=lambda i: abs(numbers[i]))
+    others = [total - number for number in numbers]
+    others[largest] = mp.fsum(numbers[:largest] + numbers[largest + 1 :])
+    return total, others
+
+
+def categorical_on_probabilities(
+    p: list[Number], z: list[Number], eps: Number
+) -> tuple[Exact, list[Exact], list[Exact]]:
     loss = _sum(times(w, -_log(max(v, eps))) for v, w in zip(p, z, strict=True))
-    return loss, [_sum([-w / v if w and v >= eps else mp.mpf(0)]) for v, w in zip(p, z, strict=True)]
+    slopes = [-w / v if w and v >= eps else mp.mpf(0) for v, w in zip(p, z, strict=True)]
+    curvatures = [-slope / v if slope else slope for slope, v in zip(slopes, p, strict=True)]
+    return loss, [_sum([slope]) for slope in slopes], [_sum([curvature]) for curvature in curvatures]
 
 
-def nll_of_row(log_p: list[Number], z: list[Number]) -> tuple[Exact, list[Exact]]:
-    return _sum(times(w, -v) for v, w in zip(log_p, z, strict=True)), [_sum([-w]) for w in z]
+def nll_of_row(log_p: list[Number], z: list[Number]) -> tuple[Exact, list[Exact], list[Exact]]:
+    loss = _sum(times(w, -v) for v, w in zip(log_p, z, strict=True))
+    return loss, [_sum([-w]) for w in z], [_sum([0 * w]) for w in z]
 
 
 # --- Targets, weights, masks, reductions ------------------------------------------------------------------------------
@@ -126,11 +145,14 @@ def _elements(case: Case) -> Expected:
     options = case.options
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
     eps = mp.mpf(options.get("eps") or EPS[case.dtype])
-    values, slopes, taken = [], [], 0
+    values: list[Exact] = []
+    slopes: list[Exact] = []
+    curvatures: list[Exact] = []
+    taken = 0
     for index in _indices(case.logits.shape):
         if not _at(options.get("where"), index, True):
-            values.append(_zero())
-            slopes.append(_zero())
+            for numbers in (values, slopes, curvatures):
+                numbers.append(_zero())
             continue
         taken += 1
         x, z = mp.mpf(_at(case.logits, index)), mp.mpf(_at(case.targets, index))
@@ -138,15 +160,16 @@ def _elements(case: Case) -> Expected:
         z = z * (1 - smoothing) + smoothing / 2
         negative, positive = weight * (1 - z), weight * mp.mpf(_at(options.get("pos_weight"), index, 1)) * z
         if case.loss == "multilabel_logistic_loss":
-            value, slope = binary_on_logits(x, negative, positive)
+            of_element = binary_on_logits(x, negative, positive)
         else:
-            value, slope = binary_on_probabilities(x, negative, positive, eps)
-        values.append(value)
-        slopes.append(slope)
+            of_element = binary_on_probabilities(x, negative, positive, eps)
+        for numbers, number in zip((values, slopes, curvatures), of_element, strict=True):
+            numbers.append(number)
     axes = _axes(case)
     examples = math.prod(n for i, n in enumerate(case.logits.shape) if i not in axes)
     divisor = {"mean": taken, "batchmean": examples}.get(options.get("reduction", "batchmean"), 1)
-    return _reduced(case, options.get("reduction", "batchmean"), values, slopes, list(range(len(slopes))), divisor)
+    owner = list(range(len(slopes)))
+    return _reduced(case, options.get("reduction", "batchmean"), values, slopes, curvatures, owner, divisor)
 
 
 def _rows(case: Case) -> Expected:
@@ -158,7 +181,7 @@ def _rows(case: Case) -> Expected:
     positions = list(_indices(tuple(shape[i] for i in axes)))
     flat = {index: i for i, index in enumerate(_indices(shape))}
     values: list[Exact] = []
-    slopes = [_zero() for _ in flat]
+    slopes, curvatures = [_zero() for _ in flat], [_zero() for _ in flat]
     owner = [0] * len(slopes)
     divisor = mp.mpf(0)
     for row, example in enumerate(_indices(batch)):
@@ -188,26 +211,32 @@ def _rows(case: Case) -> Expected:
         x = [mp.mpf(_at(case.logits, places[i])) for i in chosen]
         mass = [mp.nan if wrong else sample_weight * weights[i] * z[i] for i in chosen]
         if case.loss == "softmax_nll":
-            value, parts = softmax_of_row(x, mass)
+            value, *parts = softmax_of_row(x, mass)
         elif case.loss == "cross_entropy":
-            value, parts = categorical_on_probabilities(x, mass, eps)
+            value, *parts = categorical_on_probabilities(x, mass, eps)
         else:
-            value, parts = nll_of_row(x, mass)
+            value, *parts = nll_of_row(x, mass)
         values.append(value)
-        for i, part in zip(chosen, parts, strict=True):
-            slopes[flat[places[i]]] = part
+        for i, slope, curvature in zip(chosen, *parts, strict=True):
+            slopes[flat[places[i]]], curvatures[flat[places[i]]] = slope, curvature
     reduction = options.get("reduction", "mean")
     divisor = {"mean": divisor, "batchmean": len(values)}.get(reduction, 1)
-    return _reduced(case, reduction, values, slopes, owner, divisor)
+    return _reduced(case, reduction, values, slopes, curvatures, owner, divisor)
 
 
 def _reduced(
-    case: Case, reduction: str, values: list[Exact], slopes: list[Exact], owner: list[int], divisor: Number
+    case: Case,
+    reduction: str,
+    values: list[Exact],
+    slopes: list[Exact],
+    curvatures: list[Exact],
+    owner: list[int],
+    divisor: Number,
 ) -> Expected:
     """`owner` tells for each logit the value that it belongs to."""
     if reduction == "none":
         scaled = [_scaled(slope, mp.mpf(case.cotangent.values[owner[i]])) for i, slope in enumerate(slopes)]
-        return Expected(values, scaled, slopes, 1)
+        return Expected(values, scaled, slopes, curvatures, 1)
     factor = 1 / mp.mpf(divisor) if divisor else mp.mpf(0)  # a mean over nothing is 0
     total = Exact(
         mp.fsum(v.value for v in values) * factor,
@@ -215,7 +244,7 @@ def _reduced(
         max([v.shift for v in values], default=mp.mpf(0)),
     )
     scaled = [_scaled(slope, factor) for slope in slopes]
-    return Expected([total], scaled, scaled, len(values))
+    return Expected([total], scaled, scaled, curvatures, len(values))
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------

@@ -1,116 +1,200 @@
-"""What a run found: a table for people, JSON for programs."""
+"""What a run found: as data to keep (JSON), and as a table for people; `html` and `junit` give it other forms."""
 
 from __future__ import annotations
 
-import json
 import math
+import platform
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .cases import FAMILIES, Case
+import unilabel
+
+from .cases import FAMILIES, FLAGS, Case, Tensor
 from .compare import Verdict
 from .runner import Job, Run
 
-FAILURES_SHOWN = 5  # of each backend; --json has all
+FAILURES_SHOWN = 5  # in full, of each column
+
+Results = dict[str, Any]
 
 
-def passed(runs: list[Run]) -> bool:
-    return all(not run.problem and not any(_failures(run)) for run in runs)
+def results(job: Job, chosen: list[Case], runs: list[Run], interrupted: bool = False) -> Results:
+    """Everything, as JSON has it: numbers as exact hexadecimal floats, so that two runs can be compared."""
+    found = {
+        "format": 1,
+        "unilabel": unilabel.__version__,
+        "python": platform.python_version(),
+        "seed": job.seed,
+        "dtypes": list(job.dtypes),
+        "patterns": list(job.patterns),
+        "full": job.full,
+        "interrupted": interrupted,
+        "flags": FLAGS,
+        "runs": [
+            {
+                "subject": run.subject,
+                "backend": run.backend,
+                "version": run.version,
+                "device": run.device,
+                "problem": run.problem,
+                "cases": [_case(case, run) for case in chosen],
+            }
+            for run in runs
+        ],
+    }
+    return found | {"passed": passed(found)}
 
 
-def show(console: Console, chosen: list[Case], runs: list[Run]) -> None:
-    """The table family × backend, then what failed."""
-    console.print("Worst error in ULP: of values, of gradients")
+def _case(case: Case, run: Run) -> dict[str, Any]:
+    answer = run.answers.get(case.id, {})
+    status = run.status(case.id)
+    return {
+        "id": case.id,
+        "family": case.family,
+        "dtype": case.dtype,
+        "loss": case.loss,
+        "flags": list(case.flags),
+        "size": len(case.logits.values),
+        "call": call(case) if status == "fail" else "",
+        "status": status,
+        "reason": answer.get("error", "") or answer.get("not applicable", ""),
+        "verdicts": {name: _verdict(verdict) for name, verdict in run.verdicts.get(case.id, {}).items()},
+        "numbers": answer.get("numbers", {}),
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    ulp = verdict.ulp if math.isfinite(verdict.ulp) else "inf"
+    failure = {"how": verdict.how, "element": verdict.element, "got": verdict.got, "right": verdict.right}
+    return {"ulp": ulp, "bound": verdict.bound, **(failure if verdict.failed else {})}
+
+
+def call(case: Case) -> str:
+    """The case as one would write it."""
+    options = "".join(f", {name}={_literal(value)}" for name, value in case.options.items())
+    return f"{case.loss}({_literal(case.logits)}, {_literal(case.targets)}{options})"
+
+
+def _literal(value: Any, most: int = 12) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if len(value.values) > most:
+        return f"[{', '.join(map(_number, value.values[:3]))}, … {len(value.values)} numbers]"
+
+    def nested(values: list[Any], shape: tuple[int, ...]) -> str:
+        if not shape:
+            return _number(values[0])
+        step = math.prod(shape[1:])
+        return "[" + ", ".join(nested(values[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])) + "]"
+
+    return nested(value.values, value.shape)
+
+
+def _number(x: Any) -> str:
+    return f"{x:.9g}" if isinstance(x, float) else repr(x)
+
+
+# --- Readings of the data ---------------------------------------------------------------------------------------------
+
+
+def passed(found: Results) -> bool:
+    """Whether every case that applies was run, and is right."""
+    return all(
+        not run["problem"] and all(case["status"] in ("pass", "not applicable") for case in run["cases"])
+        for run in found["runs"]
+    )
+
+
+def title(run: dict[str, Any]) -> str:
+    return run["backend"] if run["subject"] == "unilabel" else f"{run['subject']} {run['backend']}"
+
+
+def failure(case: dict[str, Any]) -> str:
+    """What came and what is right, in words: of the worst quantity of a case that failed."""
+    failed = {name: verdict for name, verdict in case["verdicts"].items() if "how" in verdict}
+    if not failed:
+        return str(case["reason"])
+    name, worst = max(failed.items(), key=lambda item: float(item[1]["ulp"]))
+    return (
+        f"{name} by {worst['how']}, element {worst['element']}: {worst['got']}, right is {worst['right']} "
+        f"({ulps(worst['ulp'])} ULP, allowed {ulps(worst['bound'])})"
+    )
+
+
+def smallest_failures(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each flag, and for "other", the failed case with the fewest numbers."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in run["cases"]:
+        if case["status"] == "fail":
+            for flag in case["flags"] or ["other"]:
+                if flag not in found or case["size"] < found[flag]["size"]:
+                    found[flag] = case
+    return {flag: found[flag] for flag in [*FLAGS, "other"] if flag in found}
+
+
+def worst(cases: list[dict[str, Any]], quantity: str) -> float | None:
+    """The largest error of a quantity over cases, in ULP; None if none of them has it."""
+    found = [float(case["verdicts"][quantity]["ulp"]) for case in cases if quantity in case["verdicts"]]
+    return max(found, default=None)
+
+
+def ulps(ulp: Any) -> str:
+    ulp = float(ulp)
+    return f"{ulp:.1f}" if ulp < 1e4 else f"{ulp:.0e}" if math.isfinite(ulp) else "∞"
+
+
+# --- The terminal -----------------------------------------------------------------------------------------------------
+
+
+def show(console: Console, found: Results) -> None:
+    """The table family × column, then what failed, smallest input first, under its flag."""
+    runs = found["runs"]
+    console.print("Worst error in ULP: of values, gradients, Hessian diagonals")
     table = Table()
     table.add_column("family", no_wrap=True)
     table.add_column("cases", justify="right")
     for run in runs:
-        table.add_column(f"{run.backend}\n{run.version or '-'}", justify="right", no_wrap=True)
+        table.add_column(f"{title(run)}\n{run['version'] or '-'}", justify="right", no_wrap=True)
     for family in FAMILIES:
-        cases = [case for case in chosen if case.family == family]
-        if cases:
-            table.add_row(family, str(len(cases)), *(_cell(cases, run) for run in runs))
+        columns = [[case for case in run["cases"] if case["family"] == family] for run in runs]
+        if columns and columns[0]:
+            table.add_row(family, str(len(columns[0])), *map(_cell, columns))
     console.print(table)
-    by_id = {case.id: case for case in chosen}
     for run in runs:
-        if run.problem:
-            console.print(f"{run.backend}: {run.problem}", style="red", markup=False, soft_wrap=True)
-        failures = list(_failures(run))
-        for identity, what, verdict in failures[:FAILURES_SHOWN]:
-            options = ", ".join(f"{k}={_plain(v)}" for k, v in by_id[identity].options.items())
-            console.print(
-                f"{run.backend}: {identity} {by_id[identity].loss}({options}) {what}: {verdict.failure} "
-                f"({_number(verdict.ulp)} ULP, allowed {_number(verdict.bound)})",
-                style="red", markup=False, soft_wrap=True,
-            )  # fmt: skip
-        if len(failures) > FAILURES_SHOWN:
-            console.print(f"{run.backend}: and {len(failures) - FAILURES_SHOWN} failures more", style="red")
-    verdict = "all match the oracle" if passed(runs) else "NOT all match the oracle"
-    console.print(f"{len(chosen)} cases on {', '.join(run.backend for run in runs)}: {verdict}")
+        if run["problem"]:
+            _line(console, f"{title(run)}: {run['problem']}")
+        failures = smallest_failures(run)
+        for flag, case in list(failures.items())[: None if run["subject"] != "unilabel" else FAILURES_SHOWN]:
+            _line(console, f"{title(run)}: {flag}: {case['id']}: {failure(case)}")
+            console.print(f"    {case['call']}", markup=False, highlight=False, soft_wrap=True)
+            if flag in found["flags"]:
+                console.print(f"    {found['flags'][flag]}", style="dim", soft_wrap=True)
+    for run in runs:
+        counts = {status: sum(case["status"] == status for case in run["cases"]) for status in STATUSES}
+        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        console.print(f"{title(run)}: {said}", highlight=False)
+    verdict = "all match the oracle" if passed(found) else "NOT all match the oracle"
+    stopped = "interrupted: " if found["interrupted"] else ""
+    console.print(f"{stopped}{len(runs[0]['cases'])} cases on {', '.join(map(title, runs))}: {verdict}", soft_wrap=True)
 
 
-def as_json(job: Job, chosen: list[Case], runs: list[Run]) -> str:
-    """The results, values as exact hexadecimal floats."""
-    return json.dumps(
-        {
-            "seed": job.seed,
-            "dtypes": job.dtypes,
-            "passed": passed(runs),
-            "backends": [
-                {
-                    "backend": run.backend,
-                    "version": run.version,
-                    "device": run.device,
-                    "problem": run.problem,
-                    "cases": [
-                        {
-                            "id": identity,
-                            **answer,
-                            **{f"{what} verdict": _fields(v) for what, v in run.verdicts[identity].items()},
-                        }
-                        for identity, answer in run.answers.items()
-                    ],
-                }
-                for run in runs
-            ],
-        },
-        indent=1,
-    )
+STATUSES = ("pass", "fail", "not applicable", "not run")
 
 
-def _failures(run: Run) -> Any:
-    for identity, verdicts in run.verdicts.items():
-        for what, verdict in verdicts.items():
-            if verdict.failure:
-                yield identity, what, verdict
+def _line(console: Console, text: str) -> None:
+    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _cell(cases: list[Case], run: Run) -> str:
-    verdicts = [run.verdicts.get(case.id) for case in cases]
-    if None in verdicts:
-        return "[red]not run[/red]"
-    cells = []
-    for what in ("value", "gradient"):
-        of_what = [v[what] for v in verdicts if v is not None]
-        failed = sum(bool(v.failure) for v in of_what)
-        worst = _number(max(v.ulp for v in of_what))
-        cells.append(f"[red]{failed} fail[/red]" if failed else worst)
-    return f"{cells[0]}, {cells[1]} " + ("[red]✗[/red]" if "fail" in "".join(cells) else "[green]✓[/green]")
-
-
-def _fields(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "ulp": verdict.ulp if math.isfinite(verdict.ulp) else "inf",
-        "bound": verdict.bound,
-        "failure": verdict.failure,
-    }
-
-
-def _number(ulp: float) -> str:
-    return f"{ulp:.1f}" if ulp < 1e4 else f"{ulp:.0e}" if math.isfinite(ulp) else "∞"
-
-
-def _plain(value: Any) -> str:
-    return f"[{len(value.values)} values]" if hasattr(value, "values") else repr(value)
+def _cell(cases: list[dict[str, Any]]) -> Text:
+    counts = {status: sum(case["status"] == status for case in cases) for status in STATUSES}
+    if counts["not applicable"] == len(cases):
+        return Text("n/a", style="dim")
+    if counts["not run"]:
+        return Text("not run", style="red")
+    if counts["fail"]:
+        return Text(f"{counts['fail']} of {len(cases) - counts['not applicable']} fail ✗", style="red")
+    numbers = [worst(cases, quantity) for quantity in ("value", "gradient", "hessian")]
+    return Text(", ".join("-" if ulp is None else ulps(ulp) for ulp in numbers)) + Text(" ✓", style="green")

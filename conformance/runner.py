@@ -1,4 +1,4 @@
-"""Runs the cases: a process for each backend, a verdict on each answer as it comes."""
+"""Runs the cases: a process for each subject, backend and dtype, a verdict on each answer as it comes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -23,22 +24,41 @@ from .worker import selected
 class Job(NamedTuple):
     """What to run."""
 
+    subjects: tuple[str, ...]
     backends: tuple[str, ...]
     device: str | None
     dtypes: tuple[str, ...]
     seed: int
     patterns: tuple[str, ...]
+    loss: str | None = None  # what somebody's own subject claims to be
+    full: bool = False
+    jobs: int = 2
+    timeout: float = 300.0  # seconds without an answer
 
 
 class Run(NamedTuple):
-    """What one backend answered. `problem` is why it did not answer all; empty if it did."""
+    """What one subject answered on one backend. `problem` is why it did not answer all; empty if it did."""
 
+    subject: str
     backend: str
     version: str
     device: str
-    answers: dict[str, dict[str, Any]]  # by the case's id
-    verdicts: dict[str, dict[str, Verdict]]
+    answers: dict[str, dict[str, Any]]  # by the case's id, as `worker.answer` has them
+    verdicts: dict[str, dict[str, Verdict]]  # of the cases that have numbers
     problem: str
+
+    def status(self, identity: str) -> str:
+        """'pass', 'fail', 'not applicable' or 'not run'."""
+        answer = self.answers.get(identity)
+        if answer is None:
+            return "not run"
+        if "not applicable" in answer:
+            return "not applicable"
+        failed = "error" in answer or any(verdict.failed for verdict in self.verdicts[identity].values())
+        return "fail" if failed else "pass"
+
+
+Progress = Callable[[tuple[str, str], int, int], None]
 
 
 def installed() -> tuple[str, ...]:
@@ -53,58 +73,87 @@ def is_installed(name: str) -> bool:
         return False
 
 
-def run(job: Job, progress: Callable[[str, int, int], None]) -> tuple[list[Case], list[Run]]:
-    """All cases on all backends, two processes at a time; `progress` is told (backend, done, total)."""
-    chosen = selected(job.dtypes, job.seed, job.patterns)
-    exact = {case.id: expected(case) for case in chosen}
-    done = dict.fromkeys(job.backends, 0)
+def columns(job: Job) -> list[tuple[str, str]]:
+    """The (subject, backend) pairs to run; Keras is run on its TensorFlow backend."""
+    pairs = [
+        (subject, backend)
+        for subject in job.subjects
+        for backend in (("tensorflow",) if subject == "keras" else job.backends)
+    ]
+    return list(dict.fromkeys(pairs))
 
-    def part(name: str, dtype: str) -> Run:
+
+def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
+    """The cases, a Run for each (subject, backend), and whether Ctrl-C cut it short: then, what there was by then."""
+    chosen = selected(job.dtypes, job.seed, job.patterns, job.full)
+    exact = {case.id: expected(case) for case in chosen}
+    done = dict.fromkeys(columns(job), 0)
+    processes: set[subprocess.Popen[str]] = set()
+    stopped = threading.Event()
+
+    def part(pair: tuple[str, str], dtype: str) -> Run:
+        subject, backend = pair
         cases = {case.id: case for case in chosen if case.dtype == dtype}
-        answers: dict[str, dict[str, Any]] = {}
-        verdicts: dict[str, dict[str, Verdict]] = {}
-        version, device, problem = "", "", ""
-        if name in BUILT_IN and not is_installed(name):
-            return Run(name, version, device, answers, verdicts, f"not installed: pip install 'unilabel[{name}]'")
-        for line in _process({**job._asdict(), "backend": name, "dtypes": [dtype]}, dtype):
+        result = Run(subject, backend, "", "", {}, {}, "")
+        if stopped.is_set():
+            return result._replace(problem="not run: interrupted")
+        if backend in BUILT_IN and not is_installed(backend):
+            return result._replace(problem=f"not installed: pip install 'unilabel[{backend}]'")
+        order = {**job._asdict(), "subject": subject, "backend": backend, "dtypes": [dtype]}
+        for line in _process(order, dtype, job.timeout, processes):
             if "id" in line:
                 identity = line.pop("id")
-                answers[identity] = line
-                verdicts[identity] = judge(cases[identity], exact[identity], line, name)
-                done[name] += 1
-                progress(name, done[name], len(chosen))
+                result.answers[identity] = line
+                if "numbers" in line:
+                    verdicts = judge(cases[identity], exact[identity], line["numbers"], backend)
+                    result.verdicts[identity] = verdicts
+                done[pair] += 1
+                progress(pair, done[pair], len(chosen))
             elif "version" in line:
-                version, device = line["version"], line["device"]
+                result = result._replace(version=line["version"], device=line["device"])
+            elif stopped.is_set():
+                result = result._replace(problem="interrupted")
             elif line["code"]:
-                problem = f"{line['last']} (exit code {line['code']} before the end)"
-        return Run(name, version, device, answers, verdicts, problem)
+                result = result._replace(problem=f"{line['last']} (exit code {line['code']} before the end)")
+        return result
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for name in job.backends:
-            progress(name, 0, len(chosen))
-        parts = {name: [pool.submit(part, name, dtype) for dtype in job.dtypes] for name in job.backends}
-        return chosen, [_joined([future.result() for future in futures]) for futures in parts.values()]
+    for pair in done:
+        progress(pair, 0, len(chosen))
+    with ThreadPoolExecutor(max_workers=job.jobs) as pool:
+        parts = {pair: [pool.submit(part, pair, dtype) for dtype in job.dtypes] for pair in done}
+        try:
+            for futures in parts.values():
+                for future in futures:
+                    future.result()
+        except KeyboardInterrupt:
+            stopped.set()
+            for process in list(processes):
+                process.kill()
+        runs = [_joined([future.result() for future in futures]) for futures in parts.values()]
+    return chosen, runs, stopped.is_set()
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The version and the devices of a backend's framework, or its last words, asked for in a process of its own."""
+    *said, end = _process({"backend": name, "describe": True}, "float32", 60.0, set())
+    return said[0] if said else {"version": "does not load", "devices": [end["last"]]}
 
 
 def _joined(parts: list[Run]) -> Run:
-    """What a backend answered in all dtypes."""
+    """What a subject answered on a backend in all dtypes."""
+    first = next((part for part in parts if part.version), parts[0])
     answers: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Verdict]] = {}
     for part in parts:
         answers |= part.answers
         verdicts |= part.verdicts
-    return parts[0]._replace(
-        answers=answers, verdicts=verdicts, problem="; ".join({part.problem: None for part in parts if part.problem})
-    )
+    problems = dict.fromkeys(part.problem for part in parts if part.problem)
+    return first._replace(answers=answers, verdicts=verdicts, problem="; ".join(problems))
 
 
-def describe(name: str) -> dict[str, Any]:
-    """The version and the devices of a backend's framework, or its last words, asked for in a process of its own."""
-    *said, end = _process({"backend": name, "describe": True}, "float32")
-    return said[0] if said else {"version": "does not load", "devices": [end["last"]]}
-
-
-def _process(order: dict[str, Any], dtype: str) -> Iterator[dict[str, Any]]:
+def _process(
+    order: dict[str, Any], dtype: str, timeout: float, processes: set[subprocess.Popen[str]]
+) -> Iterator[dict[str, Any]]:
     """What a worker says, line by line, and at last how it ended: a crash is one line of the report, not its end."""
     # JAX has float64 only where this is set.
     environment = os.environ | ({"JAX_ENABLE_X64": "1"} if dtype == "float64" else {})
@@ -125,10 +174,24 @@ def _process(order: dict[str, Any], dtype: str) -> Iterator[dict[str, Any]]:
             env=environment,
         ) as process,
     ):
+        processes.add(process)
         assert process.stdout is not None
-        for line in process.stdout:
+        hung = threading.Event()
+
+        def give_up() -> None:
+            hung.set()
+            process.kill()
+
+        while True:
+            watch = threading.Timer(timeout, give_up)
+            watch.start()
+            line = process.stdout.readline()
+            watch.cancel()
+            if not line:
+                break
             yield json.loads(line)
         code = process.wait()
+        processes.discard(process)
         errors.seek(0)
-        last = [line.strip() for line in errors if line.strip()][-1:]
-        yield {"code": code, "last": " ".join(last)}
+        last = " ".join([line.strip() for line in errors if line.strip()][-1:])
+        yield {"code": code, "last": f"no answer for {timeout:g} s" if hung.is_set() else last}

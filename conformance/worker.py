@@ -1,7 +1,7 @@
-"""One backend's answers, in a process of its own: python -m unilabel.conformance.worker, started by `runner`.
+"""One subject's answers on one backend, in a process of its own: python -m unilabel.conformance.worker.
 
-Its argument says what to run, as JSON. It writes a line of JSON for each case to the standard output that it was given;
-what the framework itself prints goes to standard error.
+Its argument says what to run, as JSON (see `runner`). It writes a line of JSON for each case to the standard output
+that it was given; what the framework itself prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import unilabel
 from unilabel.backend import Backend, backend_named, backend_of
 
 from .cases import Case, Tensor, cases
+from .subjects import NotApplicable, find
 
 
 def main() -> None:
@@ -32,17 +33,17 @@ def main() -> None:
         return
     device = find_device(backend, job["device"])
     print(json.dumps({"version": backend.version(), "device": device}), file=answers)
-    for case in selected(job["dtypes"], job["seed"], job["patterns"]):
-        print(json.dumps({"id": case.id, **answer(backend, device, case)}), file=answers)
+    for case in selected(job["dtypes"], job["seed"], job["patterns"], job["full"]):
+        print(json.dumps({"id": case.id, **answer(backend, device, case, job["subject"], job["loss"])}), file=answers)
 
 
-def selected(dtypes: Sequence[str], seed: int, patterns: Sequence[str]) -> list[Case]:
+def selected(dtypes: Sequence[str], seed: int, patterns: Sequence[str] = (), full: bool = False) -> list[Case]:
     """The cases whose id, or family, one of the patterns matches; no patterns are all cases."""
 
     def chosen(case: Case) -> bool:
         return not patterns or any(fnmatch.fnmatch(name, p) for p in patterns for name in (case.id, case.family))
 
-    return list(filter(chosen, cases(tuple(dtypes), seed)))
+    return list(filter(chosen, cases(tuple(dtypes), seed, full)))
 
 
 def find_device(backend: Backend, wanted: str | None) -> str:
@@ -56,8 +57,36 @@ def find_device(backend: Backend, wanted: str | None) -> str:
     raise SystemExit(f"Expected a device of {backend.name}: {', '.join(devices)}. Received: {wanted}.")
 
 
-def answer(backend: Backend, device: str, case: Case) -> dict[str, Any]:
-    """Value and gradient, in closed form and by autodiff with the case's cotangent; or what went wrong."""
+def answer(
+    backend: Backend, device: str, case: Case, subject: str = "unilabel", claims: str | None = None
+) -> dict[str, Any]:
+    """{"numbers": {quantity: {how: values}}}, or {"error": …}, or {"not applicable": …}."""
+    try:
+        call = find(subject, case.loss, claims, backend.name)
+        results = _computed(backend, device, case, call, subject == "unilabel")
+    except NotApplicable as reason:
+        return {"not applicable": str(reason)}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    for quantity, ways in results.items():
+        for how, result in ways.items():
+            kind = (backend_of(result).name, backend.dtype(result), tuple(result.shape), backend.device(result))
+            shape = case.cotangent.shape if quantity == "value" else case.logits.shape
+            right = (backend.name, case.dtype, shape, device)
+            if kind != right:
+                return {"error": f"Expected the {quantity} of {how} to be of kind {right}. Received: {kind}."}
+    return {
+        "numbers": {
+            quantity: {how: _hex(backend, result) for how, result in ways.items()} for quantity, ways in results.items()
+        }
+    }
+
+
+def _computed(
+    backend: Backend, device: str, case: Case, loss: Callable[..., Any], ours: bool
+) -> dict[str, dict[str, Any]]:
+    """Value, gradient and Hessian diagonal, in each way that there is to have them."""
 
     def array(tensor: Tensor, empty: str) -> Any:
         """Floats in the case's dtype, integers in 32 bits (there are devices that have no more)."""
@@ -67,31 +96,34 @@ def answer(backend: Backend, device: str, case: Case) -> dict[str, Any]:
         exact = data.astype("float64" if case.dtype == "float64" else "float32")
         return backend.cast(backend.asarray(exact, device=device), case.dtype)
 
-    try:
-        loss = getattr(unilabel, case.loss)
-        value_and_grad = unilabel.value_and_grad(loss)
-        logits, targets = array(case.logits, "float64"), array(case.targets, "int32")
-        options = {
-            name: array(given, "bool" if name == "where" else "float64") if isinstance(given, Tensor) else given
-            for name, given in case.options.items()
-        }
-        results = dict(zip(("value", "closed_form"), value_and_grad(logits, targets, **options), strict=True))
-        if backend.autodiff:
-            cotangent = array(case.cotangent, "float64")
-            recorded = backend.vjp(lambda x: loss(x, targets, **options), logits, cotangent)
-            results |= zip(("value_recorded", "gradient"), recorded, strict=True)
-        else:
-            results["value_recorded"] = loss(logits, targets, **options)
-        for name, result in results.items():
-            kind = (backend_of(result).name, backend.dtype(result), tuple(result.shape), backend.device(result))
-            shape = case.cotangent.shape if name.startswith("value") else case.logits.shape
-            right = (backend.name, case.dtype, shape, backend.device(logits))
-            if kind != right:
-                return {"error": f"Expected {name} of kind {right}. Received: {kind}."}
-        return {name: _hex(backend, result) for name, result in results.items()}
-    except Exception as error:
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"}
+    logits, targets = array(case.logits, "float64"), array(case.targets, "int32")
+    options = {
+        name: array(given, "bool" if name == "where" else "float64") if isinstance(given, Tensor) else given
+        for name, given in case.options.items()
+    }
+
+    def function(x: Any) -> Any:
+        return loss(x, targets, **options)
+
+    value: dict[str, Any] = {}
+    gradient: dict[str, Any] = {}
+    hessian: dict[str, Any] = {}
+    if backend.autodiff:
+        value["the loss"], gradient["autodiff"] = backend.vjp(function, logits, array(case.cotangent, "float64"))
+    else:
+        value["the loss"] = function(logits)
+    unreduced = case.options.get("reduction") == "none"
+    if unreduced and backend.autodiff and case.loss == "multilabel_logistic_loss":  # the Hessian itself is diagonal
+        ones = array(Tensor(case.logits.shape, [1.0] * len(case.logits.values)), "float64")
+        _, hessian["autodiff"] = backend.vjp(lambda x: backend.vjp(function, x, ones)[1], logits, ones)
+    if ours:
+        ways = unilabel.value_and_grad(loss)(logits, targets, **options)
+        value["value_and_grad"], gradient["value_and_grad"] = ways
+        if unreduced:
+            options["reduction"] = "sum"
+            _, hessian["grad_and_hess"] = unilabel.grad_and_hess(loss)(logits, targets, **options)
+    results = {"value": value, "gradient": gradient, "hessian": hessian}
+    return {quantity: ways for quantity, ways in results.items() if ways}
 
 
 def _hex(backend: Backend, array: Any) -> list[str]:

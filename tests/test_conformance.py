@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def command(*arguments, package=None):
 def test_all_match(framework):
     done = command("conformance", "--backend", framework.name, "--case", "seed", "--case", "infinite")
     assert done.returncode == 0, done.stdout
-    assert f"50 cases on {framework.name}: all match the oracle" in done.stdout
+    assert f"cases on {framework.name}: all match the oracle" in done.stdout
 
 
 @pytest.mark.parametrize("device", ["CPU_DEVICE", "device1", "device2", "no_float64", "no_x64"])
@@ -71,7 +72,9 @@ def test_planted_bug(tmp_path, bug):
     formulas.write_text(text.replace(right, wrong))
     done = command("conformance", "--backend", "numpy", package=tmp_path)
     assert done.returncode == 1, done.stdout
-    assert f"numpy: float32/{family}/" in done.stdout
+    assert re.search(rf"│ {family} .* fail ✗", done.stdout), done.stdout
+    assert "numpy: " in done.stdout
+    assert ": float32/" in done.stdout
     assert "NOT all match the oracle" in done.stdout
 
 
@@ -81,11 +84,12 @@ def test_json(tmp_path):
     assert done.returncode == 0, done.stdout
     results = json.loads(file.read_text())
     assert (results["seed"], results["dtypes"], results["passed"]) == (7, ["float32", "float64"], True)
-    (backend,) = results["backends"]
+    (backend,) = results["runs"]
     assert (backend["backend"], backend["device"]) == ("numpy", "cpu")
     (case,) = backend["cases"]
-    assert case["id"] == "float64/seed/1"
-    assert [round(float.fromhex(x), 4) for x in case["value"]] == [0.6444, 0.5981, 0.6931, 0.9130, 0.6444, 0.5544]
+    assert (case["id"], case["status"]) == ("float64/seed/1", "pass")
+    value = case["numbers"]["value"]["the loss"]
+    assert [round(float.fromhex(x), 4) for x in value] == [0.6444, 0.5981, 0.6931, 0.9130, 0.6444, 0.5544]
 
 
 def test_same_seed_same_cases():
@@ -134,11 +138,11 @@ def test_a_backend_that_dies_is_a_line_in_the_report(tmp_path):
     assert done.returncode == 1
     assert "exit code -9" in done.stdout
     assert "not run" in done.stdout
-    assert "1.0, 1.6 ✓" in done.stdout
+    assert "numpy: 30 pass" in done.stdout
 
 
 def test_backends_lists_what_is_here_and_how_to_get_the_rest(monkeypatch):
-    monkeypatch.setattr(runner, "BUILT_IN", ("numpy",))
+    monkeypatch.setattr(runner, "is_installed", lambda name: name == "numpy")
     result = CliRunner().invoke(main, ["backends"])
     assert result.exit_code == 0
     assert "cpu" in result.output

@@ -115,11 +115,11 @@ def test_a_case_is_judged_in_ulp_of_its_dtype():
     exact = oracle.expected(case)
     right = nearest(float(exact.value[0].value), "float32")
     slope = nearest(float(exact.gradient_of_sum[0].value), "float32")
-    answer = {"gradient": [(slope * case.cotangent.values[0]).hex()], "closed_form": [slope.hex()]}
+    gradient = {"autodiff": [(slope * case.cotangent.values[0]).hex()], "value_and_grad": [slope.hex()]}
     for off, failed in [(0, False), (3, False), (6, True), (-6, True)]:
-        value = (right + off * 2.0**-23).hex()  # the ULP at 1.3
-        verdict = judge(case, exact, answer | {"value": [right.hex()], "value_recorded": [value]}, "numpy")["value"]
-        assert bool(verdict.failure) == failed
+        value = {"the loss": [(right + off * 2.0**-23).hex()], "value_and_grad": [right.hex()]}  # the ULP at 1.3
+        verdict = judge(case, exact, {"value": value, "gradient": gradient}, "numpy")["value"]
+        assert verdict.failed == failed
         assert abs(verdict.ulp - abs(off)) <= 0.5
 
 
@@ -128,7 +128,30 @@ def test_no_digit_is_excused(wrong):
     """0 for a small normal number, NaN, infinity and a wrong sign are failures however small the right number is."""
     case = Maker("test", "float32", 0).case(MULTILABEL, [-20.0], [0], reduction="none")
     exact = oracle.expected(case)
-    right = [nearest(float(exact.value[0].value), "float32").hex()]
-    answer = {"value": [wrong.hex()], "value_recorded": right, "closed_form": right}
     for backend in ("numpy", "torch", "jax", "tensorflow"):
-        assert judge(case, exact, answer, backend)["value"].failure
+        assert judge(case, exact, {"value": {"the loss": [wrong.hex()]}}, backend)["value"].failed
+
+
+def test_hessian_is_the_slope_of_the_gradient():
+    make, h = Maker("test", "float64", 0), mpf(2) ** -60
+    cases = [
+        (MULTILABEL, [[0, 1, 1], [1, 0, 0]], {"pos_weight": 7.0, "label_smoothing": 0.1}),
+        (SOFTMAX, [1, 2], {"weight": [0.5, 2.0, 3.0], "where": [[True, True, False], [True, True, True]]}),
+        (SOFTMAX, [[0.5, 0.25, 0.25], [0.1, 0.1, 0.2]], {}),
+        ("binary_cross_entropy", [[0, 1, 1], [1, 0, 0]], {}),
+        ("cross_entropy", [1, 2], {"weight": [0.5, 2.0, 3.0]}),
+        ("nll", [1, 2], {}),
+    ]
+    logits = [0.5, 0.25, 0.75, 0.125, 0.625, 0.375]
+    with mp.workprec(oracle.BITS):
+        for loss, targets, options in cases:
+            case = make.case(loss, [logits[:3], logits[3:]], targets, reduction="sum", **options)
+            exact = oracle.expected(case)
+            for i in range(6):
+
+                def at(x, case=case, i=i):
+                    moved = case.logits._replace(values=[*logits[:i], x, *logits[i + 1 :]])
+                    return oracle.expected(case._replace(logits=moved)).gradient[i].value
+
+                slope = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
+                assert abs(slope - exact.hessian[i].value) < mpf(2) ** -100

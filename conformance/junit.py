@@ -1,0 +1,41 @@
+"""Results as JUnit XML, which CI systems read: a test suite for each column, a test for each case."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from .report import Results, failure, title
+
+
+def junit(found: Results) -> str:
+    root = ElementTree.Element("testsuites", name="unilabel conformance")
+    for run in found["runs"]:
+        failed = sum(case["status"] == "fail" for case in run["cases"])
+        left_out = sum(case["status"] in ("not applicable", "not run") for case in run["cases"])
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=title(run),
+            tests=str(len(run["cases"])),
+            failures=str(failed),
+            errors=str(int(bool(run["problem"]))),
+            skipped=str(left_out),
+        )
+        for case in run["cases"]:
+            test = ElementTree.SubElement(
+                suite, "testcase", classname=f"{title(run)}.{case['family']}", name=case["id"]
+            )
+            if case["status"] == "fail":
+                ElementTree.SubElement(test, "failure", message=_legal(failure(case))).text = _legal(case["call"])
+            elif case["status"] != "pass":
+                reason = case["reason"] or run["problem"] or case["status"]
+                ElementTree.SubElement(test, "skipped", message=_legal(f"{case['status']}: {reason}"))
+        if run["problem"]:
+            ElementTree.SubElement(suite, "system-err").text = _legal(run["problem"])
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _legal(text: str) -> str:
+    """Without the control characters that XML cannot hold: a framework's last words may have some."""
+    return "".join(c for c in text if c in "\t\n" or c >= " ")

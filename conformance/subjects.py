@@ -1,0 +1,276 @@
+"""Whose losses are run: unilabel's, a framework's own ("native", "keras"), or anybody's ("package.module:function").
+
+For a loss of unilabel a subject has a function that is called like it, `f(logits, targets, **options)`. Options that it
+does not take raise NotApplicable, and the case is reported as that, never as passed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import unilabel
+
+Array = Any
+LossFunction = Callable[..., Array]
+
+
+class NotApplicable(Exception):
+    """The subject does not have this loss, or not with these options."""
+
+
+def find(subject: str, loss: str, claims: str | None, backend: str) -> LossFunction:
+    """The function to run for a loss. `claims` names the loss that somebody's function claims to be."""
+    if subject == "unilabel":
+        found: LossFunction = getattr(unilabel, loss)
+        return found
+    if ":" in subject:
+        return _theirs(subject, loss, claims)
+    table = _keras() if subject == "keras" else NATIVE.get(backend, dict)()
+    if loss not in table:
+        raise NotApplicable(f"{subject} on {backend} has no {loss}")
+    return _only_options(table[loss])
+
+
+def imported(subject: str) -> LossFunction:
+    """The function of package.module:function. ImportError, AttributeError or ValueError if there is none."""
+    module, _, name = subject.partition(":")
+    if not module or not name:
+        raise ValueError("expected package.module:function")
+    found: LossFunction = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _theirs(subject: str, loss: str, claims: str | None) -> LossFunction:
+    function = imported(subject)
+    claimed = claims or function.__name__
+    if loss != claimed:
+        raise NotApplicable(f"{subject} claims to be {claimed}")
+    return _only_options(function)
+
+
+def _only_options(function: LossFunction) -> LossFunction:
+    """The function, called with options that it does not have only where they are as if not given."""
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+
+    def call(logits: Array, targets: Array, **options: Any) -> Array:
+        unknown = [] if takes_all else [name for name in options if name not in names]
+        if unknown:
+            raise NotApplicable(f"takes no {', '.join(unknown)}")
+        return function(logits, targets, **options)
+
+    return call
+
+
+# --- The frameworks' own ----------------------------------------------------------------------------------------------
+
+
+def _examples(x: Array, axis: int) -> int:
+    total = 1
+    for i, n in enumerate(x.shape):
+        total *= 1 if i == axis % len(x.shape) else n
+    return max(total, 1)
+
+
+def _one_axis(axis: int | tuple[int, ...]) -> int:
+    if isinstance(axis, tuple):
+        raise NotApplicable("has one class axis")
+    return axis
+
+
+def _reduced(sum_: Any, mean: Any, losses: Array, reduction: str, examples: int) -> Array:
+    """As the framework's users do: its own sum and mean of its own losses."""
+    if reduction == "none":
+        return losses
+    return mean(losses) if reduction == "mean" else sum_(losses) / (examples if reduction == "batchmean" else 1)
+
+
+def _torch() -> dict[str, LossFunction]:
+    import torch
+    from torch.nn import functional
+
+    def multilabel_logistic_loss(
+        x: Array,
+        z: Array,
+        *,
+        weight: Array = None,
+        pos_weight: Array = None,
+        axis: Any = -1,
+        reduction: str = "batchmean",
+    ) -> Array:
+        own = "sum" if reduction == "batchmean" else reduction
+        weight = None if weight is None else torch.as_tensor(weight, dtype=x.dtype)
+        pos_weight = None if pos_weight is None else torch.as_tensor(pos_weight, dtype=x.dtype)
+        loss = functional.binary_cross_entropy_with_logits(
+            x, z.to(x.dtype), weight, reduction=own, pos_weight=pos_weight
+        )
+        return loss / _examples(x, _one_axis(axis)) if reduction == "batchmean" else loss
+
+    def softmax_nll(
+        x: Array,
+        y: Array,
+        *,
+        weight: Array = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        axis: Any = -1,
+        reduction: str = "mean",
+    ) -> Array:
+        axis = _one_axis(axis) % x.ndim
+        index = y.ndim < x.ndim
+        if not index and reduction == "mean" and weight is not None:
+            raise NotApplicable("divides distributions by the number of examples")
+        target = y.long() if index else torch.movedim(y.to(x.dtype), axis, 1 if x.ndim > 1 else 0)
+        own = "sum" if reduction == "batchmean" else reduction
+        loss = functional.cross_entropy(
+            torch.movedim(x, axis, 1 if x.ndim > 1 else 0),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=own,
+            label_smoothing=label_smoothing,
+        )
+        return loss / _examples(x, axis) if reduction == "batchmean" else loss
+
+    def binary_cross_entropy(
+        p: Array, z: Array, *, weight: Array = None, axis: Any = -1, reduction: str = "batchmean"
+    ) -> Array:
+        own = "sum" if reduction == "batchmean" else reduction
+        loss = functional.binary_cross_entropy(p, z.to(p.dtype), weight, reduction=own)
+        return loss / _examples(p, _one_axis(axis)) if reduction == "batchmean" else loss
+
+    def nll(
+        log_p: Array, y: Array, *, weight: Array = None, ignore_index: int = -100, reduction: str = "mean"
+    ) -> Array:
+        if y.ndim == log_p.ndim:
+            raise NotApplicable("takes class indices only")
+        own = "sum" if reduction == "batchmean" else reduction
+        loss = functional.nll_loss(log_p, y.long(), weight, ignore_index=ignore_index, reduction=own)
+        return loss / _examples(log_p, -1) if reduction == "batchmean" else loss
+
+    return {
+        function.__name__: function for function in (multilabel_logistic_loss, softmax_nll, binary_cross_entropy, nll)
+    }
+
+
+def _optax() -> dict[str, LossFunction]:
+    import jax.numpy as jnp
+    import optax
+
+    def multilabel_logistic_loss(x: Array, z: Array, *, axis: Any = -1, reduction: str = "batchmean") -> Array:
+        losses = optax.sigmoid_binary_cross_entropy(x, z.astype(x.dtype))
+        return _reduced(jnp.sum, jnp.mean, losses, reduction, _examples(x, _one_axis(axis)))
+
+    def softmax_nll(x: Array, y: Array, *, where: Array = None, axis: Any = -1, reduction: str = "mean") -> Array:
+        if where is not None and reduction == "mean":
+            raise NotApplicable("leaves the mean over what is not masked to its user")
+        if y.ndim < x.ndim:
+            losses = optax.softmax_cross_entropy_with_integer_labels(x, y, axis=axis, where=where)
+        else:
+            losses = optax.softmax_cross_entropy(x, y.astype(x.dtype), axis=axis, where=where)
+        return _reduced(jnp.sum, jnp.mean, losses, reduction, losses.size or 1)
+
+    return {function.__name__: function for function in (multilabel_logistic_loss, softmax_nll)}
+
+
+def _tensorflow() -> dict[str, LossFunction]:
+    import tensorflow as tf
+
+    def multilabel_logistic_loss(
+        x: Array, z: Array, *, pos_weight: Array = None, axis: Any = -1, reduction: str = "batchmean"
+    ) -> Array:
+        z = tf.cast(z, x.dtype)
+        if pos_weight is None:
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(z, x)
+        else:
+            losses = tf.nn.weighted_cross_entropy_with_logits(z, x, pos_weight)
+        return _reduced(tf.reduce_sum, tf.reduce_mean, losses, reduction, _examples(x, _one_axis(axis)))
+
+    def softmax_nll(x: Array, y: Array, *, axis: Any = -1, reduction: str = "mean") -> Array:
+        if len(y.shape) < len(x.shape):
+            if _one_axis(axis) % len(x.shape) != len(x.shape) - 1:
+                raise NotApplicable("has the class axis last")
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, x)
+        else:
+            losses = tf.nn.softmax_cross_entropy_with_logits(tf.cast(y, x.dtype), x, axis=_one_axis(axis))
+        return _reduced(tf.reduce_sum, tf.reduce_mean, losses, reduction, _examples(x, _one_axis(axis)))
+
+    return {function.__name__: function for function in (multilabel_logistic_loss, softmax_nll)}
+
+
+def _keras() -> dict[str, LossFunction]:
+    import keras
+
+    sum_, mean = keras.ops.sum, keras.ops.mean
+
+    def multilabel_logistic_loss(
+        x: Array, z: Array, *, label_smoothing: float = 0.0, axis: Any = -1, reduction: str = "batchmean"
+    ) -> Array:
+        if reduction == "none":
+            raise NotApplicable("averages over the classes")
+        axis = _one_axis(axis)
+        means = keras.losses.binary_crossentropy(z, x, from_logits=True, label_smoothing=label_smoothing, axis=axis)
+        if reduction == "mean":
+            return mean(means)
+        return sum_(means) * x.shape[axis] / (_examples(x, axis) if reduction == "batchmean" else 1)
+
+    def softmax_nll(
+        x: Array,
+        y: Array,
+        *,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        axis: Any = -1,
+        reduction: str = "mean",
+    ) -> Array:
+        axis = _one_axis(axis)
+        if len(y.shape) < len(x.shape):
+            if label_smoothing or (ignore_index is not None and reduction == "mean"):
+                raise NotApplicable("takes class indices without smoothing, and leaves the mean to the Loss object")
+            losses = keras.losses.sparse_categorical_crossentropy(
+                y, x, from_logits=True, ignore_class=ignore_index, axis=axis
+            )
+        elif ignore_index is not None:
+            raise NotApplicable("ignores class indices only")
+        else:
+            losses = keras.losses.categorical_crossentropy(
+                y, x, from_logits=True, label_smoothing=label_smoothing, axis=axis
+            )
+        return _reduced(sum_, mean, losses, reduction, _examples(x, axis))
+
+    return {function.__name__: function for function in (multilabel_logistic_loss, softmax_nll)}
+
+
+def _scipy() -> dict[str, LossFunction]:
+    """What NumPy's users write with SciPy's functions."""
+    import numpy as np
+    from scipy import special
+
+    def multilabel_logistic_loss(x: Array, z: Array, *, axis: Any = -1, reduction: str = "batchmean") -> Array:
+        losses = np.asarray(-(z * special.log_expit(x) + (1 - z) * special.log_expit(-x)), x.dtype)
+        return np.asarray(_reduced(np.sum, np.mean, losses, reduction, _examples(x, _one_axis(axis))), x.dtype)
+
+    def softmax_nll(x: Array, y: Array, *, axis: Any = -1, reduction: str = "mean") -> Array:
+        log_p = special.log_softmax(x, axis=axis)
+        if y.ndim < x.ndim:
+            losses = -np.take_along_axis(log_p, np.expand_dims(y, axis), axis=axis).squeeze(axis)
+        else:
+            losses = -np.sum(y * log_p, axis=axis)
+        losses = np.asarray(losses, x.dtype)
+        return np.asarray(_reduced(np.sum, np.mean, losses, reduction, losses.size or 1), x.dtype)
+
+    return {function.__name__: function for function in (multilabel_logistic_loss, softmax_nll)}
+
+
+NATIVE: dict[str, Callable[[], dict[str, LossFunction]]] = {
+    "numpy": _scipy,
+    "torch": _torch,
+    "jax": _optax,
+    "tensorflow": _tensorflow,
+}
