@@ -323,7 +323,7 @@ def weighted(make: Maker) -> Iterator[Case]:
         yield make.case(MULTILABEL, make.numbers((4, 5), -8, 8), make.numbers((4, 5), 0, 1), **elements)
         y = make.chosen((4,), *range(5))
         for name, weights in {"weight": (5,), "sample_weight": (4,)}.items():
-            rows = {"reduction": reduction, name: make.numbers(weights, 0.1, 3)}
+            rows: dict[str, Any] = {"reduction": reduction, name: make.numbers(weights, 0.1, 3)}
             x = make.numbers((4, 5), -8, 8)
             yield make.case(SOFTMAX, x, y, **rows)
             yield make.case(SOFTMAX, x, one_hot(y, 5), **rows)
@@ -338,7 +338,7 @@ def weighted(make: Maker) -> Iterator[Case]:
         label_smoothing=0.1,
     )
     for smoothing in (0.0, 0.5):  # the targets weigh nothing, and so there is nothing to average
-        options = {"weight": [0.0, 0.0, 1.0], "label_smoothing": smoothing}
+        options: dict[str, Any] = {"weight": [0.0, 0.0, 1.0], "label_smoothing": smoothing}
         yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], **options)
 
 
@@ -370,7 +370,7 @@ def invalid(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, x, [0, -1, 3, 2, -100], **wrong)
         yield make.case(SOFTMAX, x, [0, 1, 2, 100, 0], weight=[0.5, 1.0, 2.0], **wrong)
     yield make.case(SOFTMAX, x, [0, -100, 2, 1, 4], flag="wrong index", ignore_index=-100, reduction="none")
-    hidden = {"flag": "wrong index", "where": [True, False, True], "reduction": "none"}
+    hidden: dict[str, Any] = {"flag": "wrong index", "where": [True, False, True], "reduction": "none"}
     yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]] * 2, [0, 1], **hidden)
 
 

@@ -44,7 +44,7 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
     table = ROWS if by_row else ELEMENTS_POS_WEIGHT if "pos_weight" in case.options else ELEMENTS
     value, gradient = table.get(backend, table["numpy"])
     long = SUM if by_row and len(case.logits.values) > LONG else 0
-    bounds = {
+    bounds: dict[str, float] = {
         "value": value + long + min(SUM, exact.summands - 1),
         "gradient": gradient + long,
         "hessian": gradient + long + CURVATURE,

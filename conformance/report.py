@@ -18,6 +18,7 @@ from .runner import Job, Run
 
 FAILURES_SHOWN = 5  # in full, of each column
 
+KEPT = 4096  # of larger cases, the verdicts only
 Results = dict[str, Any]
 
 
@@ -62,7 +63,7 @@ def _case(case: Case, run: Run) -> dict[str, Any]:
         "status": status,
         "reason": answer.get("error", "") or answer.get("not applicable", ""),
         "verdicts": {name: _verdict(verdict) for name, verdict in run.verdicts.get(case.id, {}).items()},
-        "numbers": answer.get("numbers", {}),
+        "numbers": {} if len(case.logits.values) > KEPT else answer.get("numbers", {}),
     }
 
 

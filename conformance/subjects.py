@@ -39,7 +39,7 @@ def imported(subject: str) -> LossFunction:
     module, _, name = subject.partition(":")
     if not module or not name:
         raise ValueError("expected package.module:function")
-    found: LossFunction = importlib.import_module(module)
+    found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
     return found
