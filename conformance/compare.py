@@ -13,6 +13,7 @@ from .oracle import Exact, Expected
 ELEMENTS = {"numpy": (4, 4), "torch": (3, 3), "jax": (4, 3), "tensorflow": (6, 4)}
 ELEMENTS_POS_WEIGHT = {"numpy": (6, 5), "torch": (4, 4), "jax": (6, 4), "tensorflow": (6, 4)}
 ROWS = {"numpy": (5, 7), "torch": (5, 6), "jax": (5, 7), "tensorflow": (6, 7)}
+FACTOR = 1  # more for each further factor: a weight, a sample weight, an incoming gradient
 CURVATURE = 2  # more for the Hessian diagonal: its products are one longer than the gradient's
 SUM = 20  # more for a sum or a mean of many numbers, and for a row of more than LONG classes
 LONG = 4096
@@ -43,6 +44,8 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
     by_row = case.loss not in ("multilabel_logistic_loss", "binary_cross_entropy")
     table = ROWS if by_row else ELEMENTS_POS_WEIGHT if "pos_weight" in case.options else ELEMENTS
     value, gradient = table.get(backend, table["numpy"])
+    factors = FACTOR * len({"weight", "sample_weight"} & case.options.keys())
+    value, gradient = value + factors, gradient + factors + (FACTOR if case.cotangent.shape else 0)
     long = SUM if by_row and len(case.logits.values) > LONG else 0
     bounds: dict[str, float] = {
         "value": value + long + min(SUM, exact.summands - 1),

@@ -215,7 +215,10 @@ def _keras() -> dict[str, LossFunction]:
         if reduction == "none":
             raise NotApplicable("averages over the classes")
         axis = _one_axis(axis)
-        means = keras.losses.binary_crossentropy(z, x, from_logits=True, label_smoothing=label_smoothing, axis=axis)
+        loss = keras.losses.BinaryCrossentropy(
+            from_logits=True, label_smoothing=label_smoothing, axis=axis, reduction=None
+        )
+        means = loss(z, x)
         if reduction == "mean":
             return mean(means)
         return sum_(means) * x.shape[axis] / (_examples(x, axis) if reduction == "batchmean" else 1)
@@ -232,17 +235,17 @@ def _keras() -> dict[str, LossFunction]:
         axis = _one_axis(axis)
         if len(y.shape) < len(x.shape):
             if label_smoothing or (ignore_index is not None and reduction == "mean"):
-                raise NotApplicable("takes class indices without smoothing, and leaves the mean to the Loss object")
-            losses = keras.losses.sparse_categorical_crossentropy(
-                y, x, from_logits=True, ignore_class=ignore_index, axis=axis
+                raise NotApplicable("takes class indices without smoothing, and has its own mean over what is left")
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, ignore_class=ignore_index, axis=axis, reduction=None
             )
         elif ignore_index is not None:
             raise NotApplicable("ignores class indices only")
         else:
-            losses = keras.losses.categorical_crossentropy(
-                y, x, from_logits=True, label_smoothing=label_smoothing, axis=axis
+            loss = keras.losses.CategoricalCrossentropy(
+                from_logits=True, label_smoothing=label_smoothing, axis=axis, reduction=None
             )
-        return _reduced(sum_, mean, losses, reduction, _examples(x, axis))
+        return _reduced(sum_, mean, loss(y, x), reduction, _examples(x, axis))
 
     return {function.__name__: function for function in (multilabel_logistic_loss, softmax_nll)}
 

@@ -71,16 +71,22 @@ def answer(
         return {"error": f"{type(error).__name__}: {error}"}
     for quantity, ways in results.items():
         for how, result in ways.items():
-            kind = (backend_of(result).name, backend.dtype(result), tuple(result.shape), backend.device(result))
-            shape = case.cotangent.shape if quantity == "value" else case.logits.shape
-            right = (backend.name, case.dtype, shape, device)
-            if kind != right:
-                return {"error": f"Expected the {quantity} of {how} to be of kind {right}. Received: {kind}."}
+            problem = _wrong_kind(backend, device, case, result, quantity)
+            if problem:
+                return {"error": f"{quantity} by {how}: {problem}"}
     return {
         "numbers": {
             quantity: {how: _hex(backend, result) for how, result in ways.items()} for quantity, ways in results.items()
         }
     }
+
+
+def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity: str) -> str:
+    """What is wrong with a result before its numbers: framework, dtype, shape, device. Empty if nothing is."""
+    shape = case.cotangent.shape if quantity == "value" else case.logits.shape
+    right = (backend.name, case.dtype, shape, device)
+    kind = (backend_of(result).name, backend.dtype(result), tuple(result.shape), backend.device(result))
+    return "" if kind == right else f"Expected kind {right}. Received: {kind}."
 
 
 def _computed(
@@ -108,6 +114,10 @@ def _computed(
     value: dict[str, Any] = {}
     gradient: dict[str, Any] = {}
     hessian: dict[str, Any] = {}
+    if not ours:  # a result of another dtype could not be pulled back
+        problem = _wrong_kind(backend, device, case, function(logits), "value")
+        if problem:
+            raise TypeError(problem)
     if backend.autodiff:
         value["the loss"], gradient["autodiff"] = backend.vjp(function, logits, array(case.cotangent, "float64"))
     else:
