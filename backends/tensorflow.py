@@ -20,9 +20,9 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    if tf.executing_eagerly() or x.dtype != tf.float32:
+    if x.dtype != tf.float32 or (tf.executing_eagerly() and x.shape.num_elements() <= 1 << 16):
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-    # XLA adds one number after the other, and loses digits on the way: in float64 it has more, and need not store them.
+    # TensorFlow loses digits in long sums, and XLA, which adds one number after the other, in all; float64 has more.
     return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
 
 
