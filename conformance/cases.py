@@ -148,8 +148,9 @@ class Maker:
         """Random rows that sum to 1 but for rounding."""
         values: list[float] = []
         for _ in range(rows):
-            row = [self.random.uniform(0, 1) ** 3 for _ in range(classes)]
-            values += [nearest(value / sum(row), self.dtype) for value in row]
+            row = [math.prod([self.random.uniform(0, 1)] * 3) for _ in range(classes)]
+            total = math.fsum(row)  # rounds once, where sum() depends on the version of Python
+            values += [nearest(value / total, self.dtype) for value in row]
         return Tensor((rows, classes), values)
 
     def both(self, low: float, high: float, rows: int = 4, classes: int = 5, **options: Any) -> Iterator[Case]:

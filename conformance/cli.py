@@ -21,6 +21,7 @@ from .compare_runs import differences
 from .report import passed, results, show
 from .runner import Job, columns, describe, installed, is_installed, run
 from .subjects import imported
+from .vectors import FOLDER, files, stale, write
 from .worker import selected
 
 
@@ -38,6 +39,7 @@ def _file(_: object, parameter: click.Parameter, value: Path | None) -> Path | N
 
 
 WRITTEN = click.Path(dir_okay=False, path_type=Path)
+FOLDERS = click.Path(file_okay=False, path_type=Path)
 READ = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -124,15 +126,15 @@ def conformance(
     found = results(job, *ran)
     show(console, found)
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1))
+        json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
     if junit_file is not None:
         from .junit import junit
 
-        junit_file.write_text(junit(found))
+        junit_file.write_text(junit(found), encoding="utf-8")
     if html_file is not None:
         from .html import html
 
-        html_file.write_text(html(found))
+        html_file.write_text(html(found), encoding="utf-8")
     sys.exit(130 if found["interrupted"] else 0 if passed(found) else 1)
 
 
@@ -154,6 +156,27 @@ def compare(a: Path, b: Path, ulp: float) -> None:
         table.add_row(row.a, row.b, str(row.cases), f"{row.ulp:.4g}", row.where)
     Console().print(table)
     sys.exit(0 if worst and all(row.ulp <= ulp and row.cases for row in worst) else 1)
+
+
+@conformance.command()
+@click.option("--write", "action", flag_value="write", help="Write the files that are not up to date.")
+@click.option("--check", "action", flag_value="check", help="Say which they are, and where they first differ.")
+@click.option("--to", "folder", type=FOLDERS, metavar="FOLDER", default=FOLDER, help="Default: the package's own.")
+def vectors(action: str | None, folder: Path) -> None:
+    """Write the cases and their answers to files of JSON for other languages, or check that the files are up to date.
+
+    The exit code of --check is 0 if they are, 1 if not.
+    """
+    if action is None:
+        raise click.UsageError("expected --write or --check; received neither.")
+    if action == "write":
+        print("\n".join(f"written: {folder / name}" for name in write(folder)) or "nothing has changed")
+        return
+    wrong = stale(folder, files())
+    for name, why in wrong.items():
+        print(f"{name}: {why}")
+    print(f"{folder}: {'NOT all' if wrong else 'all'} as the cases and the oracle say")
+    sys.exit(bool(wrong))
 
 
 @main.command()

@@ -109,5 +109,5 @@ def _flushed(case: Case, right: Exact, got: float, low: int) -> bool:
     for name in ("weight", "pos_weight", "sample_weight"):
         given = case.options.get(name)
         if given is not None:
-            masses *= max(1.0, *given.values) if isinstance(given, Tensor) and given.values else 1.0
+            masses *= max([1.0, *(given.values if isinstance(given, Tensor) else [given])])
     return bool(abs(got - right.value) <= 4 * masses * mp.ldexp(1, low))

@@ -144,7 +144,7 @@ def worst(cases: list[dict[str, Any]], quantity: str) -> float | None:
 
 def ulps(ulp: Any) -> str:
     ulp = float(ulp)
-    return f"{ulp:.1f}" if ulp < 1e4 else f"{ulp:.0e}" if math.isfinite(ulp) else "∞"
+    return f"{ulp:.2f}" if ulp < 1 else f"{ulp:.1f}" if ulp < 1e4 else f"{ulp:.0e}" if math.isfinite(ulp) else "∞"
 
 
 # --- The terminal -----------------------------------------------------------------------------------------------------

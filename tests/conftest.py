@@ -24,6 +24,12 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(fixture, names, indirect=True)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
 class Framework:
     """A backend, with what tests need of it in one word."""
 

@@ -1,0 +1,238 @@
+"""The cases and their answers as files of JSON, which any language can read; docs/vectors.md says how.
+
+One file for each family, and schema.json. Everything but the schema is written here: `unilabel conformance vectors`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from mpmath import mp
+
+import unilabel
+
+from .cases import DTYPES, FAMILIES, FLAGS, FULL, MULTILABEL, SOFTMAX, Case, Tensor, cases
+from .oracle import BITS, Exact, Expected, expected
+
+FOLDER = Path(__file__).parent / "vectors"
+SCHEMA = "schema.json"
+FORMAT = 1  # of the files: raised when what a reader has to do changes
+SEED = 0
+DIGITS = {"float64": 40}  # and half as many for the others, of a number or of its terms, whichever is larger
+SMALLEST = -16_000  # binary exponent: a number closer to 0 is written as 0
+ABOUT = "Losses to be computed, and their exact values and gradients. docs/vectors.md of unilabel explains the format."
+
+
+def files() -> dict[str, str]:
+    """The text of each file."""
+    tests: dict[str, list[dict[str, Any]]] = {name: [] for name in FAMILIES if name not in FULL}
+    with mp.workprec(BITS):
+        for case in cases(tuple(DTYPES), SEED):
+            tests[case.family].append(_test(case))
+    written = {f"{family}.json": _text(_header(family, of_family), of_family) for family, of_family in tests.items()}
+    return written | {SCHEMA: (FOLDER / SCHEMA).read_text("utf-8")}
+
+
+def stale(folder: Path, right: dict[str, str]) -> dict[str, str]:
+    """The files of a folder that are not as they should be, and what is wrong with each first."""
+    found = {path.name: "no family has this name" for path in folder.glob("*.json") if path.name not in right}
+    for name, text in right.items():
+        try:
+            there = (folder / name).read_text("utf-8")
+        except FileNotFoundError:
+            found[name] = "is not there"
+            continue
+        difference = _difference(there, text)
+        if difference:
+            found[name] = difference
+    return found
+
+
+def write(folder: Path) -> list[str]:
+    """Write the files that are not as they should be; their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    right = files()
+    wrong = sorted(right.keys() & stale(folder, right))
+    for name in wrong:
+        (folder / name).write_bytes(right[name].encode())
+    return wrong
+
+
+def load(file: Path) -> list[tuple[Case, Expected]]:
+    """What a file says: the cases, and their answers in the digits that are written, Hessians where it has one."""
+    document = json.loads(file.read_text("utf-8"))
+    loaded = []
+    for test in document["tests"]:
+        case = Case(
+            id=test["id"],
+            family=document["family"],
+            flags=tuple(test["flags"]),
+            dtype=test["dtype"],
+            loss=test["loss"],
+            logits=_given(test["logits"]),
+            targets=_given(test["targets"]),
+            options={name: x if name == "reduction" else _given(x) for name, x in test["options"].items()},
+            cotangent=_given(test["cotangent"]),
+        )
+        with mp.workprec(BITS):
+            value, gradient = _exact(test["value"]), _exact(test["gradient"])
+            of_sum = _exact(test["gradient_of_sum"]) if "gradient_of_sum" in test else gradient
+            hessian = _exact(test["hessian"]) if "hessian" in test else []
+        loaded.append((case, Expected(value, gradient, of_sum, hessian, test["summands"])))
+    return loaded
+
+
+# --- A file -----------------------------------------------------------------------------------------------------------
+
+
+def _header(family: str, tests: list[dict[str, Any]]) -> dict[str, Any]:
+    used = {flag for test in tests for flag in test["flags"]}
+    return {
+        "$schema": SCHEMA,
+        "format": FORMAT,
+        "about": ABOUT,
+        "generator": f"unilabel {unilabel.__version__}",
+        "family": family,
+        "comment": FAMILIES[family].__doc__,
+        "seed": SEED,
+        "flags": {flag: text for flag, text in FLAGS.items() if flag in used},
+    }
+
+
+def _text(header: dict[str, Any], tests: list[dict[str, Any]]) -> str:
+    """JSON with a line for each key of a test: what changes shows in a diff, and what it belongs to."""
+
+    def lines(of: dict[str, Any], indent: str) -> str:
+        return ",\n".join(f"{indent}{json.dumps(key)}: {json.dumps(of[key], ensure_ascii=False)}" for key in of)
+
+    blocks = ",\n".join(f"  {{\n{lines(test, '   ')}\n  }}" for test in tests)
+    return f'{{\n{lines(header, " ")},\n "tests": [\n{blocks}\n ]\n}}\n'
+
+
+def _difference(there: str, right: str) -> str:
+    """Where two texts first differ, who wrote them aside: a new version of unilabel alone changes no file."""
+    test = ""
+    for number, (a, b) in enumerate(zip_longest(there.split("\n"), right.split("\n")), 1):
+        if b is not None and b.startswith('   "id": '):
+            test = " in " + b.split('"')[3]
+        if a != b and not (a and b and all(line.startswith(' "generator": ') for line in (a, b))):
+            a, b = a or "nothing", b or "nothing"
+            same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            start = max(same - 40, 0)
+            return f"line {number}{test}: …{a[start : start + 80]}… should be …{b[start : start + 80]}…"
+    return ""
+
+
+# --- A test -----------------------------------------------------------------------------------------------------------
+
+
+def _test(case: Case) -> dict[str, Any]:
+    exact = expected(case)
+    test: dict[str, Any] = {
+        "id": case.id,
+        "comment": _comment(case),
+        "flags": list(case.flags),
+        "dtype": case.dtype,
+        "loss": case.loss,
+        "logits": _written(case.logits),
+        "targets": _written(case.targets),
+        "options": {name: _written(given) for name, given in case.options.items()},
+        "cotangent": _written(case.cotangent),
+        "value": _answers(exact.value, case.cotangent.shape, case.dtype),
+        "gradient": _answers(exact.gradient, case.logits.shape, case.dtype),
+    }
+    if case.options.get("reduction") == "none":  # elsewhere these say nothing new
+        test["gradient_of_sum"] = _answers(exact.gradient_of_sum, case.logits.shape, case.dtype)
+        test["hessian"] = _answers(exact.hessian, case.logits.shape, case.dtype)
+    return test | {"summands": exact.summands}
+
+
+def _comment(case: Case) -> str:
+    """'4×5 logits, class indices; reduction none, where'"""
+    binary = case.loss in (MULTILABEL, "binary_cross_entropy")
+    soft = any(isinstance(z, float) for z in case.targets.values)
+    operand = {MULTILABEL: "logits", SOFTMAX: "logits", "nll": "log-probabilities"}.get(case.loss, "probabilities")
+    targets = ("soft labels" if soft else "labels") if binary else "distributions" if soft else "class indices"
+    shape = "×".join(map(str, case.logits.shape))
+    options = [name if isinstance(given, Tensor) else f"{name} {given}" for name, given in case.options.items()]
+    return f"{shape} {operand}, {targets}" + "; " * bool(options) + ", ".join(options)
+
+
+def _written(given: Any) -> Any:
+    """An array, or an option. Floats are in hexadecimal, which has every bit."""
+    if isinstance(given, Tensor):
+        floats = any(isinstance(x, float) for x in given.values)  # no array is of two types
+        return _array(given.shape, [_written(float(x) if floats else x) for x in given.values])
+    if isinstance(given, float):
+        return re.sub(r"\.?0*p", "p", given.hex())
+    return given
+
+
+def _array(shape: tuple[int, ...], values: list[Any]) -> dict[str, Any]:
+    return {"shape": shape, "values": _short(values)}
+
+
+def _short(values: list[Any]) -> list[Any]:
+    """One for all where all are the same."""
+    return values[:1] if len(set(values)) == 1 else values
+
+
+def _answers(exact: list[Exact], shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    exact = _short(exact)
+    answers = _array(shape, [_decimal(x.value, DIGITS.get(dtype, 20), x.terms) for x in exact])
+    # Bounds are multiples of these two: few digits are enough.
+    terms = [_decimal(x.terms, 9) for x in exact]
+    if terms != [_decimal(abs(x.value), 9) for x in exact]:
+        answers["terms"] = _short(terms)
+    shift = [_decimal(mp.mpf(x.shift), 3) for x in exact]
+    if DTYPES[dtype][0] >= 24 and any(x != "0" for x in shift):  # too small to see in half precision
+        answers["shift"] = _short(shift)
+    return answers
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _decimal(x: Any, digits: int, terms: Any = None) -> str:
+    """So many digits, counted from the first one of the terms.
+
+    Rounded twice, so that a tie between two decimals, or a power of 2, is one whatever the oracle's last bits are.
+    """
+    if not mp.isfinite(x):
+        return str(mp.nstr(x)).replace("+", "")
+    with mp.workprec(4 * digits + 10):
+        size, terms = abs(x), abs(x if terms is None else terms)
+    if size and terms > size:
+        digits -= int((mp.mag(terms) - mp.mag(size)) * math.log10(2))
+    if not size or digits <= 0 or mp.mag(size) < SMALLEST:
+        return "0"
+    with mp.workprec(4 * digits + 10):
+        return str(mp.nstr(+x, digits))
+
+
+# --- Back again -------------------------------------------------------------------------------------------------------
+
+
+def _given(given: Any) -> Any:
+    if isinstance(given, dict):
+        return Tensor(tuple(given["shape"]), _long(given, "values", _given))
+    if isinstance(given, list):
+        return tuple(given)
+    return float.fromhex(given) if isinstance(given, str) else given
+
+
+def _long(array: dict[str, Any], key: str, read: Callable[[Any], Any]) -> list[Any]:
+    values = [read(x) for x in array[key]]
+    return values * math.prod(array["shape"]) if len(values) == 1 else values
+
+
+def _exact(answers: dict[str, Any]) -> list[Exact]:
+    values = _long(answers, "values", mp.mpf)
+    terms = _long(answers, "terms", mp.mpf) if "terms" in answers else map(abs, values)
+    shift = _long(answers, "shift", mp.mpf) if "shift" in answers else [0] * len(values)
+    return list(map(Exact, values, terms, shift))
