@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
@@ -14,15 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import unilabel
-from unilabel.backend import BUILT_IN, ENTRY_POINTS
+from unilabel.backend import BUILT_IN
 
-from .cases import DTYPES, FAMILIES
+from .cases import DTYPES
 from .compare_runs import differences
 from .report import passed, results, show
-from .runner import Job, columns, describe, installed, is_installed, run
-from .subjects import imported
+from .runner import Job, columns, describe, installed, run, wrong
 from .vectors import FOLDER, files, stale, write
-from .worker import selected
 
 
 @click.group()
@@ -86,16 +83,6 @@ def conformance(
     """
     if context.invoked_subcommand is not None:
         return
-    for name in set(backends) - set(BUILT_IN):
-        if not is_installed(name) and not entry_points(group=ENTRY_POINTS, name=name):
-            known = ", ".join(BUILT_IN)
-            raise click.BadParameter(f"{name!r} is none of {known}, nor a module here.", param_hint="--backend")
-    for subject in set(subjects) - {"unilabel", "native", "keras"}:
-        try:
-            imported(subject)
-        except (ImportError, AttributeError, ValueError) as error:
-            hint = f"{subject!r} is none of unilabel, native, keras, nor a package.module:function here ({error})."
-            raise click.BadParameter(hint, param_hint="--subject") from error
     job = Job(
         subjects=tuple(dict.fromkeys(subjects)) or ("unilabel",),
         backends=tuple(dict.fromkeys(backends)) or installed(),
@@ -108,11 +95,9 @@ def conformance(
         jobs=max(jobs, 1),
         timeout=timeout,
     )
-    for pattern in patterns:
-        if not selected(job.dtypes, seed, [pattern], full):
-            raise click.BadParameter(
-                f"no case matches {pattern!r}. Families: {', '.join(FAMILIES)}.", param_hint="--case"
-            )
+    refused = wrong(job)
+    if refused:
+        raise click.BadParameter(refused[1], param_hint=refused[0])
     console = Console()
     print(f"seed {seed}, {', '.join(job.dtypes)}", flush=True)
     if console.is_terminal:

@@ -11,13 +11,15 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
-from unilabel.backend import BUILT_IN
+from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
-from .cases import Case
+from .cases import DTYPES, FAMILIES, Case
 from .compare import Verdict, judge
 from .oracle import expected
+from .subjects import imported
 from .worker import selected
 
 
@@ -71,6 +73,25 @@ def is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # no module can be of that name, or this one is kept from being imported
         return False
+
+
+def wrong(job: Job) -> tuple[str, str] | None:
+    """The option of a job that cannot be meant, and why; None if all can. A missing framework is a failure instead."""
+    for dtype in set(job.dtypes) - set(DTYPES):
+        return "--dtype", f"{dtype!r} is none of {', '.join(DTYPES)}."
+    for name in set(job.backends) - set(BUILT_IN):
+        if not is_installed(name) and not entry_points(group=ENTRY_POINTS, name=name):
+            return "--backend", f"{name!r} is none of {', '.join(BUILT_IN)}, nor a module here."
+    for subject in set(job.subjects) - {"unilabel", "native", "keras"}:
+        try:
+            imported(subject)
+        except (ImportError, AttributeError, ValueError) as error:
+            known = "unilabel, native, keras, nor a package.module:function here"
+            return "--subject", f"{subject!r} is none of {known} ({error})."
+    for pattern in job.patterns:
+        if not selected(job.dtypes, job.seed, [pattern], job.full):
+            return "--case", f"no case matches {pattern!r}. Families: {', '.join(FAMILIES)}."
+    return None
 
 
 def columns(job: Job) -> list[tuple[str, str]]:

@@ -1,0 +1,84 @@
+"""The options of `pytest --pyargs unilabel.conformance`, and the job that they ask for; `test_cases` has the tests.
+
+pytest has parsed its options before it reads the conftest.py of a package that --pyargs names. So this is a plugin:
+every run of pytest where unilabel is installed loads it. It imports little, and adds options if the suite is named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .runner import Job
+
+SUITE = "unilabel.conformance"
+REPEATABLE: dict[str, Any] = {"action": "append", "metavar": "NAME"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--subject": REPEATABLE
+    | {"help": "unilabel (default); native: the framework's own; keras; package.module:function"},
+    "--backend": REPEATABLE | {"help": "repeatable; default: all installed"},
+    "--dtype": REPEATABLE | {"help": "repeatable; default: float32 and float64"},
+    "--case": REPEATABLE | {"metavar": "PATTERN", "help": "families or case ids; * and ? match"},
+    "--device": {"metavar": "NAME", "help": "'cpu', 'cuda', or a name that `unilabel backends` lists"},
+    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of the random cases; default: 0"},
+    "--loss": {"metavar": "NAME", "help": "the loss that package.module:function claims to be; default: its name"},
+    "--full": {"action": "store_true", "help": "the large cases too"},
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None]:
+    yield
+    if not _named([*args, *early_config.getini("testpaths")]):
+        return
+    group = parser.getgroup(SUITE)
+    absent = object()
+    for name, how in OPTIONS.items():
+        # The project's own conftest.py may have an option of that name: then that one is read.
+        if early_config.getoption(name, absent) is absent:
+            group.addoption(name, **how)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _named(config.args):
+        job_of(config)  # here a wrong option is a usage error
+
+
+def _named(arguments: list[str]) -> bool:
+    return any(argument.startswith(SUITE) for argument in arguments)
+
+
+def job_of(config: pytest.Config) -> Job:
+    """What the options ask for."""
+    try:
+        from .runner import Job, installed, wrong
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("mpmath", "rich"):
+            raise
+        raise pytest.UsageError(f"{SUITE} needs {missing.name}: pip install 'unilabel[conformance]'") from None
+
+    def given(name: str) -> tuple[str, ...]:
+        value = config.getoption(name, None) or ()
+        return tuple(dict.fromkeys([value] if isinstance(value, str) else value))
+
+    job = Job(
+        subjects=given("--subject") or ("unilabel",),
+        backends=given("--backend") or installed(),
+        device=config.getoption("--device", None),
+        dtypes=given("--dtype") or ("float32", "float64"),
+        seed=config.getoption("--seed", None) or 0,
+        patterns=given("--case"),
+        loss=config.getoption("--loss", None),
+        full=bool(config.getoption("--full", False)),
+        jobs=os.cpu_count() or 1,
+    )
+    refused = wrong(job)
+    if refused:
+        raise pytest.UsageError(": ".join(refused))
+    return job

@@ -1,0 +1,308 @@
+"""Small bugs, planted in formulas.py one at a time: the conformance suite has to see every one of them.
+
+python tests/mutations.py          all, two at a time (a few minutes)
+python tests/mutations.py NAME …   these
+
+Exits with 1 if one is not seen, or its text is not in formulas.py exactly once. The activations, and `_anchored`, which
+only traced code runs, are for other tests: the suite calls the losses, eagerly.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutation(NamedTuple):
+    right: str
+    wrong: str
+    arguments: tuple[str, ...] = ("--backend", "numpy", "--dtype", "float32")
+
+
+HALF = ("--backend", "numpy", "--dtype", "float16", "--dtype", "bfloat16")
+# NumPy has no autodiff: what pulls a cotangent back, or pushes a tangent forward, runs on torch and JAX only.
+TORCH = ("--backend", "torch", "--dtype", "float32", "--case", "seed", "--case", "masked")
+JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "masked")  # all would compile for minutes
+
+MUTATIONS = {
+    # The multilabel logistic loss
+    "logistic: value, masses swapped": Mutation(
+        "t.up * t.negative + t.down * t.positive", "t.up * t.positive + t.down * t.negative"
+    ),
+    "logistic: log1p written out": Mutation("xp.log1p(t.e) * (", "xp.log(1 + t.e) * ("),
+    "logistic: masses of the logarithm left out": Mutation(
+        "xp.log1p(t.e) * (t.negative + t.positive)", "xp.log1p(t.e)"
+    ),
+    "logistic: exponent clamped": Mutation("xp.exp(-size)", "xp.exp(-xp.minimum(size, xp.asarray(20.0)))"),
+    "logistic: gradient, sign": Mutation(
+        "- t.positive * (t.up * t.e + t.down)", "+ t.positive * (t.up * t.e + t.down)"
+    ),
+    "logistic: gradient as sigmoid - z": Mutation(
+        "(t.negative * (t.up + t.down * t.e) - t.positive * (t.up * t.e + t.down)) / (1 + t.e)",
+        "(t.negative + t.positive) * ((t.up + t.down * t.e) / (1 + t.e)) - t.positive",
+    ),
+    "logistic: gradient at 0": Mutation("(t.up + t.down * t.e) -", "(t.up * (t.size > 0) + t.down * t.e) -"),
+    "logistic: Hessian, square left out": Mutation("((1 + t.e) * (1 + t.e))", "(1 + t.e)"),
+    "logistic: Hessian as p (1 - p)": Mutation(
+        "t.e / ((1 + t.e) * (1 + t.e))", "(1 / (1 + t.e)) * (1 - 1 / (1 + t.e))"
+    ),
+    "guard of 0·inf left out": Mutation("mass * xp.where((mass == 0) & xp.isinf(size), 0.0, size)", "mass * size"),
+    "guard of 0·inf takes NaN": Mutation("(mass == 0) & xp.isinf(size)", "mass == 0"),
+    # On probabilities
+    "clamp: at eps too": Mutation("(p < eps)", "(p <= eps)"),
+    "clamp: half of eps": Mutation("(p < eps)", "(p < eps / 2)"),
+    "clamp: none": Mutation("~((p < eps) | ((", "~((("),
+    "clamp: log 0 without mass": Mutation(" | ((p == 0) & (mass == 0))", ""),
+    "clamp: a wrong index is 0 there": Mutation("xp.where(free, p, 1.0), 0 * mass)", "xp.where(free, p, 1.0), 0.0)"),
+    "quotient: NaN masses where clamped": Mutation(
+        "xp.where(free, p, 1.0), 0 * mass)", "xp.where(free, p, 1.0), mass)"
+    ),
+    "binary: log1p written out": Mutation(
+        "xp.log1p(-xp.where(small, t.p, 0.0))", "xp.log(1 - xp.where(small, t.p, 0.0))"
+    ),
+    "binary: value, negative left out": Mutation("_product(xp, t.negative, -log_q) + ", ""),
+    "binary: gradient, sign": Mutation("t.q_free) - _quotient(", "t.q_free) + _quotient("),
+    "binary: gradient, p for 1 - p": Mutation(
+        "_quotient(xp, t.negative, 1 - t.p, t.q_free)", "_quotient(xp, t.negative, t.p, t.q_free)"
+    ),
+    "binary: Hessian, sign": Mutation("by_q + _quotient(", "by_q - _quotient("),
+    "categorical: floor": Mutation(
+        "t.floor)\n    return xp.sum(_product(xp, t.z, -log_p)", "0.0)\n    return xp.sum(_product(xp, t.z, -log_p)"
+    ),
+    "categorical: gradient, sign": Mutation("return -_quotient(", "return _quotient("),
+    "categorical: Hessian, square left out": Mutation(
+        "_quotient(xp, _quotient(xp, t.z, t.p, t.free), t.p, t.free)", "_quotient(xp, t.z, t.p, t.free)"
+    ),
+    "nll: gradient, sign": Mutation("return -t.mass", "return t.mass"),
+    "nll: Hessian": Mutation("return 0 * t.mass", "return t.mass"),
+    "nll: Hessian, a wrong index is 0 there": Mutation("return 0 * t.mass", "return xp.zeros_like(t.mass)"),
+    # Softmax
+    "softmax: no maximum": Mutation("0.0, x - m)", "0.0, x)"),
+    "softmax: infinity less infinity": Mutation("xp.where(top & (x == math.inf), 0.0, x - m)", "x - m"),
+    "softmax: d = 0 for every largest": Mutation("top & (x == math.inf), 0.0", "top, 0.0"),
+    "softmax: ties": Mutation(" + (ties - 1)\n    return SoftmaxTerms", "\n    return SoftmaxTerms"),
+    "softmax: the largest in s": Mutation("xp.where(top, e - 1, e)", "e"),
+    "softmax: log1p written out": Mutation(
+        "xp.squeeze(xp.log1p(t.s), axis=-1)", "xp.squeeze(xp.log(1 + t.s), axis=-1)"
+    ),
+    "softmax: targets taken to sum to 1": Mutation("xp.sum(t.z, axis=-1) * xp.squeeze(", "xp.squeeze("),
+    "softmax: gradient as p - z": Mutation(
+        "(t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)",
+        "xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) - t.z",
+    ),
+    "softmax: gradient, tied targets": Mutation(" + (ties - 1) * largest", ""),
+    "softmax: gradient, the largest target left out": Mutation("((largest - t.z) + rest)", "rest"),
+    "softmax: gradient, the target is the largest": Mutation("t.z * ((1 - t.e) + t.s)", "t.z * t.s"),
+    "softmax: Hessian as p (1 - p)": Mutation("* (((1 - t.e) + t.s) / (1 + t.s))", "* (1 - t.e / (1 + t.s))"),
+    "softmax: Hessian, mass left out": Mutation("return xp.sum(t.z, axis=-1, keepdims=True) * (t.e", "return (t.e"),
+    # Masses of elements
+    "element: labels swapped": Mutation("negative, positive = 1 - z, z", "negative, positive = z, 1 - z"),
+    "element: smoothing ε/K": Mutation(
+        "positive * (1 - options.label_smoothing) + options.label_smoothing / 2",
+        "positive * (1 - options.label_smoothing) + options.label_smoothing / x.shape[-1]",
+    ),
+    "element: smoothing of positives only": Mutation(
+        "negative * (1 - options.label_smoothing) + options.label_smoothing / 2", "negative"
+    ),
+    "element: pos_weight left out": Mutation("positive * pos_weight", "positive"),
+    "element: pos_weight of negatives": Mutation(
+        "positive = positive * pos_weight", "negative = negative * pos_weight"
+    ),
+    "element: pos_weight before smoothing": Mutation(
+        "negative, positive = 1 - z, z\n",
+        "negative, positive = 1 - z, z if pos_weight is None else z * pos_weight\n    pos_weight = None\n",
+    ),
+    "element: weight of negatives only": Mutation(
+        "negative * weight, positive * weight", "negative * weight, positive"
+    ),
+    "element: a masked logit leaks": Mutation("x, z = xp.where(keep, x, 0.0), xp", "x, z = x, xp"),
+    "element: a masked target leaks": Mutation(
+        "xp.where(keep, x, 0.0), xp.where(keep, z, 0.0)", "xp.where(keep, x, 0.0), z"
+    ),
+    "element: a masked weight leaks": Mutation(
+        "weight = parts if weight is None else xp.where(keep, weight, 0.0)",
+        "weight = parts if weight is None else weight",
+    ),
+    "element: a masked pos_weight leaks": Mutation("xp.where(keep, pos_weight, 1.0)", "pos_weight"),
+    "element: the mask left out": Mutation("xp.where(keep, xp.ones_like(x), 0.0)", "xp.ones_like(x)"),
+    # Masses of rows
+    "row: an index of a masked class": Mutation("named = named & keep", "pass"),
+    "row: a wrong index is 0": Mutation(
+        "xp.expand_dims(wrong, axis=-1), math.nan, z", "xp.expand_dims(wrong, axis=-1), 0.0, z"
+    ),
+    "row: a negative index counts from the end": Mutation(
+        "targets = xp.astype(targets, classes.dtype, copy=False)",
+        "targets = xp.where(targets < 0, targets + x.shape[-1], targets)",
+    ),
+    "row: ignore_index, the others": Mutation("targets == options.ignore_index", "targets != options.ignore_index"),
+    "row: ignore_index, every negative one": Mutation("targets == options.ignore_index", "targets < 0"),
+    "row: ignore_index, a class is never ignored": Mutation(
+        "ignored = targets == options.ignore_index", "ignored = wrong & (targets == options.ignore_index)"
+    ),
+    "row: mass of masked classes": Mutation("xp.where(keep, z, 0.0)\n    if", "z\n    if"),
+    "row: ignored by any mask": Mutation("empty = ~xp.any(keep", "empty = ~xp.all(keep"),
+    "row: ignore_index forgets empty rows": Mutation(
+        "empty if ignored is None else ignored | empty", "empty if ignored is None else ignored"
+    ),
+    "row: weights not in the divisor": Mutation("parts = xp.sum(z * weight, axis=-1)", "parts = xp.sum(z, axis=-1)"),
+    "row: divisor of smoothed targets": Mutation(
+        "parts = xp.sum(z * weight, axis=-1)",
+        "parts = xp.sum((z * (1 - options.label_smoothing) + options.label_smoothing / x.shape[-1]) * weight, axis=-1)",
+    ),
+    "row: a masked class's weight leaks": Mutation(
+        "weight = weight if keep is None else xp.where(keep, weight, 0.0)", "pass"
+    ),
+    "row: sample_weight not in the divisor": Mutation(
+        "sample_weight if parts is None else parts * sample_weight", "parts"
+    ),
+    "row: sample_weight for weight in the divisor": Mutation("parts * sample_weight", "sample_weight"),
+    "row: the ignored in the divisor": Mutation(
+        "xp.astype(~ignored, x.dtype) if parts is None", "None if parts is None"
+    ),
+    "row: the ignored's weight in the divisor": Mutation("xp.where(ignored, 0.0, parts)", "parts"),
+    "row: smoothing ε/2": Mutation("options.label_smoothing / _count(xp, x, (-1,))", "options.label_smoothing / 2"),
+    "row: smoothing ε/K, masked classes counted": Mutation("xp.where(count == 0, 1.0, count)", "x.shape[-1]"),
+    "row: smoothing of masked classes": Mutation(
+        "xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)",
+        "options.label_smoothing / xp.where(count == 0, 1.0, count)",
+    ),
+    "row: smoothing adds": Mutation("z * (1 - options.label_smoothing) + uniform", "z + uniform"),
+    "row: weight left out": Mutation("z = z * weight\n", "pass\n"),
+    "row: sample_weight left out": Mutation("z = z * xp.expand_dims(sample_weight, axis=-1)", "pass"),
+    "row: a masked logit leaks": Mutation("x = xp.where(keep, x, masked)", "pass"),
+    "row: masked by -1e9": Mutation("masked=-math.inf", "masked=-1e9"),
+    "row: an ignored row's logits leak": Mutation("x, z = xp.where(gone, 0.0, x), xp", "x, z = x, xp"),
+    "row: an ignored row's targets leak": Mutation(
+        "xp.where(gone, 0.0, x), xp.where(gone, 0.0, z)", "xp.where(gone, 0.0, x), z"
+    ),
+    # Reductions
+    "sum for mean": Mutation("else _mean(xp, xp.sum(values), divisor)", "else xp.sum(values)"),
+    "gradient of the sum for the mean": Mutation("if divisor is not None:\n        scale", "if False:\n        scale"),
+    "mean for sum": Mutation('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"'),
+    "sum for batchmean": Mutation('not in ("mean", "batchmean")', 'not in ("mean",)'),
+    "batchmean over what takes part": Mutation('options.reduction == "mean" and masses.parts', "masses.parts"),
+    "mean over examples": Mutation(
+        'options.axes if loss.per_row or options.reduction == "batchmean" else ()', "options.axes"
+    ),
+    "mean over elements": Mutation(
+        'options.axes if loss.per_row or options.reduction == "batchmean" else ()',
+        "options.axes if loss.per_row else ()",
+    ),
+    "batchmean, the class axis last": Mutation("out = options.axes if", "out = (-1,) if"),
+    "mean of no rows": Mutation("total / (divisor or 1)", "xp.asarray(total) / divisor"),
+    "mean of nothing": Mutation(
+        "xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor))", "total / divisor"
+    ),
+    "mean of nothing, a wrong index among it": Mutation("nothing, 0 * total,", "nothing, 0.0,"),
+    "gradient outside the mask": Mutation("slopes = xp.where(masses.keep, slopes, 0.0)", "pass"),
+    "Hessian for gradient": Mutation(
+        "slopes, curvatures = loss.gradient(xp, terms), loss.hessian(xp, terms)",
+        "curvatures, slopes = loss.gradient(xp, terms), loss.hessian(xp, terms)",
+    ),
+    # Half precision
+    "half: computed in itself": Mutation(
+        "xp.astype(x, xp.float32) if options.half else x\n\n\ndef _product", "x\n\n\ndef _product", HALF
+    ),
+    "half: rounded before the sum": Mutation(
+        "values = loss.value(xp, loss.terms(xp, masses, options))\n",
+        "values = xp.astype(xp.astype(loss.value(xp, loss.terms(xp, masses, options)), x.dtype), masses.x.dtype)\n",
+        HALF,
+    ),
+    "half: summed in itself": Mutation(
+        "values = loss.value(xp, loss.terms(xp, masses, options))\n",
+        "values = xp.astype(loss.value(xp, loss.terms(xp, masses, options)), x.dtype)\n",
+        HALF,
+    ),
+    "half: gradient rounded before the mean": Mutation(
+        "slopes = loss.gradient(xp, terms)\n    return",
+        "slopes = xp.astype(xp.astype(loss.gradient(xp, terms), x.dtype), masses.x.dtype)\n    return",
+        HALF,
+    ),
+    # Incoming gradients
+    "cotangent left out": Mutation("scale = xp.astype(cotangent, masses.x.dtype, copy=False)", "scale = None", TORCH),
+    "cotangent of a mean left out": Mutation("1.0 if scale is None else scale, divisor)", "1.0, divisor)", TORCH),
+    "tangent: divisor left out": Mutation(
+        "_reduced(xp, change, _divisor(xp, loss, masses, options), options)", "_reduced(xp, change, None, options)", JAX
+    ),
+    "tangent: outside the mask": Mutation("xp.where(masses.keep, tangent, 0.0)", "tangent", JAX),
+}
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    count = text.count(mutation.right)
+    if count != 1:
+        raise ValueError(f"expected once in formulas.py, found {count} times: {mutation.right!r}")
+    return text.replace(mutation.right, mutation.wrong)
+
+
+def failing(mutation: Mutation, tree: Path) -> list[str]:
+    """The families of cases that fail with the mutation, and with it alone, on a copy of the package in this folder."""
+    for folder, place in {"unilabel": "", "backends": "backends", "conformance": "conformance"}.items():
+        shutil.copytree(
+            ROOT / folder,
+            tree / "unilabel" / place,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__", "vectors"),
+        )
+    formulas = tree / "unilabel" / "formulas.py"
+    formulas.write_text(mutate(formulas.read_text(), mutation))
+    report = tree / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "unilabel.conformance", "conformance", "--json", str(report), *mutation.arguments],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+    if not report.exists():
+        raise RuntimeError(done.stdout + done.stderr)
+    (run,) = json.loads(report.read_text())["runs"]
+    cases = [case for case in run["cases"] if case["status"] == "fail"]
+    broken = next((case["reason"] for case in cases if case["reason"]), run["problem"])
+    if broken:  # it did not compute wrong numbers, it did not compute
+        raise RuntimeError(broken)
+    if done.returncode != bool(cases):
+        raise RuntimeError(f"{len(cases)} cases fail, and the exit code is {done.returncode}")
+    return list(dict.fromkeys(case["family"] for case in cases))
+
+
+def check(name: str, mutation: Mutation) -> bool:
+    """Runs it, prints a line, and says whether it went as it has to: caught, or for no mutation, all right."""
+    start = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            families = failing(mutation, Path(folder))
+    except (RuntimeError, ValueError) as error:
+        print(f"BROKEN    {name}: {error}", flush=True)
+        return False
+    good = bool(families) != (mutation.right == mutation.wrong)
+    seen = ", ".join(families) or "no case"
+    print(f"{'ok' if good else 'SURVIVED':9} {name}: {seen} ({time.monotonic() - start:.0f} s)", flush=True)
+    return good
+
+
+def main(names: list[str]) -> int:
+    if unknown := set(names) - set(MUTATIONS):
+        print(f"no mutation {', '.join(sorted(unknown))}. Known: {', '.join(MUTATIONS)}")
+        return 2
+    chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
+    # Unmutated nothing may fail, or "caught" says nothing.
+    line = "import math\n"
+    settings = dict.fromkeys(mutation.arguments for mutation in chosen.values())
+    controls = {f"unmutated, {' '.join(setting)}": Mutation(line, line, setting) for setting in settings}
+    with ThreadPoolExecutor(2) as pool:
+        good = list(pool.map(check, *zip(*(controls | chosen).items(), strict=True)))
+    print(f"{sum(good[len(controls) :])} of {len(chosen)} mutations caught")
+    return int(not all(good))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""A few of the mutations, and that their check can fail. All of them: python tests/mutations.py"""
+
+import mutations
+import pytest
+from mutations import MUTATIONS, Mutation, failing
+
+NOTHING = Mutation("import math\n", "import math\n")
+FEW = {
+    "logistic: log1p written out": "confident",
+    "softmax: ties": "zero",
+    "softmax: gradient as p - z": "confident",
+    "clamp: at eps too": "probabilities",
+    "element: a masked logit leaks": "masked",
+    "row: sample_weight not in the divisor": "weighted",
+    "half: rounded before the sum": "moderate",
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_caught(name, tmp_path):
+    assert FEW[name] in failing(MUTATIONS[name], tmp_path)
+
+
+def test_nothing_fails_without_a_mutation(tmp_path, capsys):
+    assert failing(NOTHING, tmp_path) == []
+    seed = ("--case", "seed", *NOTHING.arguments)
+    assert mutations.check("none", NOTHING._replace(arguments=seed))
+    # Where nothing is wrong, nothing is caught: a mutation that changes no result is reported.
+    assert not mutations.check("same", Mutation("import math\n", "import math  # the same\n", seed))
+    assert "SURVIVED  same: no case" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("right", "times"), [("no such text", 0), ("xp.where(", "[1-9][0-9]+")])
+def test_text_that_is_not_there_once(right, times, tmp_path, capsys):
+    with pytest.raises(ValueError, match=f"expected once in formulas.py, found {times} times"):
+        failing(Mutation(right, ""), tmp_path)
+    assert not mutations.check("gone", Mutation(right, ""))
+    assert "BROKEN    gone: expected once" in capsys.readouterr().out
+
+
+def test_a_formula_that_does_not_run_is_not_caught(tmp_path):
+    with pytest.raises(RuntimeError, match="NameError"):
+        failing(Mutation("xp.log1p(t.e)", "no_such_name", ("--case", "seed", *NOTHING.arguments)), tmp_path)
+
+
+def test_every_text_is_in_formulas_once():
+    text = (mutations.ROOT / "unilabel" / "formulas.py").read_text()
+    for mutation in MUTATIONS.values():
+        assert mutations.mutate(text, mutation) != text
+
+
+def test_unknown_name(capsys):
+    assert mutations.main(["nonsense"]) == 2
+    assert "no mutation nonsense. Known: logistic: " in capsys.readouterr().out
