@@ -56,17 +56,12 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
         bounds = dict.fromkeys(bounds, HALF)
     verdicts = {}
     for quantity, ways in numbers.items():
-        worst = Verdict()
+        compared = []
         for how, got in ways.items():
-            answers = getattr(
-                exact, "gradient_of_sum" if how == "value_and_grad" and quantity == "gradient" else quantity
-            )
-            worst = max(
-                worst,
-                _compare(case, answers, got, bounds[quantity], backend, how),
-                key=lambda verdict: (verdict.failed, verdict.ulp),
-            )
-        verdicts[quantity] = worst
+            of_sum = how == "value_and_grad" and quantity == "gradient"
+            answers = getattr(exact, "gradient_of_sum" if of_sum else quantity)
+            compared.append(_compare(case, answers, got, bounds[quantity], backend, how))
+        verdicts[quantity] = max(compared, key=lambda verdict: (verdict.failed, verdict.ulp))
     return verdicts
 
 
