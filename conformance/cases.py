@@ -310,6 +310,28 @@ def masked(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [-100, -100], ignore_index=-100, **nothing)
         yield make.case(MULTILABEL, make.numbers((2, 3), -4, 4), [[1] * 3] * 2, where=False, **nothing)
     yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.5]], flag="masked", where=[True, False, True])
+    for reduction in REDUCTIONS:
+        more: dict[str, Any] = {"flag": "masked", "reduction": reduction}
+        mask = [[True, False, True], [False, True, False]]
+        yield make.case(
+            MULTILABEL,
+            [[1.0, 2.0, -0.5], [nan, 0.25, -1.0]],
+            [[1.0, nan, 0.25], [inf, 0.0, nan]],
+            where=mask,
+            weight=[[0.5, nan, 2.0], [inf, 3.0, 1.0]],
+            pos_weight=[[2.0, inf, 0.5], [nan, 3.0, nan]],
+            **more,
+        )
+        yield make.case(MULTILABEL, make.numbers((2, 3), -4, 4), [[1, 0, 1]] * 2, where=mask, weight=2.0, **more)
+        x = make.numbers((4, 3), -4, 4)
+        yield make.case(SOFTMAX, x, [0, 2, 2, 0], where=[True, False, True], weight=[0.5, nan, 2.0], **more)
+        yield make.case(SOFTMAX, x, [0, -100, 1, 2], where=[[True] * 3] * 3 + [[False] * 3], ignore_index=-100, **more)
+        yield make.case(SOFTMAX, x, [0, 1, 2, 1], ignore_index=1, **more)
+        yield make.case(SOFTMAX, x, [0, 1, 2, 1], ignore_index=1, weight=[0.5, 1.0, 2.0], **more)
+        yield make.case(SOFTMAX, x, [0, 1, 2, 1], ignore_index=1, sample_weight=[0.5, nan, 2.0, inf], **more)
+    huge = min(1e10, LARGEST[make.dtype])
+    yield make.case(SOFTMAX, [[-huge, 5.0, -huge]], [0], where=[True, False, True], flag="masked", reduction="none")
+    yield make.case(SOFTMAX, [[nan, 1.0, 2.0]], [0], where=[True, False, True], flag="masked", reduction="none")
 
 
 @family
@@ -373,6 +395,13 @@ def invalid(make: Maker) -> Iterator[Case]:
     yield make.case(SOFTMAX, x, [0, -100, 2, 1, 4], flag="wrong index", ignore_index=-100, reduction="none")
     hidden: dict[str, Any] = {"flag": "wrong index", "where": [True, False, True], "reduction": "none"}
     yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]] * 2, [0, 1], **hidden)
+    more: dict[str, Any] = {"flag": "wrong index"}
+    x = make.numbers((4, 3), -4, 4)
+    yield make.case(SOFTMAX, x, [0, -1, 2, -100], ignore_index=-100, reduction="none", **more)
+    yield make.case(SOFTMAX, x, [0, -1, 2, -100], ignore_index=-1, reduction="none", **more)
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [3], weight=[0.5, 1.0, 2.0], reduction="mean", **more)
+    yield make.case("cross_entropy", [[0.0, 0.25, 0.75]] * 2, [3, 1], reduction="none", **more)
+    yield make.case("nll", [[-1.0, -2.0, -3.0]] * 2, [3, 1], reduction="none", **more)
 
 
 @family
@@ -392,6 +421,7 @@ def shapes(make: Maker) -> Iterator[Case]:
 @family
 def probabilities(make: Maker) -> Iterator[Case]:
     """The losses on probabilities, 0 and 1 among them, and on log-probabilities."""
+    nan = math.nan
     for reduction in REDUCTIONS:
         p = make.numbers((4, 5), 0.01, 0.99)
         yield make.case("binary_cross_entropy", p, make.chosen((4, 5), 0, 1), reduction=reduction)
@@ -410,6 +440,14 @@ def probabilities(make: Maker) -> Iterator[Case]:
     yield make.case("cross_entropy", [[0.25, 0.75], [math.nan, 0.5]], [1, -1], ignore_index=-1)
     yield make.case("nll", [[-math.inf, 0.0], [-math.inf, 0.0]], [1, 0], reduction="none")
     yield make.case("nll", [[-1.0, -2.0, math.nan]], [1], where=[True, True, False])
+    for eps in (0.0, 0.015625):  # without a clamp, and with one
+        yield make.case("binary_cross_entropy", [0.0, 1.0, 0.25], [0, 1, 1], eps=eps, reduction="none")
+        yield make.case("binary_cross_entropy", [0.0, 1.0], [1, 0], eps=eps, reduction="none")
+        yield make.case("binary_cross_entropy", [0.0, 1.0], [1, 0], eps=eps, flag="masked", where=[False, False])
+        yield make.case("cross_entropy", [[0.0, 1.0], [0.0, 1.0]], [1, 0], eps=eps, reduction="none")
+    yield make.case("cross_entropy", [[0.25, nan]], [0], flag="nan logit", reduction="none")
+    yield make.case("binary_cross_entropy", [0.25, nan], [0, 1], flag="nan logit", reduction="none")
+    yield make.case("nll", [[-1.0, nan], [-1.0, -2.0]], [0, 1], flag="nan logit", reduction="none")
 
 
 @family

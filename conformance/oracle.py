@@ -63,7 +63,7 @@ def logistic(x: Number) -> Number:
 
 def times(a: Number, b: Number) -> Number:
     """a b with 0 · ∞ = 0: what has no mass has no loss."""
-    return mp.mpf(0) if a == 0 or (b == 0 and mp.isinf(a)) else a * b
+    return mp.mpf(0) if (a == 0 and mp.isinf(b)) or (b == 0 and mp.isinf(a)) else a * b
 
 
 @functools.lru_cache(maxsize=1 << 16)  # large cases are made of few different numbers
@@ -77,11 +77,13 @@ def binary_on_logits(x: Number, negative: Number, positive: Number) -> tuple[Exa
 
 
 def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> tuple[Exact, Exact, Exact]:
+    if mp.isnan(p):
+        return _nan(), _nan(), _nan()
     q = 1 - p
     terms = times(negative, -_log(max(q, eps))), times(positive, -_log(max(p, eps)))
-    by_q = negative / q if negative and q >= eps else mp.mpf(0)
-    by_p = positive / p if positive and p >= eps else mp.mpf(0)
-    curvature = [by_q / q if by_q else mp.mpf(0), by_p / p if by_p else mp.mpf(0)]
+    by_q = _quotient(negative, q) if negative and q >= eps else mp.mpf(0)
+    by_p = _quotient(positive, p) if positive and p >= eps else mp.mpf(0)
+    curvature = [_quotient(by_q, q) if by_q else mp.mpf(0), _quotient(by_p, p) if by_p else mp.mpf(0)]
     return _sum(terms), _sum([by_q, -by_p]), _sum(curvature)
 
 
@@ -128,8 +130,9 @@ def categorical_on_probabilities(
     p: list[Number], z: list[Number], eps: Number
 ) -> tuple[Exact, list[Exact], list[Exact]]:
     loss = _sum(times(w, -_log(max(v, eps))) for v, w in zip(p, z, strict=True))
-    slopes = [-w / v if w and v >= eps else mp.mpf(0) for v, w in zip(p, z, strict=True)]
-    curvatures = [-slope / v if slope else slope for slope, v in zip(slopes, p, strict=True)]
+    free = [not (v < eps or (v == 0 and w == 0)) for v, w in zip(p, z, strict=True)]  # clamped, but not NaN
+    slopes = [_quotient(-w, v) if f else 0 * w for v, w, f in zip(p, z, free, strict=True)]
+    curvatures = [_quotient(-slope, v) if f else slope for slope, v, f in zip(slopes, p, free, strict=True)]
     return loss, [_sum([slope]) for slope in slopes], [_sum([curvature]) for curvature in curvatures]
 
 
@@ -144,7 +147,7 @@ def nll_of_row(log_p: list[Number], z: list[Number]) -> tuple[Exact, list[Exact]
 def _elements(case: Case) -> Expected:
     options = case.options
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
-    eps = mp.mpf(options.get("eps") or EPS[case.dtype])
+    eps = mp.mpf(EPS[case.dtype] if options.get("eps") is None else options["eps"])
     values: list[Exact] = []
     slopes: list[Exact] = []
     curvatures: list[Exact] = []
@@ -175,7 +178,7 @@ def _elements(case: Case) -> Expected:
 def _rows(case: Case) -> Expected:
     options, axes = case.options, _axes(case)
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
-    eps = mp.mpf(options.get("eps") or EPS[case.dtype])
+    eps = mp.mpf(EPS[case.dtype] if options.get("eps") is None else options["eps"])
     shape = case.logits.shape
     batch = tuple(n for i, n in enumerate(shape) if i not in axes)
     positions = list(_indices(tuple(shape[i] for i in axes)))
@@ -204,7 +207,7 @@ def _rows(case: Case) -> Expected:
             continue
         z = [v if k else mp.mpf(0) for v, k in zip(z, keep, strict=True)]
         divisor += sample_weight * (
-            mp.fsum(w * v for w, v in zip(weights, z, strict=True)) if "weight" in options else 1
+            mp.fsum(w * v for w, v, k in zip(weights, z, keep, strict=True) if k) if "weight" in options else 1
         )
         z = [v * (1 - smoothing) + smoothing / sum(keep) for v in z]
         chosen = [i for i, k in enumerate(keep) if k]
@@ -243,8 +246,9 @@ def _reduced(
         mp.fsum(v.terms for v in values) * abs(factor),
         max([v.shift for v in values], default=mp.mpf(0)),
     )
-    scaled = [_scaled(slope, factor) for slope in slopes]
-    return Expected([total], scaled, scaled, curvatures, len(values))
+    of_sum = [_scaled(slope, factor) for slope in slopes]
+    scaled = [_scaled(slope, mp.mpf(case.cotangent.values[0])) for slope in of_sum]
+    return Expected([total], scaled, of_sum, curvatures, len(values))
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
@@ -267,8 +271,12 @@ def _nan() -> Exact:
     return Exact(mp.nan, mp.nan)
 
 
+def _quotient(a: Number, b: Number) -> Number:
+    return a / b if b else mp.sign(a) * mp.inf
+
+
 def _log(p: Number) -> Number:
-    return mp.log(p) if p > 0 else -mp.inf
+    return -mp.inf if p == 0 else mp.log(p)
 
 
 def _axes(case: Case) -> list[int]:

@@ -59,7 +59,7 @@ def job_of(config: pytest.Config) -> Job:
     try:
         from .runner import Job, installed, wrong
     except ModuleNotFoundError as missing:
-        if missing.name not in ("mpmath", "rich"):
+        if missing.name != "mpmath":
             raise
         raise pytest.UsageError(f"{SUITE} needs {missing.name}: pip install 'unilabel[conformance]'") from None
 
