@@ -150,9 +150,9 @@ def show(console: Console, found: Results) -> None:
     console.print("Error / allowed, in ULP, where they are closest: of values, gradients, Hessian diagonals")
     table = Table()
     table.add_column("family", no_wrap=True)
-    table.add_column("cases", justify="right")
+    table.add_column("cases", justify="right", no_wrap=True)
     for run in runs:
-        table.add_column(f"{title(run)}\n{run['version'] or '-'}", justify="right", no_wrap=True)
+        table.add_column(f"{title(run)}\n{run['version'] or '-'}", justify="right")
     for family in FAMILIES:
         columns = [[case for case in run["cases"] if case["family"] == family] for run in runs]
         if columns and columns[0]:
@@ -192,11 +192,15 @@ def _cell(cases: list[dict[str, Any]]) -> Text:
         return Text("not run", style="red")
     if counts["fail"]:
         return Text(f"{counts['fail']} of {len(cases) - counts['not applicable']} fail ✗", style="red")
-    return Text(", ".join(_closest(cases, quantity) for quantity in QUANTITIES)) + Text(" ✓", style="green")
+    return Text(" ".join(_closest(cases, quantity) for quantity in QUANTITIES)) + Text(" ✓", style="green")
 
 
 def _closest(cases: list[dict[str, Any]], quantity: str) -> str:
     """The error that came closest to what is allowed, and that."""
     verdicts = [case["verdicts"][quantity] for case in cases if quantity in case["verdicts"]]
     found = max(verdicts, key=lambda verdict: float(verdict["ulp"]) / (verdict["bound"] or 1), default=None)
-    return "-" if found is None else f"{ulps(found['ulp'])}/{found['bound']:.3g}"
+    return "-" if found is None else f"{_short(float(found['ulp']))}/{_short(found['bound'])}"
+
+
+def _short(ulp: float) -> str:
+    return f"{ulp:.2g}" if ulp < 10 else f"{ulp:.0f}"
