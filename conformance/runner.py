@@ -178,16 +178,12 @@ def _process(
     """What a worker says, line by line, and at last how it ended: a crash is one line of the report, not its end."""
     # JAX has float64 only where this is set.
     environment = os.environ | ({"JAX_ENABLE_X64": "1"} if dtype == "float64" else {})
+    # -P: unilabel is the one that is installed, not what lies in this folder.
+    command = [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(order)]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                f"{__package__}.worker",
-                json.dumps(order),
-            ],  # -P: not what lies in this folder
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
