@@ -9,6 +9,8 @@ import pytest
 
 from unilabel.backend import backend_named
 
+pytest_plugins = ["capabilities"]
+
 BACKENDS = ("numpy", "torch", "jax", "tensorflow", "array_api_strict")
 
 
