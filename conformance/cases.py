@@ -104,7 +104,7 @@ class Maker:
         self.count = 0
 
     def case(self, loss: str, logits: Any, targets: Any, flag: str = "", **options: Any) -> Case:
-        """A case of nested lists or Tensors, its cotangent random if it is an array. Flags are separated by commas."""
+        """A case of nested lists or Tensors, and a random cotangent. Flags are separated by commas."""
         self.count += 1
         flags = tuple(filter(None, flag.split(", ")))
         assert all(name in FLAGS for name in flags), flags
@@ -118,7 +118,7 @@ class Maker:
             axes = [i % len(logits.shape) for i in (axis if isinstance(axis, tuple) else (axis,))]
             shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
             shape = logits.shape if loss in (MULTILABEL, "binary_cross_entropy") else shape
-        cotangent = self.numbers(shape, 0.5, 2.0) if shape else Tensor((), [1.0])
+        cotangent = self.numbers(shape, 0.5, 2.0)
         flags += ("cotangent",) if shape and not flags else ()
         name = f"{self.dtype}/{self.family}/{self.count}"
         return Case(name, self.family, flags, self.dtype, loss, logits, targets, options, cotangent)

@@ -17,8 +17,9 @@ from unilabel.backend import BUILT_IN
 
 from .cases import DTYPES
 from .compare_runs import differences
+from .modes import MODES
 from .report import passed, results, show
-from .runner import Job, columns, describe, installed, run, wrong
+from .runner import Column, Job, columns, describe, installed, run, wrong
 from .vectors import FOLDER, files, stale, write
 
 
@@ -54,7 +55,14 @@ READ = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="unilabel (default); native: the framework's own; keras; or package.module:function. Repeatable.",
 )
 @click.option("--loss", metavar="NAME", help="The loss that package.module:function claims to be. Default: its name.")
-@click.option("--full", is_flag=True, help="The large cases too.")
+@click.option(
+    "--mode",
+    "modes",
+    multiple=True,
+    type=click.Choice(list(MODES)),
+    help="eager (default); graph: traced; compiled: by torch.compile, jax.jit, XLA. Repeatable.",
+)
+@click.option("--full", is_flag=True, help="The large cases too, and all modes (hours, for torch.compile).")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes at a time.")
 @click.option("--timeout", default=300.0, show_default=True, help="Seconds without an answer until a process is ended.")
 @click.option("--json", "json_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write the results there.")
@@ -70,6 +78,7 @@ def conformance(
     seed: int,
     subjects: tuple[str, ...],
     loss: str | None,
+    modes: tuple[str, ...],
     full: bool,
     jobs: int,
     timeout: float,
@@ -78,6 +87,8 @@ def conformance(
     html_file: Path | None,
 ) -> None:
     """Check values, gradients and Hessian diagonals of every loss on every backend against the oracle.
+
+    Gradients by float targets too.
 
     The exit code is 0 if all match, 1 if any does not (or a backend asked for is missing), 2 for a wrong call.
     """
@@ -91,6 +102,7 @@ def conformance(
         seed=seed,
         patterns=patterns,
         loss=loss,
+        modes=tuple(dict.fromkeys(modes)) or (tuple(MODES) if full else ("eager",)),
         full=full,
         jobs=max(jobs, 1),
         timeout=timeout,
@@ -103,8 +115,8 @@ def conformance(
     if console.is_terminal:
         bars = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         with Progress(*bars, console=console, transient=True) as progress:
-            tasks = {pair: progress.add_task(" ".join(pair), total=None) for pair in columns(job)}
-            ran = run(job, lambda pair, done, total: progress.update(tasks[pair], completed=done, total=total))
+            tasks = {column: progress.add_task(str(column), total=None) for column in columns(job)}
+            ran = run(job, lambda column, done, total: progress.update(tasks[column], completed=done, total=total))
     else:
         ran = run(job, _plain_progress)
         console = Console(width=40 + 26 * len(columns(job)))
@@ -178,6 +190,6 @@ def backends() -> None:
     Console().print(table)
 
 
-def _plain_progress(pair: tuple[str, str], done: int, total: int) -> None:
+def _plain_progress(column: Column, done: int, total: int) -> None:
     if done in (0, total):
-        print(f"{' '.join(pair)}: {'started' if not done else 'done'}, {done} of {total} cases", flush=True)
+        print(f"{column}: {'started' if not done else 'done'}, {done} of {total} cases", flush=True)

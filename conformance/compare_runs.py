@@ -19,9 +19,9 @@ class Difference(NamedTuple):
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
-    """Columns of the same subject and backend against each other; if there are none, each of a against each of b."""
+    """Columns of the same title against each other; if there are none, each of a against each of b."""
     pairs = [(x, y) for x in a["runs"] for y in b["runs"]]
-    same = [(x, y) for x, y in pairs if (x["subject"], x["backend"]) == (y["subject"], y["backend"])]
+    same = [(x, y) for x, y in pairs if x["title"] == y["title"]]
     return [_difference(x, y) for x, y in same or pairs]
 
 
@@ -54,4 +54,4 @@ def apart(x: float, y: float, dtype: str) -> float:
 
 
 def _name(run: dict[str, Any]) -> str:
-    return f"{run['subject']} {run['backend']} {run['version']} {run['device']}"
+    return f"{run['title']} {run['version']} {run['device']}"

@@ -7,10 +7,9 @@ from html import escape
 from typing import Any
 
 from .cases import DTYPES, FAMILIES
-from .report import STATUSES, Results, title, ulps
+from .report import QUANTITIES, STATUSES, Results, quantities, ulps
 
 Case = dict[str, Any]
-QUANTITIES = {"value": "value", "gradient": "gradient", "hessian": "Hessian"}
 FIRST = ("", ' class="first"')  # a column stands apart from the one before
 LEVELS = {1: 10, 2: 1e3, 3: 1e6}  # the shade of a failure: up to so many times what is allowed; 4 is beyond
 
@@ -66,13 +65,13 @@ def _headline(found: Results) -> str:
     facts = {"unilabel": found["unilabel"], "Python": found["python"], "seed": found["seed"]}
     facts |= {"dtypes": ", ".join(found["dtypes"]), "cases": f"{len(runs[0]['cases']):,}" if runs else "0"}
     rows = [
-        f'<tr><th scope="row">{escape(title(run))}</th>'
+        f'<tr><th scope="row">{escape(run["title"])}</th>'
         + "".join(f'<td class="number">{n:,}</td>' for n in count.values())
         + f"<td>{escape(run['version']) or '–'}</td><td>{escape(run['device']) or '–'}</td></tr>"
         for run, count in zip(runs, counts, strict=True)
     ]
     heads = "".join(f'<th scope="col" class="number">{status}</th>' for status in STATUSES)
-    missing = [f"<strong>{escape(title(run))}</strong>: {escape(run['problem'])}" for run in runs if run["problem"]]
+    missing = [f"<strong>{escape(run['title'])}</strong>: {escape(run['problem'])}" for run in runs if run["problem"]]
     if found["interrupted"]:
         missing.insert(0, "<strong>Interrupted</strong>: this is what there was by then.")
     if total["not applicable"]:
@@ -101,7 +100,7 @@ def _headline(found: Results) -> str:
 def _map(found: Results) -> str:
     """Family × column × quantity. A quantity that a column never has is left out."""
     runs = found["runs"]
-    had = [[q for q in QUANTITIES if q == "value" or any(q in c["verdicts"] for c in run["cases"])] for run in runs]
+    had = [quantities(run) for run in runs]
     families = _once(case["family"] for run in runs for case in run["cases"])
     places = [(i, run, quantity) for i, run in enumerate(runs) for quantity in had[i]]
     rows = []
@@ -109,20 +108,20 @@ def _map(found: Results) -> str:
         row = f'<tr><th scope="row">{escape(family)}</th>'
         for i, run, quantity in places:
             cases = [case for case in run["cases"] if case["family"] == family]
-            cell = _cell(cases, i, quantity, f"{family}, {title(run)}, {QUANTITIES[quantity]}")
+            cell = _cell(cases, i, quantity, f"{family}, {run['title']}, {QUANTITIES[quantity]}")
             row += f"<td{FIRST[quantity == 'value']}>{cell}</td>"
         rows.append(f"{row}</tr>")
     columns = "".join(
-        f'<th scope="colgroup" colspan="{len(names)}">{escape(title(run))}</th>'
+        f'<th scope="colgroup" colspan="{len(names)}">{escape(run["title"])}</th>'
         for run, names in zip(runs, had, strict=True)
     )
-    quantities = "".join(f'<th scope="col"{FIRST[q == "value"]}>{QUANTITIES[q]}</th>' for _, _, q in places)
+    heads = "".join(f'<th scope="col"{FIRST[q == "value"]}>{QUANTITIES[q]}</th>' for _, _, q in places)
     said = {family: (FAMILIES[family].__doc__ or "") if family in FAMILIES else "" for family in families}
     return f"""<section aria-labelledby="map">
 <h2 id="map">Where it is right</h2>
 <div class="scroll" role="region" aria-labelledby="map" tabindex="0"><table class="map">
 <caption><span>Worst error in ULP, and how many answers are right ✓ or wrong ✗, by family of cases</span></caption>
-<thead><tr><th rowspan="2" scope="col">family</th>{columns}</tr><tr>{quantities}</tr></thead>
+<thead><tr><th rowspan="2" scope="col">family</th>{columns}</tr><tr>{heads}</tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
 <ul class="legend"><li class="ok">✓ within what is allowed</li><li class="h1">✗ up to 10 times that</li>
 <li class="h2">✗ 1000 times</li><li class="h3">✗ a million times</li><li class="h4">✗ more, or no number</li></ul>
@@ -167,7 +166,7 @@ def _error(case: Case) -> bool:
 def _filters(found: Results) -> str:
     cases = [case for run in found["runs"] for case in run["cases"]]
     choices = {
-        "column": [(str(i), title(run)) for i, run in enumerate(found["runs"])],
+        "column": [(str(i), run["title"]) for i, run in enumerate(found["runs"])],
         "family": [(name, name) for name in _once(case["family"] for case in cases)],
         "quantity": list(QUANTITIES.items()),
         "flag": [(name, name) for name in [*found["flags"], "other"]],
@@ -192,7 +191,7 @@ def _group(found: Results, flag: str, failing: list[tuple[int, Case]]) -> str:
         if cases:
             first, *rest = [_failure(case, i, flag) for case in sorted(cases, key=lambda case: case["size"])]
             more = f"<details><summary>{len(rest)} more</summary><ol>{''.join(rest)}</ol></details>" if rest else ""
-            head = f"<h4>{escape(title(run))} <small>{len(cases)} wrong</small></h4>"
+            head = f"<h4>{escape(run['title'])} <small>{len(cases)} wrong</small></h4>"
             blocks.append(f'<div class="block">{head}<ol>{first}</ol>{more}</div>')
     if not blocks:
         return ""
@@ -230,7 +229,7 @@ def _others(found: Results) -> str:
     """A line for each case that did not fail."""
     rows = [
         f"<tr {_data(case, i, case['flags'] or ['other'], list(case['verdicts']))}>"
-        f'<th scope="row">{escape(case["id"])}</th><td>{escape(title(run))}</td>'
+        f'<th scope="row">{escape(case["id"])}</th><td>{escape(run["title"])}</td>'
         f"<td>{escape(case['status'] + ': ' * bool(case['reason']) + case['reason'])}</td>"
         + "".join(
             f'<td class="number">{ulps(case["verdicts"][q]["ulp"]) if q in case["verdicts"] else ""}</td>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from .report import Results, failure, title
+from .report import Results, failure
 
 
 def junit(found: Results) -> str:
@@ -15,7 +15,7 @@ def junit(found: Results) -> str:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=title(run),
+            name=run["title"],
             tests=str(len(run["cases"])),
             failures=str(failed),
             errors=str(int(bool(run["problem"]))),
@@ -23,7 +23,7 @@ def junit(found: Results) -> str:
         )
         for case in run["cases"]:
             test = ElementTree.SubElement(
-                suite, "testcase", classname=f"{title(run)}.{case['family']}", name=case["id"]
+                suite, "testcase", classname=f"{run['title']}.{case['family']}", name=case["id"]
             )
             if case["status"] == "fail":
                 ElementTree.SubElement(test, "failure", message=_legal(failure(case))).text = _legal(case["call"])

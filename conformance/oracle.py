@@ -32,13 +32,25 @@ class Exact(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The answers to a case: the reduced loss, and its gradient by the logits, as Exact in row-major order."""
+    """The answers to a case: the reduced loss, and its derivatives, as Exact in row-major order."""
 
     value: list[Exact]
-    gradient: list[Exact]  # times the case's cotangent
+    gradient: list[Exact]  # by the logits, times the case's cotangent
     gradient_of_sum: list[Exact]  # times a cotangent of ones
     hessian: list[Exact]  # the diagonal, of the sum of the losses before they are reduced
+    target_gradient: list[
+        Exact
+    ]  # by float targets, times the cotangent; empty if there are none, or a loss is infinite
     summands: int  # how many numbers the reduction adds up
+
+
+class Parts(NamedTuple):
+    """What an element or a row adds to the answers, before it is reduced: each of them as Exact."""
+
+    value: Any
+    slope: Any
+    curvature: Any
+    per_mass: Any  # the loss of one whole label: of an element (of 0, of 1), of a row one for each class
 
 
 def expected(case: Case) -> Expected:
@@ -67,31 +79,37 @@ def times(a: Number, b: Number) -> Number:
 
 
 @functools.lru_cache(maxsize=1 << 16)  # large cases are made of few different numbers
-def binary_on_logits(x: Number, negative: Number, positive: Number) -> tuple[Exact, Exact, Exact]:
-    """Value, slope, curvature."""
+def binary_on_logits(x: Number, negative: Number, positive: Number) -> Parts:
     if mp.isnan(x):
-        return _nan(), _nan(), _nan()
-    terms = times(negative, softplus(x)), times(positive, softplus(-x))
+        return Parts(_nan(), _nan(), _nan(), (_nan(), _nan()))
+    losses = softplus(x), softplus(-x)
     slopes = times(negative, logistic(x)), -times(positive, logistic(-x))
-    return _sum(terms), _sum(slopes), _sum([(negative + positive) * logistic(x) * logistic(-x)])
+    curvature = _sum([(negative + positive) * logistic(x) * logistic(-x)])
+    return _element(losses, negative, positive, _sum(slopes), curvature)
 
 
-def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> tuple[Exact, Exact, Exact]:
+def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> Parts:
     if mp.isnan(p):
-        return _nan(), _nan(), _nan()
+        return Parts(_nan(), _nan(), _nan(), (_nan(), _nan()))
     q = 1 - p
-    terms = times(negative, -_log(max(q, eps))), times(positive, -_log(max(p, eps)))
+    losses = -_log(max(q, eps)), -_log(max(p, eps))
     by_q = _quotient(negative, q) if negative and q >= eps else mp.mpf(0)
     by_p = _quotient(positive, p) if positive and p >= eps else mp.mpf(0)
     curvature = [_quotient(by_q, q) if by_q else mp.mpf(0), _quotient(by_p, p) if by_p else mp.mpf(0)]
-    return _sum(terms), _sum([by_q, -by_p]), _sum(curvature)
+    return _element(losses, negative, positive, _sum([by_q, -by_p]), _sum(curvature))
 
 
-def softmax_of_row(x: list[Number], z: list[Number]) -> tuple[Exact, list[Exact], list[Exact]]:
-    """Of -Σ z log softmax x: value, slopes, curvatures; -inf is a class out of the game, inf takes all."""
+def _element(losses: Any, negative: Number, positive: Number, slope: Exact, curvature: Exact) -> Parts:
+    masses = negative, positive
+    value = _sum([times(mass, loss) for mass, loss in zip(masses, losses, strict=True)])
+    return Parts(value, slope, curvature, [_label(loss, mass) for loss, mass in zip(losses, masses, strict=True)])
+
+
+def softmax_of_row(x: list[Number], z: list[Number]) -> Parts:
+    """Of -Σ z log softmax x; -inf is a class out of the game, inf takes all."""
     if any(map(mp.isnan, [*x, *z])) or all(v == -mp.inf for v in x):
         nothing = [_nan() for _ in x]
-        return _nan(), nothing, nothing
+        return Parts(_nan(), nothing, nothing, nothing)
     top = max(x)
     d = [mp.mpf(0) if v == top else v - top for v in x]
     e = [mp.exp(v) for v in d]
@@ -114,7 +132,8 @@ def softmax_of_row(x: list[Number], z: list[Number]) -> tuple[Exact, list[Exact]
         slopes.append(Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total))
         curvature = mass * e[i] / total * others_e[i] / total
         curvatures.append(Exact(curvature, abs(curvature), own + left + 2 * in_total))
-    return loss, slopes, curvatures
+    labels = [_label(log_total - v, w, average) for w, v in zip(z, d, strict=True)]
+    return Parts(loss, slopes, curvatures, labels)
 
 
 def _leave_one_out(numbers: list[Number]) -> tuple[Number, list[Number]]:
@@ -126,19 +145,25 @@ def _leave_one_out(numbers: list[Number]) -> tuple[Number, list[Number]]:
     return total, others
 
 
-def categorical_on_probabilities(
-    p: list[Number], z: list[Number], eps: Number
-) -> tuple[Exact, list[Exact], list[Exact]]:
-    loss = _sum(times(w, -_log(max(v, eps))) for v, w in zip(p, z, strict=True))
+def categorical_on_probabilities(p: list[Number], z: list[Number], eps: Number) -> Parts:
+    losses = [-_log(max(v, eps)) for v in p]
+    value = _sum(times(w, loss) for w, loss in zip(z, losses, strict=True))
     free = [not (v < eps or (v == 0 and w == 0)) for v, w in zip(p, z, strict=True)]  # clamped, but not NaN
     slopes = [_quotient(-w, v) if f else 0 * w for v, w, f in zip(p, z, free, strict=True)]
     curvatures = [_quotient(-slope, v) if f else slope for slope, v, f in zip(slopes, p, free, strict=True)]
-    return loss, [_sum([slope]) for slope in slopes], [_sum([curvature]) for curvature in curvatures]
+    labels = [_label(loss, w) for w, loss in zip(z, losses, strict=True)]
+    return Parts(value, [_sum([slope]) for slope in slopes], [_sum([curvature]) for curvature in curvatures], labels)
 
 
-def nll_of_row(log_p: list[Number], z: list[Number]) -> tuple[Exact, list[Exact], list[Exact]]:
-    loss = _sum(times(w, -v) for v, w in zip(log_p, z, strict=True))
-    return loss, [_sum([-w]) for w in z], [_sum([0 * w]) for w in z]
+def nll_of_row(log_p: list[Number], z: list[Number]) -> Parts:
+    value = _sum(times(w, -v) for v, w in zip(log_p, z, strict=True))
+    labels = [_label(-v, w) for v, w in zip(log_p, z, strict=True)]
+    return Parts(value, [_sum([-w]) for w in z], [_sum([0 * w]) for w in z], labels)
+
+
+def _label(loss: Number, mass: Number, shift: Number = 0) -> Exact:
+    """The loss of a label, which is what the value changes by with its mass: 0 where 0 · ∞ = 0."""
+    return _zero() if mass == 0 and mp.isinf(loss) else _sum([loss])._replace(shift=shift)
 
 
 # --- Targets, weights, masks, reductions ------------------------------------------------------------------------------
@@ -151,28 +176,35 @@ def _elements(case: Case) -> Expected:
     values: list[Exact] = []
     slopes: list[Exact] = []
     curvatures: list[Exact] = []
+    by_target: list[Exact] = []
     taken = 0
     for index in _indices(case.logits.shape):
         if not _at(options.get("where"), index, True):
-            for numbers in (values, slopes, curvatures):
+            for numbers in (values, slopes, curvatures, by_target):
                 numbers.append(_zero())
             continue
         taken += 1
         x, z = mp.mpf(_at(case.logits, index)), mp.mpf(_at(case.targets, index))
         weight = mp.mpf(_at(options.get("weight"), index, 1))
+        pos_weight = mp.mpf(_at(options.get("pos_weight"), index, 1))
         z = z * (1 - smoothing) + smoothing / 2
-        negative, positive = weight * (1 - z), weight * mp.mpf(_at(options.get("pos_weight"), index, 1)) * z
+        negative, positive = weight * (1 - z), weight * pos_weight * z
         if case.loss == "multilabel_logistic_loss":
-            of_element = binary_on_logits(x, negative, positive)
+            value, slope, curvature, (of_0, of_1) = binary_on_logits(x, negative, positive)
         else:
-            of_element = binary_on_probabilities(x, negative, positive, eps)
-        for numbers, number in zip((values, slopes, curvatures), of_element, strict=True):
+            value, slope, curvature, (of_0, of_1) = binary_on_probabilities(x, negative, positive, eps)
+        change = weight * (1 - smoothing)
+        target = _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
+        for numbers, number in zip(
+            (values, slopes, curvatures, by_target), (value, slope, curvature, target), strict=True
+        ):
             numbers.append(number)
     axes = _axes(case)
     examples = math.prod(n for i, n in enumerate(case.logits.shape) if i not in axes)
     divisor = {"mean": taken, "batchmean": examples}.get(options.get("reduction", "batchmean"), 1)
     owner = list(range(len(slopes)))
-    return _reduced(case, options.get("reduction", "batchmean"), values, slopes, curvatures, owner, divisor)
+    reduction = options.get("reduction", "batchmean")
+    return _reduced(case, reduction, values, slopes, curvatures, by_target, owner, divisor)
 
 
 def _rows(case: Case) -> Expected:
@@ -184,9 +216,10 @@ def _rows(case: Case) -> Expected:
     positions = list(_indices(tuple(shape[i] for i in axes)))
     flat = {index: i for i, index in enumerate(_indices(shape))}
     values: list[Exact] = []
-    slopes, curvatures = [_zero() for _ in flat], [_zero() for _ in flat]
+    slopes, curvatures, by_target = ([_zero() for _ in flat] for _ in range(3))
     owner = [0] * len(slopes)
     divisor = mp.mpf(0)
+    share: dict[int, Number] = {}  # what the divisor changes by with a target
     for row, example in enumerate(_indices(batch)):
         places = [_insert(example, axes, position) for position in positions]
         for place in places:
@@ -220,11 +253,18 @@ def _rows(case: Case) -> Expected:
         else:
             value, *parts = nll_of_row(x, mass)
         values.append(value)
-        for i, slope, curvature in zip(chosen, *parts, strict=True):
-            slopes[flat[places[i]]], curvatures[flat[places[i]]] = slope, curvature
+        for i, slope, curvature, label in zip(chosen, *parts, strict=True):
+            at = flat[places[i]]
+            slopes[at], curvatures[at] = slope, curvature
+            by_target[at] = _scaled(label, sample_weight * weights[i] * (1 - smoothing))
+            share[at] = sample_weight * weights[i]
     reduction = options.get("reduction", "mean")
+    if reduction == "mean" and "weight" in options and divisor:  # of sum / divisor, which both change
+        mean = _scaled(_total(values), -1 / divisor)
+        for at, part in share.items():
+            by_target[at] = _added(by_target[at], _scaled(mean, part))
     divisor = {"mean": divisor, "batchmean": len(values)}.get(reduction, 1)
-    return _reduced(case, reduction, values, slopes, curvatures, owner, divisor)
+    return _reduced(case, reduction, values, slopes, curvatures, by_target, owner, divisor)
 
 
 def _reduced(
@@ -233,22 +273,25 @@ def _reduced(
     values: list[Exact],
     slopes: list[Exact],
     curvatures: list[Exact],
+    by_target: list[Exact],
     owner: list[int],
     divisor: Number,
 ) -> Expected:
     """`owner` tells for each logit the value that it belongs to."""
+    soft = case.targets.shape == case.logits.shape and all(isinstance(z, float) for z in case.targets.values)
+    if not soft or any(mp.isinf(v.value) for v in values):
+        by_target = []
+
+    def pulled_back(numbers: list[Exact]) -> list[Exact]:
+        cotangent = case.cotangent.values
+        return [_scaled(x, mp.mpf(cotangent[owner[i] if reduction == "none" else 0])) for i, x in enumerate(numbers)]
+
     if reduction == "none":
-        scaled = [_scaled(slope, mp.mpf(case.cotangent.values[owner[i]])) for i, slope in enumerate(slopes)]
-        return Expected(values, scaled, slopes, curvatures, 1)
+        return Expected(values, pulled_back(slopes), slopes, curvatures, pulled_back(by_target), 1)
     factor = 1 / mp.mpf(divisor) if divisor else mp.mpf(0)  # a mean over nothing is 0
-    total = Exact(
-        mp.fsum(v.value for v in values) * factor,
-        mp.fsum(v.terms for v in values) * abs(factor),
-        max([v.shift for v in values], default=mp.mpf(0)),
-    )
-    of_sum = [_scaled(slope, factor) for slope in slopes]
-    scaled = [_scaled(slope, mp.mpf(case.cotangent.values[0])) for slope in of_sum]
-    return Expected([total], scaled, of_sum, curvatures, len(values))
+    of_sum, by_target = ([_scaled(x, factor) for x in numbers] for numbers in (slopes, by_target))
+    total = _scaled(_total(values), factor)
+    return Expected([total], pulled_back(of_sum), of_sum, curvatures, pulled_back(by_target), len(values))
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
@@ -257,6 +300,15 @@ def _reduced(
 def _sum(terms: Any) -> Exact:
     terms = list(terms)
     return Exact(mp.fsum(terms), mp.fsum(map(abs, terms)))
+
+
+def _total(values: list[Exact]) -> Exact:
+    value, terms = mp.fsum(v.value for v in values), mp.fsum(v.terms for v in values)
+    return Exact(value, terms, max([v.shift for v in values], default=mp.mpf(0)))
+
+
+def _added(a: Exact, b: Exact) -> Exact:
+    return Exact(a.value + b.value, a.terms + b.terms, max(a.shift, b.shift))
 
 
 def _scaled(exact: Exact, factor: Number) -> Exact:

@@ -26,7 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--device": {"metavar": "NAME", "help": "'cpu', 'cuda', or a name that `unilabel backends` lists"},
     "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of the random cases; default: 0"},
     "--loss": {"metavar": "NAME", "help": "the loss that package.module:function claims to be; default: its name"},
-    "--full": {"action": "store_true", "help": "the large cases too"},
+    "--mode": REPEATABLE | {"help": "eager (default), graph, compiled; repeatable"},
+    "--full": {"action": "store_true", "help": "the large cases too, and all modes"},
 }
 
 
@@ -57,6 +58,7 @@ def _named(arguments: list[str]) -> bool:
 def job_of(config: pytest.Config) -> Job:
     """What the options ask for."""
     try:
+        from .modes import MODES
         from .runner import Job, installed, wrong
     except ModuleNotFoundError as missing:
         if missing.name != "mpmath":
@@ -67,6 +69,7 @@ def job_of(config: pytest.Config) -> Job:
         value = config.getoption(name, None) or ()
         return tuple(dict.fromkeys([value] if isinstance(value, str) else value))
 
+    full = bool(config.getoption("--full", False))
     job = Job(
         subjects=given("--subject") or ("unilabel",),
         backends=given("--backend") or installed(),
@@ -75,7 +78,8 @@ def job_of(config: pytest.Config) -> Job:
         seed=config.getoption("--seed", None) or 0,
         patterns=given("--case"),
         loss=config.getoption("--loss", None),
-        full=bool(config.getoption("--full", False)),
+        modes=given("--mode") or (tuple(MODES) if full else ("eager",)),
+        full=full,
         jobs=os.cpu_count() or 1,
     )
     refused = wrong(job)

@@ -31,13 +31,14 @@ def results(job: Job, chosen: list[Case], runs: list[Run], interrupted: bool = F
         "seed": job.seed,
         "dtypes": list(job.dtypes),
         "patterns": list(job.patterns),
+        "modes": list(job.modes),
         "full": job.full,
         "interrupted": interrupted,
         "flags": FLAGS,
         "runs": [
             {
-                "subject": run.subject,
-                "backend": run.backend,
+                **run.column._asdict(),
+                "title": str(run.column),
                 "version": run.version,
                 "device": run.device,
                 "problem": run.problem,
@@ -109,8 +110,9 @@ def passed(found: Results) -> bool:
     )
 
 
-def title(run: dict[str, Any]) -> str:
-    return run["backend"] if run["subject"] == "unilabel" else f"{run['subject']} {run['backend']}"
+def quantities(run: dict[str, Any]) -> list[str]:
+    """What a column computed of any case."""
+    return [name for name in QUANTITIES if name == "value" or any(name in case["verdicts"] for case in run["cases"])]
 
 
 def failure(case: dict[str, Any]) -> str:
@@ -120,7 +122,7 @@ def failure(case: dict[str, Any]) -> str:
         return str(case["reason"])
     name, worst = max(failed.items(), key=lambda item: float(item[1]["ulp"]))
     return (
-        f"{name} by {worst['how']}, element {worst['element']}: {worst['got']}, right is {worst['right']} "
+        f"{QUANTITIES[name]} by {worst['how']}, element {worst['element']}: {worst['got']}, right is {worst['right']} "
         f"({ulps(worst['ulp'])} ULP, allowed {ulps(worst['bound'])})"
     )
 
@@ -147,36 +149,47 @@ def ulps(ulp: Any) -> str:
 def show(console: Console, found: Results) -> None:
     """The table family × column, then what failed, smallest input first, under its flag."""
     runs = found["runs"]
-    console.print("Error / allowed, in ULP, where they are closest: of values, gradients, Hessian diagonals")
+    console.print(
+        "Error / allowed, in ULP, where they are closest: of values, gradients, Hessian diagonals, gradients by targets"
+    )
     table = Table()
     table.add_column("family", no_wrap=True)
     table.add_column("cases", justify="right", no_wrap=True)
     for run in runs:
-        table.add_column(f"{title(run)}\n{run['version'] or '-'}", justify="right")
+        table.add_column(f"{run['title']}\n{run['version'] or '-'}", justify="right")
+    had = [quantities(run) for run in runs]
     for family in FAMILIES:
         columns = [[case for case in run["cases"] if case["family"] == family] for run in runs]
         if columns and columns[0]:
-            table.add_row(family, str(len(columns[0])), *map(_cell, columns))
+            table.add_row(family, str(len(columns[0])), *map(_cell, columns, had))
     console.print(table)
     for run in runs:
         if run["problem"]:
-            _line(console, f"{title(run)}: {run['problem']}")
+            _line(console, f"{run['title']}: {run['problem']}")
         failures = smallest_failures(run)
         for flag, case in list(failures.items())[: None if run["subject"] != "unilabel" else FAILURES_SHOWN]:
-            _line(console, f"{title(run)}: {flag}: {case['id']}: {failure(case)}")
+            _line(console, f"{run['title']}: {flag}: {case['id']}: {failure(case)}")
             console.print(f"    {case['call']}", markup=False, highlight=False, soft_wrap=True)
             if flag in found["flags"]:
                 console.print(f"    {found['flags'][flag]}", style="dim", soft_wrap=True)
     for run in runs:
         counts = {status: sum(case["status"] == status for case in run["cases"]) for status in STATUSES}
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        console.print(f"{title(run)}: {said}", highlight=False)
+        console.print(f"{run['title']}: {said}", highlight=False)
     verdict = "all match the oracle" if passed(found) else "NOT all match the oracle"
     stopped = "interrupted: " if found["interrupted"] else ""
-    console.print(f"{stopped}{len(runs[0]['cases'])} cases on {', '.join(map(title, runs))}: {verdict}", soft_wrap=True)
+    console.print(
+        f"{stopped}{len(runs[0]['cases'])} cases on {', '.join(run['title'] for run in runs)}: {verdict}",
+        soft_wrap=True,
+    )
 
 
-QUANTITIES = ("value", "gradient", "hessian")
+QUANTITIES = {
+    "value": "value",
+    "gradient": "gradient",
+    "hessian": "Hessian",
+    "target_gradient": "gradient by targets",
+}
 STATUSES = ("pass", "fail", "not applicable", "not run")
 
 
@@ -184,7 +197,7 @@ def _line(console: Console, text: str) -> None:
     console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _cell(cases: list[dict[str, Any]]) -> Text:
+def _cell(cases: list[dict[str, Any]], quantities: list[str]) -> Text:
     counts = {status: sum(case["status"] == status for case in cases) for status in STATUSES}
     if counts["not applicable"] == len(cases):
         return Text("n/a", style="dim")
@@ -192,7 +205,7 @@ def _cell(cases: list[dict[str, Any]]) -> Text:
         return Text("not run", style="red")
     if counts["fail"]:
         return Text(f"{counts['fail']} of {len(cases) - counts['not applicable']} fail ✗", style="red")
-    return Text(" ".join(_closest(cases, quantity) for quantity in QUANTITIES)) + Text(" ✓", style="green")
+    return Text(" ".join(_closest(cases, quantity) for quantity in quantities)) + Text(" ✓", style="green")
 
 
 def _closest(cases: list[dict[str, Any]], quantity: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs the cases: a process for each subject, backend and dtype, a verdict on each answer as it comes."""
+"""Runs the cases: a process for each column and dtype, a verdict on each answer as it comes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
 from .cases import DTYPES, FAMILIES, Case
 from .compare import Verdict, judge
+from .modes import MODES, has
 from .oracle import expected
 from .subjects import imported
 from .worker import selected
@@ -33,16 +34,28 @@ class Job(NamedTuple):
     seed: int
     patterns: tuple[str, ...]
     loss: str | None = None  # what somebody's own subject claims to be
+    modes: tuple[str, ...] = ("eager",)
     full: bool = False
     jobs: int = 2
     timeout: float = 300.0  # seconds without an answer
 
 
-class Run(NamedTuple):
-    """What one subject answered on one backend. `problem` is why it did not answer all; empty if it did."""
+class Column(NamedTuple):
+    """Whose loss, on which backend, run in which of `modes.MODES`."""
 
     subject: str
     backend: str
+    mode: str
+
+    def __str__(self) -> str:
+        named = self.backend if self.subject == "unilabel" else f"{self.subject} {self.backend}"
+        return named if self.mode == "eager" else f"{named} {self.mode}"
+
+
+class Run(NamedTuple):
+    """What a column answered. `problem` is why it did not answer all; empty if it did."""
+
+    column: Column
     version: str
     device: str
     answers: dict[str, dict[str, Any]]  # by the case's id, as `worker.answer` has them
@@ -60,7 +73,7 @@ class Run(NamedTuple):
         return "fail" if failed else "pass"
 
 
-Progress = Callable[[tuple[str, str], int, int], None]
+Progress = Callable[[Column, int, int], None]
 
 
 def installed() -> tuple[str, ...]:
@@ -91,36 +104,43 @@ def wrong(job: Job) -> tuple[str, str] | None:
     for pattern in job.patterns:
         if not selected(job.dtypes, job.seed, [pattern], job.full):
             return "--case", f"no case matches {pattern!r}. Families: {', '.join(FAMILIES)}."
+    for mode in job.modes:
+        if mode not in MODES:
+            return "--mode", f"{mode!r} is none of {', '.join(MODES)}."
+        if not any(column.mode == mode for column in columns(job)):
+            return "--mode", f"{', '.join(job.backends)} has no {mode} mode."
     return None
 
 
-def columns(job: Job) -> list[tuple[str, str]]:
-    """The (subject, backend) pairs to run; Keras is run on its TensorFlow backend."""
-    pairs = [
-        (subject, backend)
+def columns(job: Job) -> list[Column]:
+    """What there is to run; Keras on its TensorFlow backend, and each backend in the modes that it has."""
+    found = [
+        Column(subject, backend, mode)
         for subject in job.subjects
         for backend in (("tensorflow",) if subject == "keras" else job.backends)
+        for mode in job.modes
+        if has(backend, mode)
     ]
-    return list(dict.fromkeys(pairs))
+    return list(dict.fromkeys(found))
 
 
 def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
-    """The cases, a Run for each (subject, backend), and whether Ctrl-C cut it short: then, what there was by then."""
+    """The cases, a Run for each column, and whether Ctrl-C cut it short: then, what there was by then."""
     chosen = selected(job.dtypes, job.seed, job.patterns, job.full)
     exact = {case.id: expected(case) for case in chosen}
     done = dict.fromkeys(columns(job), 0)
     processes: set[subprocess.Popen[str]] = set()
     stopped = threading.Event()
 
-    def part(pair: tuple[str, str], dtype: str) -> Run:
-        subject, backend = pair
+    def part(column: Column, dtype: str) -> Run:
+        backend = column.backend
         cases = {case.id: case for case in chosen if case.dtype == dtype}
-        result = Run(subject, backend, "", "", {}, {}, "")
+        result = Run(column, "", "", {}, {}, "")
         if stopped.is_set():
             return result._replace(problem="not run: interrupted")
         if backend in BUILT_IN and not is_installed(backend):
             return result._replace(problem=f"not installed: pip install 'unilabel[{backend}]'")
-        order = {**job._asdict(), "subject": subject, "backend": backend, "dtypes": [dtype]}
+        order = {**job._asdict(), **column._asdict(), "dtypes": [dtype]}
         for line in _process(order, dtype, job.timeout, processes):
             if "id" in line:
                 identity = line.pop("id")
@@ -128,8 +148,8 @@ def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
                 if "numbers" in line:
                     verdicts = judge(cases[identity], exact[identity], line["numbers"], backend)
                     result.verdicts[identity] = verdicts
-                done[pair] += 1
-                progress(pair, done[pair], len(chosen))
+                done[column] += 1
+                progress(column, done[column], len(chosen))
             elif "version" in line:
                 result = result._replace(version=line["version"], device=line["device"])
             elif stopped.is_set():
@@ -138,10 +158,10 @@ def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
                 result = result._replace(problem=f"{line['last']} (exit code {line['code']} before the end)")
         return result
 
-    for pair in done:
-        progress(pair, 0, len(chosen))
+    for column in done:
+        progress(column, 0, len(chosen))
     with ThreadPoolExecutor(max_workers=job.jobs) as pool:
-        parts = {pair: [pool.submit(part, pair, dtype) for dtype in job.dtypes] for pair in done}
+        parts = {column: [pool.submit(part, column, dtype) for dtype in job.dtypes] for column in done}
         try:
             for futures in parts.values():
                 for future in futures:
@@ -161,7 +181,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _joined(parts: list[Run]) -> Run:
-    """What a subject answered on a backend in all dtypes."""
+    """What a column answered in all dtypes."""
     first = next((part for part in parts if part.version), parts[0])
     answers: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Verdict]] = {}

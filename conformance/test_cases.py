@@ -13,15 +13,13 @@ import pytest
 from unilabel.conformance.cases import FLAGS
 from unilabel.conformance.pytest_plugin import job_of
 from unilabel.conformance.report import failure, results
-from unilabel.conformance.runner import columns, run
+from unilabel.conformance.runner import Column, columns, run
 from unilabel.conformance.worker import selected
-
-Column = tuple[str, str]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     job = job_of(metafunc.config)
-    titles = {(subject, name): name if subject == "unilabel" else f"{subject}-{name}" for subject, name in columns(job)}
+    titles = {column: str(column).replace(" ", "-") for column in columns(job)}
     if "identity" in metafunc.fixturenames:
         chosen = selected(job.dtypes, job.seed, job.patterns, job.full)
         cases = [
@@ -42,7 +40,10 @@ def found(pytestconfig: pytest.Config) -> dict[Column, dict[str, Any]]:
     if interrupted:
         raise KeyboardInterrupt
     return {
-        (run["subject"], run["backend"]): {**run, "cases": {case["id"]: case for case in run["cases"]}}
+        Column(run["subject"], run["backend"], run["mode"]): {
+            **run,
+            "cases": {case["id"]: case for case in run["cases"]},
+        }
         for run in results(job, chosen, runs)["runs"]
     }
 

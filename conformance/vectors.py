@@ -66,7 +66,7 @@ def write(folder: Path) -> list[str]:
 
 
 def load(file: Path) -> list[tuple[Case, Expected]]:
-    """What a file says: the cases, and their answers in the digits that are written, Hessians where it has one."""
+    """What a file says: the cases, and their answers in the digits that are written, the last two where it has them."""
     document = json.loads(file.read_text("utf-8"))
     loaded = []
     for test in document["tests"]:
@@ -82,10 +82,9 @@ def load(file: Path) -> list[tuple[Case, Expected]]:
             cotangent=_given(test["cotangent"]),
         )
         with mp.workprec(BITS):
-            value, gradient = _exact(test["value"]), _exact(test["gradient"])
-            of_sum = _exact(test["gradient_of_sum"]) if "gradient_of_sum" in test else gradient
-            hessian = _exact(test["hessian"]) if "hessian" in test else []
-        loaded.append((case, Expected(value, gradient, of_sum, hessian, test["summands"])))
+            names = ("value", "gradient", "gradient_of_sum", "hessian", "target_gradient")
+            answers = [_exact(test[name]) if name in test else [] for name in names]
+        loaded.append((case, Expected(*answers, test["summands"])))
     return loaded
 
 
@@ -147,9 +146,11 @@ def _test(case: Case) -> dict[str, Any]:
         "cotangent": _written(case.cotangent),
         "value": _answers(exact.value, case.cotangent.shape, case.dtype),
         "gradient": _answers(exact.gradient, case.logits.shape, case.dtype),
+        "gradient_of_sum": _answers(exact.gradient_of_sum, case.logits.shape, case.dtype),
     }
-    if case.options.get("reduction") == "none":  # elsewhere these say nothing new
-        test["gradient_of_sum"] = _answers(exact.gradient_of_sum, case.logits.shape, case.dtype)
+    if exact.target_gradient:
+        test["target_gradient"] = _answers(exact.target_gradient, case.logits.shape, case.dtype)
+    if case.options.get("reduction") == "none":  # elsewhere it says nothing new
         test["hessian"] = _answers(exact.hessian, case.logits.shape, case.dtype)
     return test | {"summands": exact.summands}
 

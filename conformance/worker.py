@@ -20,6 +20,7 @@ import unilabel
 from unilabel.backend import Backend, backend_named, backend_of
 
 from .cases import Case, Tensor, cases
+from .modes import put
 from .subjects import NotApplicable, find
 
 
@@ -34,7 +35,8 @@ def main() -> None:
     device = find_device(backend, job["device"])
     print(json.dumps({"version": backend.version(), "device": device}), file=answers)
     for case in selected(job["dtypes"], job["seed"], job["patterns"], job["full"]):
-        print(json.dumps({"id": case.id, **answer(backend, device, case, job["subject"], job["loss"])}), file=answers)
+        found = answer(backend, device, case, job["subject"], job["loss"], job["mode"])
+        print(json.dumps({"id": case.id, **found}), file=answers)
 
 
 def selected(dtypes: Sequence[str], seed: int, patterns: Sequence[str] = (), full: bool = False) -> list[Case]:
@@ -58,12 +60,17 @@ def find_device(backend: Backend, wanted: str | None) -> str:
 
 
 def answer(
-    backend: Backend, device: str, case: Case, subject: str = "unilabel", claims: str | None = None
+    backend: Backend,
+    device: str,
+    case: Case,
+    subject: str = "unilabel",
+    claims: str | None = None,
+    mode: str = "eager",
 ) -> dict[str, Any]:
     """{"numbers": {quantity: {how: values}}}, or {"error": …}, or {"not applicable": …}."""
     try:
         call = find(subject, case.loss, claims, backend.name)
-        results = _computed(backend, device, case, call, subject == "unilabel")
+        results = _computed(backend, device, case, call, subject == "unilabel", mode)
     except NotApplicable as reason:
         return {"not applicable": str(reason)}
     except Exception as error:
@@ -90,9 +97,9 @@ def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity
 
 
 def _computed(
-    backend: Backend, device: str, case: Case, loss: Callable[..., Any], ours: bool
+    backend: Backend, device: str, case: Case, loss: Callable[..., Any], ours: bool, mode: str
 ) -> dict[str, dict[str, Any]]:
-    """Value, gradient and Hessian diagonal, in each way that there is to have them."""
+    """Value, gradients and Hessian diagonal, in each way that there is to have them."""
 
     def array(tensor: Tensor, empty: str) -> Any:
         """Floats in the case's dtype, integers in 32 bits (there are devices that have no more)."""
@@ -103,36 +110,51 @@ def _computed(
         return backend.cast(backend.asarray(exact, device=device), case.dtype)
 
     logits, targets = array(case.logits, "float64"), array(case.targets, "int32")
-    options = {
-        name: array(given, "bool" if name == "where" else "float64") if isinstance(given, Tensor) else given
+    options = {name: given for name, given in case.options.items() if not isinstance(given, Tensor)}
+    arrays = {
+        name: array(given, "bool" if name == "where" else "float64")
         for name, given in case.options.items()
+        if isinstance(given, Tensor)
     }
+    unreduced = case.options.get("reduction") == "none"
+    summed = options | ({"reduction": "sum"} if unreduced else {})
 
-    def function(x: Any) -> Any:
-        return loss(x, targets, **options)
+    def called(x: Any, z: Any, arrays: dict[str, Any]) -> Any:
+        return loss(x, z, **options, **arrays)
 
+    run = put(called, backend.name, mode)
     value: dict[str, Any] = {}
     gradient: dict[str, Any] = {}
     hessian: dict[str, Any] = {}
+    target_gradient: dict[str, Any] = {}
     if not ours:  # a result of another dtype could not be pulled back
-        problem = _wrong_kind(backend, device, case, function(logits), "value")
+        problem = _wrong_kind(backend, device, case, run(logits, targets, arrays), "value")
         if problem:
             raise TypeError(problem)
     if backend.autodiff:
-        value["the loss"], gradient["autodiff"] = backend.vjp(function, logits, array(case.cotangent, "float64"))
+        cotangent = array(case.cotangent, "float64")
+        value["the loss"], gradient["autodiff"] = backend.vjp(lambda x: run(x, targets, arrays), logits, cotangent)
+        if ours and all(isinstance(z, float) for z in case.targets.values) and case.targets.values:
+            _, target_gradient["autodiff"] = backend.vjp(lambda z: run(logits, z, arrays), targets, cotangent)
+        if unreduced and mode == "eager" and case.loss == "multilabel_logistic_loss":  # whose Hessian is diagonal
+            ones = array(Tensor(case.logits.shape, [1.0] * len(case.logits.values)), "float64")
+            _, hessian["autodiff"] = backend.vjp(
+                lambda x: backend.vjp(lambda x: run(x, targets, arrays), x, ones)[1], logits, ones
+            )
     else:
-        value["the loss"] = function(logits)
-    unreduced = case.options.get("reduction") == "none"
-    if unreduced and backend.autodiff and case.loss == "multilabel_logistic_loss":  # the Hessian itself is diagonal
-        ones = array(Tensor(case.logits.shape, [1.0] * len(case.logits.values)), "float64")
-        _, hessian["autodiff"] = backend.vjp(lambda x: backend.vjp(function, x, ones)[1], logits, ones)
+        value["the loss"] = run(logits, targets, arrays)
     if ours:
-        ways = unilabel.value_and_grad(loss)(logits, targets, **options)
-        value["value_and_grad"], gradient["value_and_grad"] = ways
+        value_and_grad, grad_and_hess = unilabel.value_and_grad(loss), unilabel.grad_and_hess(loss)
+
+        def closed_forms(x: Any, z: Any, arrays: dict[str, Any]) -> Any:
+            first = value_and_grad(x, z, **options, **arrays)
+            return first + (grad_and_hess(x, z, **summed, **arrays) if unreduced else ())
+
+        forms = put(closed_forms, backend.name, mode)(logits, targets, arrays)
+        value["value_and_grad"], gradient["value_and_grad"] = forms[:2]
         if unreduced:
-            options["reduction"] = "sum"
-            _, hessian["grad_and_hess"] = unilabel.grad_and_hess(loss)(logits, targets, **options)
-    results = {"value": value, "gradient": gradient, "hessian": hessian}
+            gradient["grad_and_hess"], hessian["grad_and_hess"] = forms[2:]
+    results = {"value": value, "gradient": gradient, "hessian": hessian, "target_gradient": target_gradient}
     return {quantity: ways for quantity, ways in results.items() if ways}
 
 

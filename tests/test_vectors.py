@@ -153,7 +153,7 @@ def test_load(loaded):
         assert got.summands == exact.summands
         with mp.workprec(oracle.BITS):
             digits = 40 if case.dtype == "float64" else 20
-            for quantity in ("value", "gradient", "gradient_of_sum"):
+            for quantity in ("value", "gradient", "gradient_of_sum", "target_gradient"):
                 assert_digits(getattr(got, quantity), getattr(exact, quantity), digits)
             unreduced = case.options.get("reduction") == "none"
             assert_digits(got.hessian, exact.hessian if unreduced else [], digits)
