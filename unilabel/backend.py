@@ -158,8 +158,9 @@ def _name_of(kind: type) -> str:
     name = _names.get(kind)
     if name is None:
         backend = _search(kind)
-        name = _names[kind] = "none" if backend is None else backend.name
+        name = "none" if backend is None else backend.name
         setattr(_loaded, name, backend)
+        _names[kind] = name  # last: another thread that finds it here looks into _loaded
     return name
 
 
@@ -196,5 +197,6 @@ _others: dict[str, Backend] = {}
 
 def _array_api(root: str) -> Backend:
     if root not in _others:
-        _others[root] = importlib.import_module(f"{__package__}.backends.array_api").ArrayAPIBackend(root)
+        # Of two threads that come here at once the first wins: backends are told apart by identity.
+        _others.setdefault(root, importlib.import_module(f"{__package__}.backends.array_api").ArrayAPIBackend(root))
     return _others[root]
