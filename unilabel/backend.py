@@ -17,6 +17,7 @@ from .formulas import Array, Loss, Namespace, Operands, Options
 
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
+MORE = ("mlx",)  # these have a file too, but are left out unless they are asked for
 
 
 class Backend:
@@ -183,7 +184,7 @@ def _search(kind: type) -> Backend | None:
 
 def _module_of(root: str) -> str | None:
     """The module with the backend of a framework: of our own files, or one registered as an entry point."""
-    if root in BUILT_IN:
+    if root in BUILT_IN or root in MORE:
         return f"{__package__}.backends.{root}"
     from importlib.metadata import entry_points
 
