@@ -12,10 +12,14 @@ from unilabel.backend import backend_named
 pytest_plugins = ["capabilities"]
 
 BACKENDS = ("numpy", "torch", "jax", "tensorflow", "array_api_strict")
+MORE = ("mlx",)  # only if asked for
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", action="append", choices=BACKENDS, help="test this backend; repeatable. Default: all")
+    choices = BACKENDS + MORE
+    parser.addoption(
+        "--backend", action="append", choices=choices, help="test this one; repeatable. Default: all but mlx"
+    )
 
 
 def pytest_generate_tests(metafunc):
