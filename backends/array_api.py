@@ -11,7 +11,6 @@ import numpy as np
 from ..backend import Backend, Extended
 from ..formulas import Array, Namespace
 
-
 MODULES = {"cupy": "array_api_compat.cupy"}  # where the standard's functions are, if not in the library itself
 
 
