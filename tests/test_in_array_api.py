@@ -132,6 +132,18 @@ def test_shapes(library, sample):
     assert tuple(gradient.shape) == (0, 3)
 
 
+@libraries("a wrong class index is NaN")
+@pytest.mark.parametrize("sample", ["softmax_nll", "cross_entropy", "nll"], indirect=True)
+def test_wrong_indices(library, sample):
+    """2³² would wrap around to class 0 in 32 bits."""
+    x = library.array(sample.x, "float64")
+    wrong = np.array([2**32, sample.targets[1], -1, 3])
+    for targets in (wrong, library.backend.asarray(wrong)):
+        values = library.numpy(sample(x, targets, reduction="none"))
+        assert np.isnan(values).tolist() == [True, False, True, True]
+        close(values[1], sample.values[1])
+
+
 @libraries("validate=True")
 def test_validate(library, sample):
     x = library.array(sample.x, "float64")
@@ -193,6 +205,8 @@ def test_strict_devices(sample):
             for result in (sample(x, z), value, gradient, *ul.grad_and_hess(sample.loss)(x, z), ul.softmax(x)):
                 assert result.device == device
                 assert result.dtype == x.dtype
+        if sample.targets.ndim == 1:  # 2³² would wrap around to class 0 in 32 bits
+            assert np.isnan(np.from_dlpack(sample(x, np.full(4, 2**32), reduction="none"))).all()
 
 
 # --- Dask -------------------------------------------------------------------------------------------------------------
