@@ -347,6 +347,13 @@ def test_mlx_compile(sample, mx):
         mx.compile(lambda x: sample(x, z, validate=True))(x)
 
 
+def test_mlx_shapeless_compile_is_refused(mx):
+    """By MLX, which cannot do it with custom functions: an error, never the numbers of the first shape."""
+    step = mx.compile(lambda x: ul.softmax_nll(x, x), shapeless=True)
+    with pytest.raises(ValueError, match="cannot infer output shapes"):
+        [step(mx.ones((rows, 3))).item() for rows in (4, 2)]
+
+
 @pytest.mark.capability("array API", "MLX: mx.checkpoint")
 def test_mlx_checkpoint(sample, mx):
     x, z, _ = mlx_inputs(sample, mx)
