@@ -1,8 +1,8 @@
 """The table of docs/transforms.md, made of the tests' results: what each framework can do with each loss.
 
 A test marked `capability("torch", "vmap")` fills a cell for the loss that it takes by the fixture `sample`, or for
-those that the mark names: `losses=(...)`. A run of all tests compares the page with what it saw, or writes it:
-`pytest -m "capability and not slow and not cuda" --write-transforms`.
+those that the mark names: `losses=(...)`. The framework None is the one of the fixture `framework`. A run of all tests
+compares the page with what it saw, or writes it: `pytest -m "capability and not slow and not cuda" --write-transforms`.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ import unilabel as ul
 PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 LOSSES = ("multilabel_logistic_loss", "softmax_nll", "binary_cross_entropy", "cross_entropy", "nll")
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "array API": "Array API"}
+LIBRARIES = {"array_api_strict": ("array API", "array-api-strict: "), "mlx": ("array API", "MLX: ")}
 SEED = 20261121
 
 
@@ -122,7 +123,12 @@ def cells(item):
         return []
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     losses = mark.kwargs.get("losses") or [parameters["sample"]]
-    return [(*mark.args, loss) for loss in losses]
+    framework, transform = mark.args
+    if framework is None:  # the one of the fixture `framework`
+        framework = parameters["framework"]
+        framework, library = LIBRARIES.get(framework, (framework, ""))
+        transform = library + transform
+    return [(framework, transform, loss) for loss in losses]
 
 
 def rank(result):
@@ -156,7 +162,8 @@ def pytest_runtest_makereport(item):
 def whole(config):
     """Whether all files were run, and nothing of the table left out."""
     all_files = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    return all_files and "not run" not in config.stash[TABLE].cells.values()
+    all_backends = not config.getoption("--backend")
+    return all_files and all_backends and "not run" not in config.stash[TABLE].cells.values()
 
 
 def pytest_sessionfinish(session):

@@ -12,10 +12,14 @@ from unilabel.backend import backend_named
 pytest_plugins = ["capabilities"]
 
 BACKENDS = ("numpy", "torch", "jax", "tensorflow", "array_api_strict")
+MORE = ("mlx",)  # only if asked for
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backend", action="append", choices=BACKENDS, help="test this backend; repeatable. Default: all")
+    choices = BACKENDS + MORE
+    parser.addoption(
+        "--backend", action="append", choices=choices, help="test this one; repeatable. Default: all but mlx"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -23,7 +27,8 @@ def pytest_generate_tests(metafunc):
     for fixture in ("framework", "recorder"):  # a recorder is a framework that has autodiff
         if fixture in metafunc.fixturenames:
             names = [name for name in wanted if fixture == "framework" or name not in ("numpy", "array_api_strict")]
-            metafunc.parametrize(fixture, names, indirect=True)
+            none = pytest.param("", marks=pytest.mark.skip(reason="none of --backend has autodiff"))
+            metafunc.parametrize(fixture, names or [none], indirect=True)
 
 
 def pytest_collection_modifyitems(items):

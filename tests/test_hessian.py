@@ -49,6 +49,15 @@ def hessian_diagonal(recorder, function, x):
 
         hessian = torch.autograd.functional.hessian(function, x).numpy()
         return np.reshape([hessian[p + p] for p in positions], x.shape)
+    if recorder.name == "mlx":
+        import mlx.core as mx
+
+        def row(unit):
+            return mx.grad(lambda x: (mx.grad(function)(x) * unit).sum())(x)
+
+        units = recorder.array(np.eye(len(positions)).reshape(-1, *x.shape), "float64")
+        hessian = recorder.numpy(mx.vmap(row)(units))
+        return np.reshape([hessian[i][p] for i, p in enumerate(positions)], x.shape)
     import tensorflow as tf
 
     with tf.GradientTape() as outer:

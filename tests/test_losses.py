@@ -200,6 +200,10 @@ def hessian_times(recorder, function, x, v):
         import jax
 
         return recorder.numpy(jax.jvp(jax.grad(function), (x,), (v,))[1])
+    if recorder.name == "mlx":
+        import mlx.core as mx
+
+        return recorder.numpy(mx.grad(lambda x: (mx.grad(function)(x) * v).sum())(x))
     import tensorflow as tf
 
     with tf.GradientTape() as outer:
@@ -228,6 +232,10 @@ def compiled(recorder, function):
         import jax
 
         return jax.jit(jax.value_and_grad(function))
+    if recorder.name == "mlx":
+        import mlx.core as mx
+
+        return mx.compile(mx.value_and_grad(function))
     import tensorflow as tf
 
     @tf.function(jit_compile=True)

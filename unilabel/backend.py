@@ -17,6 +17,7 @@ from .formulas import Array, Loss, Namespace, Operands, Options
 
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
+MORE = ("mlx",)  # these have a file too, but are left out unless they are asked for
 
 
 class Backend:
@@ -158,8 +159,9 @@ def _name_of(kind: type) -> str:
     name = _names.get(kind)
     if name is None:
         backend = _search(kind)
-        name = _names[kind] = "none" if backend is None else backend.name
+        name = "none" if backend is None else backend.name
         setattr(_loaded, name, backend)
+        _names[kind] = name  # last: another thread that finds it here looks into _loaded
     return name
 
 
@@ -182,7 +184,7 @@ def _search(kind: type) -> Backend | None:
 
 def _module_of(root: str) -> str | None:
     """The module with the backend of a framework: of our own files, or one registered as an entry point."""
-    if root in BUILT_IN:
+    if root in BUILT_IN or root in MORE:
         return f"{__package__}.backends.{root}"
     from importlib.metadata import entry_points
 
@@ -196,5 +198,6 @@ _others: dict[str, Backend] = {}
 
 def _array_api(root: str) -> Backend:
     if root not in _others:
-        _others[root] = importlib.import_module(f"{__package__}.backends.array_api").ArrayAPIBackend(root)
+        # Of two threads that come here at once the first wins: backends are told apart by identity.
+        _others.setdefault(root, importlib.import_module(f"{__package__}.backends.array_api").ArrayAPIBackend(root))
     return _others[root]

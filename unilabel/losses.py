@@ -12,6 +12,7 @@ Which loss? It is part of the model, not of taste:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -309,15 +310,6 @@ def nll(
     )
 
 
-_FORMULAS: dict[Any, Loss] = {
-    multilabel_logistic_loss: formulas.LOGISTIC,
-    softmax_nll: formulas.SOFTMAX,
-    binary_cross_entropy: formulas.BINARY,
-    cross_entropy: formulas.CATEGORICAL,
-    nll: formulas.NLL,
-}
-
-
 def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
     """A loss and its gradient by the logits, in closed form: no tape, on every framework, NumPy among them.
 
@@ -339,12 +331,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
     0.241311 [[-0.214403  0.17529   0.039113]]
     """
 
-    def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, formula, settled, x, operands, restore = arrange(_FORMULAS[loss], logits, targets, **options)
-        value, gradient = backend.closed_form(formulas.value_and_gradient, formula, settled, x, operands)
-        return value, restore(gradient)
-
-    return _called_like(loss, "value_and_grad", run)
+    return _found(loss, _WITH_GRADIENT)
 
 
 def grad_and_hess(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -372,19 +359,40 @@ def grad_and_hess(loss: Callable[..., Any]) -> Callable[..., Any]:
     [-0.5      -0.119203  0.      ] [0.25     0.104994 0.      ]
     """
 
+    return _found(loss, _WITH_HESSIAN)
+
+
+def _found(loss: Any, functions: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
+    if loss not in functions:
+        names = ", ".join(function.__name__ for function in functions)
+        raise TypeError(f"Expected a loss of unilabel: {names}. Received: {loss!r}.")
+    return functions[loss]
+
+
+def _with_gradient(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any]:
     def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, formula, settled, x, operands, restore = arrange(_FORMULAS[loss], logits, targets, **options)
+        backend, _, settled, x, operands, restore = arrange(formula, logits, targets, **options)
+        value, gradient = backend.closed_form(formulas.value_and_gradient, formula, settled, x, operands)
+        return value, restore(gradient)
+
+    returns = "The loss and its gradient by the logits, in closed form."
+    return _called_like(loss, "value_and_grad", returns, run)
+
+
+def _with_hessian(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any]:
+    def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+        backend, _, settled, x, operands, restore = arrange(formula, logits, targets, **options)
         gradient, hessian = backend.closed_form(formulas.gradient_and_hessian, formula, settled, x, operands)
         return restore(gradient), restore(hessian)
 
-    return _called_like(loss, "grad_and_hess", run, reduction="sum")
+    returns = "The gradient and the diagonal of the Hessian of the summed loss, per logit, in closed form."
+    return _called_like(loss, "grad_and_hess", returns, run, reduction="sum")
 
 
-def _called_like(loss: Callable[..., Any], name: str, run: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+def _called_like(
+    loss: Callable[..., Any], name: str, returns: str, run: Callable[..., Any], **fixed: Any
+) -> Callable[..., Any]:
     """A function with the options of a loss and their defaults; those that are fixed have one choice."""
-    if loss not in _FORMULAS:
-        names = ", ".join(function.__name__ for function in _FORMULAS)
-        raise TypeError(f"Expected a loss of unilabel: {names}. Received: {loss!r}.")
     defaults: dict[str, Any] = (loss.__kwdefaults__ or {}) | fixed
 
     def called(logits: Any, targets: Any, **options: Any) -> tuple[Any, Any]:
@@ -398,6 +406,12 @@ def _called_like(loss: Callable[..., Any], name: str, run: Callable[..., Any], *
         return run(logits, targets, defaults | options)
 
     called.__name__ = called.__qualname__ = f"{name}({loss.__name__})"
+    called.__doc__ = f"{returns} Arguments are those of `{loss.__name__}`."
+    _, *others = inspect.signature(loss).parameters.values()
+    others = [other.replace(default=fixed.get(other.name, other.default)) for other in others]
+    logits, *_ = inspect.signature(called).parameters.values()
+    called.__signature__ = inspect.Signature([logits, *others])  # type: ignore[attr-defined]
+    globals()[called.__name__] = called  # where pickle looks for it
     _leave_as_it_is(called)
     return called
 
@@ -500,5 +514,17 @@ def _leave_as_it_is(function: Any) -> None:
     function.autograph_info__ = {}
 
 
+_FORMULAS: dict[Any, Loss] = {
+    multilabel_logistic_loss: formulas.LOGISTIC,
+    softmax_nll: formulas.SOFTMAX,
+    binary_cross_entropy: formulas.BINARY,
+    cross_entropy: formulas.CATEGORICAL,
+    nll: formulas.NLL,
+}
+
 for _public in (*_FORMULAS, sigmoid, log_sigmoid, softmax, log_softmax):
     _leave_as_it_is(_public)
+
+# Made once: the same function each time, so that compilers that key on it do not compile again.
+_WITH_GRADIENT = {loss: _with_gradient(loss, formula) for loss, formula in _FORMULAS.items()}
+_WITH_HESSIAN = {loss: _with_hessian(loss, formula) for loss, formula in _FORMULAS.items()}
