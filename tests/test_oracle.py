@@ -54,7 +54,7 @@ def test_exact_rationals():
     assert values(exact.value) == [2 * half]
     assert values(expected(MULTILABEL, [0.0], [0.25], reduction="none").gradient_of_sum) == [0.25]
     assert values(expected("nll", [[-1.0, -2.0]], [1], reduction="none").value) == [2.0]
-    assert values(expected("cross_entropy", [[0.5, 0.5]], [[0.0, 1.0]]).gradient) == [0.0, -2.0]
+    assert values(expected("cross_entropy", [[0.5, 0.5]], [[0.0, 1.0]]).gradient_of_sum) == [0.0, -2.0]
     assert values(expected("binary_cross_entropy", [0.25], [1], reduction="none").gradient_of_sum) == [-4.0]
 
 
@@ -107,7 +107,37 @@ def test_gradient_is_the_slope_of_the_value():
                     return oracle.expected(case._replace(logits=moved)).value[0].value
 
                 slope = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
-                assert abs(slope - exact.gradient[i].value) < mpf(2) ** -100
+                assert abs(slope - exact.gradient_of_sum[i].value) < mpf(2) ** -100
+                assert exact.gradient[i].value == exact.gradient_of_sum[i].value * case.cotangent.values[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (MULTILABEL, {"pos_weight": 7.0, "weight": [0.5, 2.0, 3.0], "label_smoothing": 0.1}),
+        (SOFTMAX, {"weight": [0.5, 2.0, 3.0], "sample_weight": [2.0, 5.0], "label_smoothing": 0.1}),
+        (SOFTMAX, {"weight": [0.5, 2.0, 3.0], "where": [[True, True, False], [True, True, True]]}),
+        (SOFTMAX, {"weight": [0.5, 2.0, 3.0], "reduction": "batchmean"}),
+        ("binary_cross_entropy", {"where": [True, False, True], "reduction": "mean"}),
+        ("cross_entropy", {"weight": [0.5, 2.0, 3.0], "reduction": "sum"}),
+        ("nll", {"weight": [0.5, 2.0, 3.0]}),
+    ],
+)
+def test_gradient_by_targets_is_the_slope_of_the_value(loss, options):
+    h = mpf(2) ** -60
+    targets = [0.5, 0.25, 0.75, 0.125, 0.625, 0.375]
+    logits = [[0.5, 0.25, 0.75], [0.125, 0.625, 0.375]]
+    with mp.workprec(oracle.BITS):
+        case = Maker("test", "float64", 0).case(loss, logits, [targets[:3], targets[3:]], **options)
+        exact = oracle.expected(case)
+        for i in range(6):
+
+            def at(z, i=i):
+                moved = case.targets._replace(values=[*targets[:i], z, *targets[i + 1 :]])
+                return oracle.expected(case._replace(targets=moved)).value[0].value * case.cotangent.values[0]
+
+            slope = (at(targets[i] + h) - at(targets[i] - h)) / (2 * h)
+            assert abs(slope - exact.target_gradient[i].value) < mpf(2) ** -100
 
 
 def test_a_case_is_judged_in_ulp_of_its_dtype():
@@ -151,7 +181,7 @@ def test_hessian_is_the_slope_of_the_gradient():
 
                 def at(x, case=case, i=i):
                     moved = case.logits._replace(values=[*logits[:i], x, *logits[i + 1 :]])
-                    return oracle.expected(case._replace(logits=moved)).gradient[i].value
+                    return oracle.expected(case._replace(logits=moved)).gradient_of_sum[i].value
 
                 slope = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
                 assert abs(slope - exact.hessian[i].value) < mpf(2) ** -100
