@@ -13,7 +13,15 @@ from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
 
-xp = Extended(jnp, stop_gradient=jax.lax.stop_gradient)
+
+@jax.custom_jvp
+def _differentiated_as(value: Array, form: Array) -> Array:
+    return value  # XLA drops the form where there is no second derivative
+
+
+_differentiated_as.defjvp(lambda primals, tangents: (_differentiated_as(*primals), tangents[1]))
+
+xp = Extended(jnp, stop_gradient=jax.lax.stop_gradient, differentiated_as=_differentiated_as)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
