@@ -62,7 +62,7 @@ def arrange(
     options = Options(
         reduction=reduction,
         axes=(-1,) if loss.per_row else axes,
-        label_smoothing=_fraction("label_smoothing", label_smoothing, 1.0),
+        label_smoothing=_fraction("label_smoothing", label_smoothing, 1.0) or None,
         eps=EPSILON[name] if eps is None else _fraction("eps", eps, 0.5),
         half=name in HALVES,
     )

@@ -40,7 +40,7 @@ class Options(NamedTuple):
     axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for losses per element
     indices: bool = False  # the targets are class indices, not a distribution
     ignore_index: int | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: Any = None  # a number; a backend that compiles may put an array of no dimensions in its place
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
 
@@ -287,7 +287,7 @@ def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options
         weight = parts if weight is None else xp.where(keep, weight, 0.0)
         pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
     negative, positive = 1 - z, z
-    if options.label_smoothing:
+    if options.label_smoothing is not None:
         negative = negative * (1 - options.label_smoothing) + options.label_smoothing / 2
         positive = positive * (1 - options.label_smoothing) + options.label_smoothing / 2
     if pos_weight is not None:
@@ -331,7 +331,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if ignored is not None:
         parts = xp.astype(~ignored, x.dtype) if parts is None else xp.where(ignored, 0.0, parts)
 
-    if options.label_smoothing:
+    if options.label_smoothing is not None:
         if keep is None:
             z = z * (1 - options.label_smoothing) + options.label_smoothing / _count(xp, x, (-1,))
         else:
