@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,15 @@ def _differentiated_as(value: Array, form: Array) -> Array:
 
 _differentiated_as.defjvp(lambda primals, tangents: (_differentiated_as(*primals), tangents[1]))
 
-xp = Extended(jnp, stop_gradient=jax.lax.stop_gradient, differentiated_as=_differentiated_as)
+
+def _where(condition: Array, a: Any, b: Any) -> Array:
+    if a is math.nan:  # a constant, that did not arise: jax_debug_nans must not stop at it where nothing is compiled
+        with jax.debug_nans(False):
+            a = jnp.full_like(b, a)
+    return jnp.where(condition, a, b)
+
+
+xp = Extended(jnp, differentiated_as=_differentiated_as, stop_gradient=jax.lax.stop_gradient, where=_where)
 
 
 def _broadcasting(function: Any) -> Any:
@@ -77,7 +86,7 @@ def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands:
 
 
 def _split(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands, Any]:
-    """The arguments of a compiled function: the options that it is compiled for, and apart, the number that is traced."""
+    """A compiled function's arguments: the options that it is compiled for, and apart, the number that is traced."""
     smoothing = options.label_smoothing
     if smoothing is None:
         return options, x, operands, None
