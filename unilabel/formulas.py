@@ -523,7 +523,8 @@ def _free(p: Array, mass: Array, eps: float) -> Array:
 
 def _quotient(xp: Namespace, mass: Array, p: Array, free: Array) -> Array:
     """mass / p where p is free, else 0; NaN wherever mass is."""
-    return xp.where(free, mass / xp.where(free, p, 1.0), 0 * mass)
+    quotient = mass / xp.where(free, p, 1.0)
+    return xp.where(free, quotient, 0 * quotient)
 
 
 def _log(eps: float) -> float:
