@@ -30,7 +30,13 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
     return jnp.where(condition, a, b)
 
 
-xp = Extended(jnp, differentiated_as=_differentiated_as, stop_gradient=jax.lax.stop_gradient, where=_where)
+xp = Extended(
+    jnp,
+    differentiated_as=_differentiated_as,
+    ones_like=jax.jit(jnp.ones_like, static_argnames="dtype"),  # without jit, the 1 would be a transfer to the device
+    stop_gradient=jax.lax.stop_gradient,
+    where=_where,
+)
 
 
 def _broadcasting(function: Any) -> Any:
