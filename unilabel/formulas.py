@@ -185,7 +185,8 @@ def _differentiable(xp: Namespace, top: Array, t: SoftmaxTerms) -> SoftmaxTerms:
     d = xp.where(largest, 0.0, t.d - move)
     e = xp.where(largest, 1.0, t.e * xp.exp(-move))
     s = xp.where(sure, xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True), t.s)
-    return SoftmaxTerms(*(xp.differentiated_as(*pair) for pair in zip(t[:3], (d, e, s), strict=True)), t.z)
+    same = xp.differentiated_as
+    return SoftmaxTerms(same(t.d, d), same(t.e, e), same(t.s, s), t.z)
 
 
 def softmax_value(xp: Namespace, t: SoftmaxTerms) -> Array:
