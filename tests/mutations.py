@@ -86,7 +86,7 @@ MUTATIONS = {
     "softmax: no maximum": Mutation("0.0, x - m)", "0.0, x)"),
     "softmax: infinity less infinity": Mutation("xp.where(top & (x == math.inf), 0.0, x - m)", "x - m"),
     "softmax: d = 0 for every largest": Mutation("top & (x == math.inf), 0.0", "top, 0.0"),
-    "softmax: ties": Mutation(" + (ties - 1)\n    return SoftmaxTerms", "\n    return SoftmaxTerms"),
+    "softmax: ties": Mutation(" + (ties - 1)\n    return _diff", "\n    return _diff"),
     "softmax: the largest in s": Mutation("xp.where(top, e - 1, e)", "e"),
     "softmax: log1p written out": Mutation(
         "xp.squeeze(xp.log1p(t.s), axis=-1)", "xp.squeeze(xp.log(1 + t.s), axis=-1)"
