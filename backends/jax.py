@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,18 +14,55 @@ from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
 
-xp = Extended(jnp, stop_gradient=jax.lax.stop_gradient)
+
+@jax.custom_jvp
+def _differentiated_as(value: Array, form: Array) -> Array:
+    return value  # XLA drops the form where there is no second derivative
 
 
+_differentiated_as.defjvp(lambda primals, tangents: (_differentiated_as(*primals), tangents[1]))
+
+
+def _where(condition: Array, a: Any, b: Any) -> Array:
+    if a is math.nan:  # a constant, that did not arise: jax_debug_nans must not stop at it where nothing is compiled
+        with jax.debug_nans(False):
+            a = jnp.full_like(b, a)
+    return jnp.where(condition, a, b)
+
+
+xp = Extended(
+    jnp,
+    differentiated_as=_differentiated_as,
+    ones_like=jax.jit(jnp.ones_like, static_argnames="dtype"),  # without jit, the 1 would be a transfer to the device
+    stop_gradient=jax.lax.stop_gradient,
+    where=_where,
+)
+
+
+def _broadcasting(function: Any) -> Any:
+    """The formulas broadcast, and shapes were checked: whether JAX lets other code do so is no matter here."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return function(*arguments)
+
+    return traced
+
+
+# Label smoothing is an operand: a schedule of it must not compile a program for each number.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _value(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-    return formulas.value(xp, loss, options, x, operands)
+@_broadcasting
+def _value(loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Array:
+    return formulas.value(xp, loss, options._replace(label_smoothing=smoothing), x, operands)
 
 
+@_broadcasting
 def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    x, operands = primals
-    x_dot, operands_dot = tangents
-    value, change = _value(loss, options, x, operands), None
+    x, operands, smoothing = primals
+    x_dot, operands_dot, _ = tangents
+    value, change = _value(loss, options, x, operands, smoothing), None
+    options = options._replace(label_smoothing=smoothing)
     if not _is_zero(x_dot):
         change = formulas.pushforward(xp, loss, options, x, operands, x_dot)
     # Targets and weights are seldom differentiated: the plain expression is good enough for them, for those alone.
@@ -44,15 +82,31 @@ def _is_zero(tangent: Any) -> bool:
 
 _value.defjvp(_jvp, symbolic_zeros=True)
 
-_loss = functools.partial(jax.jit, static_argnums=(0, 1))(_value)
+_loss = jax.jit(_value, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-    return formula(xp, loss, options, x, operands)
+@_broadcasting
+def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Any:
+    return formula(xp, loss, options._replace(label_smoothing=smoothing), x, operands)
 
 
-_activation = functools.partial(jax.jit, static_argnums=(0, 2))(functools.partial(formulas.activation, xp))
+def _split(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands, Any]:
+    """A compiled function's arguments: the options that it is compiled for, and apart, the number that is traced."""
+    smoothing = options.label_smoothing
+    if smoothing is None:
+        return options, x, operands, None
+    if not isinstance(x, jax.core.Tracer):  # explicitly, so that a transfer guard lets it pass
+        smoothing = jax.device_put(smoothing, _place(x))
+    return options._replace(label_smoothing=None), x, operands, smoothing
+
+
+def _place(x: Array) -> Any:
+    """Where plain data has to go beside x: None, anywhere, if x is not bound to one device, and so nothing else is."""
+    return x.sharding if x.committed and isinstance(x.sharding, jax.sharding.SingleDeviceSharding) else None
+
+
+_activation = jax.jit(_broadcasting(functools.partial(formulas.activation, xp)), static_argnums=(0, 2))
 
 
 class JaxBackend(Backend):
@@ -86,10 +140,10 @@ class JaxBackend(Backend):
             data = data.astype(data.dtype.newbyteorder("="), copy=False)
         if isinstance(like, jax.core.Tracer) or isinstance(data, jax.core.Tracer):
             return jnp.asarray(data)
-        place = like.sharding
-        if not isinstance(place, jax.sharding.SingleDeviceSharding):  # over several devices: jit finds the way
-            return data if isinstance(data, jax.Array) else jnp.asarray(data)
-        return jax.device_put(data, place)
+        if not isinstance(data, jax.Array):
+            return jax.device_put(data, _place(like))
+        several = not isinstance(like.sharding, jax.sharding.SingleDeviceSharding)
+        return data if several else jax.device_put(data, like.sharding)  # over several devices: jit finds the way
 
     def to_numpy(self, x: Array) -> Any:
         if isinstance(x, jax.core.Tracer):
@@ -97,10 +151,10 @@ class JaxBackend(Backend):
         return np.asarray(x)
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        return _loss(loss, options, x, operands)
+        return _loss(loss, *_split(options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-        return _closed_form(formula, loss, options, x, operands)
+        return _closed_form(formula, loss, *_split(options, x, operands))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return _activation(function, x, half)

@@ -62,7 +62,7 @@ def arrange(
     options = Options(
         reduction=reduction,
         axes=(-1,) if loss.per_row else axes,
-        label_smoothing=_fraction("label_smoothing", label_smoothing, 1.0),
+        label_smoothing=_fraction("label_smoothing", label_smoothing, 1.0) or None,
         eps=EPSILON[name] if eps is None else _fraction("eps", eps, 0.5),
         half=name in HALVES,
     )
@@ -120,7 +120,10 @@ def arrange(
 
     xp = backend.namespace(logits)
     if operands.where is not None:  # broadcast by arithmetic: a length may be unknown before it runs
-        operands = operands._replace(where=operands.where & xp.ones_like(logits, dtype=xp.bool))
+        keep = operands.where
+        for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
+            keep = xp.expand_dims(keep, axis=0)
+        operands = operands._replace(where=keep & xp.ones_like(logits, dtype=xp.bool))
     last, restore = _class_axis_last(xp, axes, logits)
     operands = operands._replace(
         targets=z if indices else last(z), where=None if operands.where is None else last(operands.where)

@@ -8,7 +8,9 @@ result), so that a backend may run it whole, in tiles or traced. A loss is compu
     value, gradient, hessian   closed forms in these terms
 
 The value is written so that plain autodiff of it is right too: no framework depends on the closed form. The namespace
-of a framework that has autodiff offers `stop_gradient` beside the standard's functions.
+of a framework that has autodiff offers `stop_gradient` beside the standard's functions. Where it differentiates what
+stands here, and that again, it offers `differentiated_as(value, form)` too: the value, with the derivative of `form`,
+which is equal to it but written so that no digit of the derivative is lost.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Options(NamedTuple):
     axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for losses per element
     indices: bool = False  # the targets are class indices, not a distribution
     ignore_index: int | None = None
-    label_smoothing: float = 0.0
+    label_smoothing: Any = None  # a number; a backend that compiles may put an array of no dimensions in its place
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
 
@@ -165,7 +167,26 @@ def softmax_terms(xp: Namespace, masses: Masses, options: Options | None = None)
     e = xp.exp(d)
     ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
     s = xp.sum(xp.where(top, e - 1, e), axis=-1, keepdims=True) + (ties - 1)
-    return SoftmaxTerms(d, e, s, masses.mass)
+    return _differentiable(xp, top, SoftmaxTerms(d, e, s, masses.mass))
+
+
+def _differentiable(xp: Namespace, top: Array, t: SoftmaxTerms) -> SoftmaxTerms:
+    """The same terms, whose derivatives do not form 1 - p of a class that has most of the probability.
+
+    A softmax stays the same when all logits move together: moving the largest by h is moving all the others by -h, and
+    the derivative of that, minus the sum of the other derivatives, keeps its digits. Where no class has half of the
+    probability it is that sum that would lose them.
+    """
+    if not hasattr(xp, "differentiated_as"):
+        return t
+    sure = _constant(xp, t.s) < 1
+    largest = sure & top
+    move = xp.sum(xp.where(largest, t.d, 0.0), axis=-1, keepdims=True)  # 0, with a derivative
+    d = xp.where(largest, 0.0, t.d - move)
+    e = xp.where(largest, 1.0, t.e * xp.exp(-move))
+    s = xp.where(sure, xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True), t.s)
+    same = xp.differentiated_as
+    return SoftmaxTerms(same(t.d, d), same(t.e, e), same(t.s, s), t.z)
 
 
 def softmax_value(xp: Namespace, t: SoftmaxTerms) -> Array:
@@ -178,7 +199,10 @@ def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
     top = t.z == largest
     ties = xp.sum(xp.astype(top, t.z.dtype), axis=-1, keepdims=True)
     rest = xp.sum(xp.where(top, 0.0, t.z), axis=-1, keepdims=True) + (ties - 1) * largest
-    return (t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)
+    slopes = (t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)
+    if not hasattr(xp, "differentiated_as"):
+        return slopes
+    return xp.differentiated_as(slopes, xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) - t.z)
 
 
 def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
@@ -264,7 +288,7 @@ def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options
         weight = parts if weight is None else xp.where(keep, weight, 0.0)
         pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
     negative, positive = 1 - z, z
-    if options.label_smoothing:
+    if options.label_smoothing is not None:
         negative = negative * (1 - options.label_smoothing) + options.label_smoothing / 2
         positive = positive * (1 - options.label_smoothing) + options.label_smoothing / 2
     if pos_weight is not None:
@@ -308,7 +332,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if ignored is not None:
         parts = xp.astype(~ignored, x.dtype) if parts is None else xp.where(ignored, 0.0, parts)
 
-    if options.label_smoothing:
+    if options.label_smoothing is not None:
         if keep is None:
             z = z * (1 - options.label_smoothing) + options.label_smoothing / _count(xp, x, (-1,))
         else:
@@ -500,7 +524,8 @@ def _free(p: Array, mass: Array, eps: float) -> Array:
 
 def _quotient(xp: Namespace, mass: Array, p: Array, free: Array) -> Array:
     """mass / p where p is free, else 0; NaN wherever mass is."""
-    return xp.where(free, mass / xp.where(free, p, 1.0), 0 * mass)
+    quotient = mass / xp.where(free, p, 1.0)
+    return xp.where(free, quotient, 0 * quotient)
 
 
 def _log(eps: float) -> float:
