@@ -41,6 +41,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
+    by_autodiff: bool = False  # the framework will differentiate the very expression
 
 
 class Masses(NamedTuple):
@@ -154,22 +155,46 @@ class SoftmaxTerms(NamedTuple):
     e: Array  # exp d
     s: Array
     z: Array
+    unit: Array | None  # only for autodiff, see below
 
 
-def softmax_terms(xp: Namespace, masses: Masses, options: Options | None = None) -> SoftmaxTerms:
-    x = masses.x
+def softmax_terms(xp: Namespace, masses: Masses, options: Options) -> SoftmaxTerms:
+    x, unit = masses.x, None
     m = xp.max(x, axis=-1, keepdims=True)
     m = xp.where(m == math.inf, m, _constant(xp, m))  # an infinite logit takes all: then the others' loss is its own
     top = x == m
-    d = xp.where(top & (x == math.inf), 0.0, x - m)
+    d = xp.where(top & (m == math.inf), 0.0, x - m)
     e = xp.exp(d)
-    ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
-    s = xp.sum(xp.where(top, e - 1, e), axis=-1, keepdims=True) + (ties - 1)
-    return SoftmaxTerms(d, e, s, masses.mass)
+    others = xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True)
+    if not options.by_autodiff:
+        tops = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
+        s = others + (tops - 1)
+    else:
+        # Moving one logit is moving all the others the other way. Where a class has more than half of the probability,
+        # this is how it moves: its e is the unit of the others', and has no derivative that p - 1 could cancel with.
+        tops = xp.sum(xp.where(top, e, 0.0), axis=-1, keepdims=True)  # the same number, with a derivative
+        sure = _constant(xp, others + (tops - 1)) < 1
+        unit = xp.where(sure, tops, 1.0)
+        s = xp.where(sure, others / tops, others + (tops - 1))
+    return SoftmaxTerms(d, e, s, masses.mass, unit)
+
+
+def _log_ratios(xp: Namespace, t: SoftmaxTerms) -> Array:
+    """log p + log(1 + s)."""
+    return t.d if t.unit is None else xp.where(t.e > t.s, 0.0, t.d - xp.log(t.unit))
+
+
+def _shares(xp: Namespace, t: SoftmaxTerms) -> tuple[Array, Array]:
+    """p and 1 - p, neither by way of the other where it is small."""
+    sure = t.e > t.s
+    e = t.e if t.unit is None else xp.where(sure, 1.0, t.e / t.unit)
+    p = e / (1 + t.s)
+    return p, xp.where(sure, t.s / (1 + t.s), 1 - p)
 
 
 def softmax_value(xp: Namespace, t: SoftmaxTerms) -> Array:
-    return xp.sum(_product(xp, t.z, -t.d), axis=-1) + xp.sum(t.z, axis=-1) * xp.squeeze(xp.log1p(t.s), axis=-1)
+    far = xp.sum(_product(xp, t.z, -_log_ratios(xp, t)), axis=-1)
+    return far + xp.sum(t.z, axis=-1) * xp.squeeze(xp.log1p(t.s), axis=-1)
 
 
 def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
@@ -178,28 +203,14 @@ def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
     top = t.z == largest
     ties = xp.sum(xp.astype(top, t.z.dtype), axis=-1, keepdims=True)
     rest = xp.sum(xp.where(top, 0.0, t.z), axis=-1, keepdims=True) + (ties - 1) * largest
-    return (t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)
+    p, q = _shares(xp, t)
+    return p * ((largest - t.z) + rest) - t.z * q
 
 
 def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
     # Σ_k z_k · p_c (1 - p_c)
-    return xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) * (((1 - t.e) + t.s) / (1 + t.s))
-
-
-def _anchored(xp: Namespace, masses: Masses) -> Masses:
-    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either.
-
-    The loss stays the same when all logits move together: moving the main target by h is moving all the others by -h,
-    and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1.
-    """
-    x, z = masses.x, _constant(xp, masses.mass)
-    main = _classes(xp, x) == xp.expand_dims(xp.argmax(z, axis=-1), axis=-1)
-    x_main = xp.sum(xp.where(main, x, 0.0), axis=-1, keepdims=True)
-    # Not where the target is impossible, another class is sure, or there is no target: nothing cancels there.
-    finite = xp.isfinite(x_main) & (xp.max(_constant(xp, x), axis=-1, keepdims=True) < math.inf)
-    finite = finite & xp.isfinite(xp.sum(z, axis=-1, keepdims=True))
-    move = xp.where(finite, x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
-    return masses._replace(x=xp.where(main & finite, _constant(xp, x), x - move))
+    p, q = _shares(xp, t)
+    return xp.sum(t.z, axis=-1, keepdims=True) * p * q
 
 
 # --- Cross-entropy on probabilities, and on log-probabilities ---------------------------------------------------------
@@ -370,15 +381,24 @@ def value(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
 ) -> Array:
     """The reduced loss. `by_autodiff`: the framework will differentiate this very expression by the logits."""
+    options = options._replace(by_autodiff=by_autodiff)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
-    if by_autodiff and loss is SOFTMAX:
-        masses = _anchored(xp, masses)
     values = loss.value(xp, loss.terms(xp, masses, options))
     return xp.astype(_reduced(xp, values, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
 
 
-def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
-    """The cotangent of the reduced loss times its derivative by the logits."""
+def gradient(
+    xp: Namespace,
+    loss: Loss,
+    options: Options,
+    x: Array,
+    operands: Operands,
+    cotangent: Array,
+    *,
+    by_autodiff: bool = False,
+) -> Array:
+    """The cotangent of the reduced loss times its derivative by the logits. `by_autodiff`: to differentiate again."""
+    options = options._replace(by_autodiff=by_autodiff)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     scale = xp.astype(cotangent, masses.x.dtype, copy=False)
@@ -408,7 +428,8 @@ def gradient_and_hessian(
 
 
 def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
-    """The derivative of the reduced loss in the direction of the logits' tangent."""
+    """The derivative of the reduced loss in the direction of the logits' tangent; it may be differentiated again."""
+    options = options._replace(by_autodiff=True)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     tangent = xp.astype(tangent, masses.x.dtype, copy=False)
@@ -467,13 +488,18 @@ def log_sigmoid(xp: Namespace, x: Array) -> Array:
 
 
 def softmax(xp: Namespace, x: Array) -> Array:
-    t = softmax_terms(xp, Masses(x, None, None, None))
-    return t.e / (1 + t.s)
+    p, _ = _shares(xp, _activation_terms(xp, x))
+    return p
 
 
 def log_softmax(xp: Namespace, x: Array) -> Array:
-    t = softmax_terms(xp, Masses(x, None, None, None))
-    return t.d - xp.log1p(t.s)
+    t = _activation_terms(xp, x)
+    return _log_ratios(xp, t) - xp.log1p(t.s)
+
+
+def _activation_terms(xp: Namespace, x: Array) -> SoftmaxTerms:
+    options = Options("none", by_autodiff=hasattr(xp, "stop_gradient"))
+    return softmax_terms(xp, Masses(x, None, None, None), options)
 
 
 def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:
