@@ -122,7 +122,7 @@ class TensorflowBackend(Backend):
 
             def pullback(cotangent: Array) -> list[Array]:
                 with _on_device_of(x):
-                    gradients = [formulas.gradient(xp, loss, options, x, put(arrays), cotangent)]
+                    gradients = [formulas.gradient(xp, loss, options, x, put(arrays), cotangent, by_autodiff=True)]
                     if arrays:  # targets and weights: by the plain expression
                         # Copies: they may be the logits themselves.
                         copies = [tf.identity(array) for array in arrays]
