@@ -54,7 +54,7 @@ MUTATIONS = {
     "logistic: Hessian as p (1 - p)": Mutation(
         "t.e / ((1 + t.e) * (1 + t.e))", "(1 / (1 + t.e)) * (1 - 1 / (1 + t.e))"
     ),
-    "guard of 0·inf left out": Mutation("mass * xp.where((mass == 0) & xp.isinf(size), 0.0, size)", "mass * size"),
+    "guard of 0·inf left out": Mutation("xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)", "size, mass)"),
     "guard of 0·inf takes NaN": Mutation("(mass == 0) & xp.isinf(size)", "mass == 0"),
     # On probabilities
     "clamp: at eps too": Mutation("(p < eps)", "(p <= eps)"),

@@ -8,7 +8,8 @@ result), so that a backend may run it whole, in tiles or traced. A loss is compu
     value, gradient, hessian   closed forms in these terms
 
 The value is written so that plain autodiff of it is right too: no framework depends on the closed form. The namespace
-of a framework that has autodiff offers `stop_gradient` beside the standard's functions.
+of a framework that has autodiff offers `stop_gradient` beside the standard's functions. Products with what may be
+infinite are written `multiply`, not `*`, for a framework whose autodiff needs more care there.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def logistic_terms(xp: Namespace, masses: Masses, options: Options | None = None
     x = masses.x
     up = xp.astype(x >= 0, x.dtype)
     down = 1 - up
-    size = x * (up - down)
+    size = xp.multiply(x, up - down)
     return LogisticTerms(up, down, size, xp.exp(-size), *masses.mass)
 
 
@@ -155,11 +156,11 @@ class SoftmaxTerms(NamedTuple):
     e: Array  # exp d
     s: Array
     z: Array
-    unit: Array | None  # only for autodiff, see below
+    move: Array | None  # only for autodiff, see below
 
 
 def softmax_terms(xp: Namespace, masses: Masses, options: Options) -> SoftmaxTerms:
-    x, unit = masses.x, None
+    x, move = masses.x, None
     m = xp.max(x, axis=-1, keepdims=True)
     m = xp.where(m == math.inf, m, _constant(xp, m))  # an infinite logit takes all: then the others' loss is its own
     top = x == m
@@ -171,23 +172,23 @@ def softmax_terms(xp: Namespace, masses: Masses, options: Options) -> SoftmaxTer
         s = others + (tops - 1)
     else:
         # Moving one logit is moving all the others the other way. Where a class has more than half of the probability,
-        # this is how it moves: its e is the unit of the others', and has no derivative that p - 1 could cancel with.
+        # this is how it moves: by `move`, which is 0, and its own e has no derivative that p - 1 could cancel with.
         tops = xp.sum(xp.where(top, e, 0.0), axis=-1, keepdims=True)  # the same number, with a derivative
         sure = _constant(xp, others + (tops - 1)) < 1
-        unit = xp.where(sure, tops, 1.0)
-        s = xp.where(sure, others / tops, others + (tops - 1))
-    return SoftmaxTerms(d, e, s, masses.mass, unit)
+        move = xp.where(sure, xp.sum(xp.where(top, d, 0.0), axis=-1, keepdims=True), 0.0)
+        s = xp.where(sure, others * xp.exp(-move), others + (tops - 1))
+    return SoftmaxTerms(d, e, s, masses.mass, move)
 
 
 def _log_ratios(xp: Namespace, t: SoftmaxTerms) -> Array:
     """log p + log(1 + s)."""
-    return t.d if t.unit is None else xp.where(t.e > t.s, 0.0, t.d - xp.log(t.unit))
+    return t.d if t.move is None else xp.where(t.e > t.s, 0.0, t.d - t.move)
 
 
 def _shares(xp: Namespace, t: SoftmaxTerms) -> tuple[Array, Array]:
     """p and 1 - p, neither by way of the other where it is small."""
     sure = t.e > t.s
-    e = t.e if t.unit is None else xp.where(sure, 1.0, t.e / t.unit)
+    e = t.e if t.move is None else xp.where(sure, 1.0, t.e * xp.exp(-t.move))
     p = e / (1 + t.s)
     return p, xp.where(sure, t.s / (1 + t.s), 1 - p)
 
@@ -516,7 +517,7 @@ def _working(xp: Namespace, x: Array, options: Options) -> Array:
 
 def _product(xp: Namespace, mass: Array, size: Array) -> Array:
     """mass · size, and 0 where an infinite size carries no mass."""
-    return mass * xp.where((mass == 0) & xp.isinf(size), 0.0, size)
+    return xp.multiply(xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
 
 
 def _free(p: Array, mass: Array, eps: float) -> Array:
