@@ -58,18 +58,20 @@ def _on_device_of(x: Array) -> Any:
     return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
 
 
+def _fit(array: Array, shape: Array) -> Array:
+    """The array, of this shape as it runs, or an error."""
+    with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
+        return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
+
+
 def _fitted(options: Options, x: Array, operands: Operands) -> Operands:
     """Operands whose shapes are checked when it runs if they were not known before: nothing must broadcast silently."""
     if x.shape.is_fully_defined():
         return operands
 
-    def fit(array: Array, shape: Array) -> Array:
-        with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
-            return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
-
     per_row = tf.shape(x)[:-1]
-    targets = fit(operands.targets, per_row if options.indices else tf.shape(x))
-    sample_weight = None if operands.sample_weight is None else fit(operands.sample_weight, per_row)
+    targets = _fit(operands.targets, per_row if options.indices else tf.shape(x))
+    sample_weight = None if operands.sample_weight is None else _fit(operands.sample_weight, per_row)
     return operands._replace(targets=targets, sample_weight=sample_weight)
 
 
@@ -134,7 +136,39 @@ class TensorflowBackend(Backend):
             return f"a tensorflow {type(x).__name__}"
         if tf.is_symbolic_tensor(x) and not tf.compat.v1.executing_eagerly_outside_functions():
             return "a tensor of a tf.compat.v1 graph, where == compares identities"
-        return "a tensor of unknown rank" if x.shape.rank is None else None
+        return None
+
+    def rankless(self, x: Array) -> bool:
+        return x.shape.rank is None
+
+    def rows(self, per_row: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+        shape = tf.shape(x)
+        two = tf.stack([-1, shape[-1]])
+
+        def tensor(data: Any) -> Array:
+            return data if isinstance(data, (tf.Tensor, tf.Variable)) else tf.convert_to_tensor(self.read(data))
+
+        def full(data: Any) -> Array:
+            return None if data is None else tf.reshape(tf.broadcast_to(tensor(data), shape), two)
+
+        def each(data: Any) -> Array:
+            return None if data is None else tf.reshape(_fit(tensor(data), shape[:-1]), [-1])
+
+        if per_row:  # integers are class indices, though they might be distributions if the rank were known
+            indices = operands.targets is not None and tensor(operands.targets).dtype.is_integer
+            targets, weight = each(operands.targets) if indices else None, operands.weight
+        else:
+            indices, weight = False, full(operands.weight)
+        if not indices and operands.targets is not None:
+            targets = tf.reshape(_fit(tensor(operands.targets), shape), two)
+        operands = Operands(
+            targets, weight, full(operands.pos_weight), each(operands.sample_weight), full(operands.where)
+        )
+
+        def finish(losses: Array) -> Array:
+            return tf.reshape(losses, shape[:-1] if per_row else shape)
+
+        return tf.reshape(x, two), operands, lambda array: tf.reshape(array, shape), finish
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)

@@ -43,10 +43,10 @@ def right(sample, values, gradient):
         close(tensor, numbers)
 
 
-def answer(name, x, targets):
+def answer(name, x, targets, **options):
     """The oracle's losses, their sum's gradient and its Hessian diagonal."""
     maker = Maker("transforms", "float64", 0)
-    found = expected(maker.case(name, x, targets, reduction="none"))
+    found = expected(maker.case(name, x, targets, **{"reduction": "none"} | options))
     value, gradient, hessian = (
         np.array([float(number.value) for number in numbers])
         for numbers in (found.value, found.gradient_of_sum, found.hessian)
@@ -314,6 +314,66 @@ def test_unknown_shape(sample):
     signature = [spec(a, [None] * a.ndim) for a in (sample.x, sample.targets, sample.cotangent)]
     step = tf.function(lambda *arrays: value_and_pullback(sample, *arrays), input_signature=signature)
     right(sample, *step(sample.x, sample.targets, sample.cotangent))
+
+
+@pytest.mark.capability("tensorflow", "unknown rank")
+@pytest.mark.parametrize("jit", [False, True])
+def test_unknown_rank(sample, jit):
+    signature = [spec(a, None) for a in (sample.x, sample.targets, sample.cotangent)]
+    step = tf.function(lambda *arrays: value_and_pullback(sample, *arrays), input_signature=signature, jit_compile=jit)
+    right(sample, *step(sample.x, sample.targets, sample.cotangent))
+    one_more = [array[:, None] for array in (sample.x, sample.targets, sample.cotangent)]
+    right(sample, *(tf.squeeze(result, 1) for result in step(*one_more)))
+
+
+def test_unknown_rank_with_options():
+    """What is given beside the logits broadcasts, or has to fit, as it does where the rank is known."""
+    x = np.random.default_rng(0).normal(size=(2, 2, 3))
+    z, y = (x > 0).astype("float64"), np.array([[0, 2], [1, -1]])
+    where, weight, rows = [True, True, False], [0.5, 1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]
+    for loss, targets, options in (
+        (ul.multilabel_logistic_loss, z, {"weight": weight, "pos_weight": 3.0, "where": where, "reduction": "mean"}),
+        (
+            ul.multilabel_logistic_loss,
+            z,
+            {"weight": [[[1.0], [2.0]]], "label_smoothing": 0.1, "reduction": "batchmean"},
+        ),
+        (ul.softmax_nll, y, {"weight": weight, "sample_weight": rows, "ignore_index": -1, "reduction": "mean"}),
+        (ul.softmax_nll, z, {"where": where, "reduction": "batchmean"}),
+        (ul.softmax_nll, y, {"reduction": "none", "ignore_index": -1}),
+    ):
+        unknown = tf.TensorSpec(None, tf.float64), tf.TensorSpec(None, tf.as_dtype(targets.dtype))
+        run = ul.value_and_grad(loss)
+        traced = tf.function(lambda x, z, run=run, options=options: run(x, z, **options), input_signature=unknown)
+        value, gradient, _ = answer(loss.__name__, x.tolist(), targets.tolist(), **options)
+        losses, slopes = traced(x, targets)
+        close(losses, value.reshape(losses.shape))
+        close(slopes, gradient, ulp=64)
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            traced(x, targets[:1])
+
+
+def test_unknown_rank_of_activations():
+    x = np.random.default_rng(0).normal(size=(2, 2, 3))
+    p, sigma = np.exp(x) / np.exp(x).sum(-1, keepdims=True), 1 / (1 + np.exp(-x))
+    for activation, right in (
+        (ul.sigmoid, sigma),
+        (ul.log_sigmoid, np.log(sigma)),
+        (ul.softmax, p),
+        (ul.log_softmax, np.log(p)),
+    ):
+        close(tf.function(activation, input_signature=[tf.TensorSpec(None, tf.float64)])(x), right)
+
+
+def test_unknown_rank_and_another_axis():
+    spec = tf.TensorSpec(None, tf.float64)
+    for call in (lambda x: ul.softmax_nll(x, x, axis=0), lambda x: ul.softmax(x, axis=(-2, -1))):
+        with pytest.raises(
+            ValueError, match=r"Expected axis: -1, as the rank .* is not known \(tf.ensure_shape sets it"
+        ):
+            tf.function(call, autograph=False).get_concrete_function(spec)
+    known = tf.function(lambda x: ul.softmax(tf.ensure_shape(x, [None, None]), axis=0), input_signature=[spec])
+    close(known(np.zeros((2, 2))), [[0.5, 0.5], [0.5, 0.5]])
 
 
 def test_options_as_python_scalars_retrace_and_no_more():

@@ -50,6 +50,14 @@ class Backend:
         """What keeps an object of this framework from being an array to compute with; None if nothing does."""
         return None
 
+    def rankless(self, x: Array) -> bool:
+        """Whether the number of dimensions is not known before it runs; then there is `rows`."""
+        return False
+
+    def rows(self, per_row: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+        """The array with its last axis and one more, operands to match, and the ways back for gradients and losses."""
+        raise NotImplementedError
+
     def dtype(self, x: Array) -> str:
         """The dtype's name in the array API: 'float32', 'bool', …"""
         return getattr(x.dtype, "name", None) or str(x.dtype).rpartition(".")[2]

@@ -340,9 +340,9 @@ def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, formula, settled, x, operands, restore = arrange(_FORMULAS[loss], logits, targets, **options)
+        backend, formula, settled, x, operands, restore, finish = arrange(_FORMULAS[loss], logits, targets, **options)
         value, gradient = backend.closed_form(formulas.value_and_gradient, formula, settled, x, operands)
-        return value, restore(gradient)
+        return value if finish is None else finish(value), restore(gradient)
 
     return _called_like(loss, "value_and_grad", run)
 
@@ -373,7 +373,7 @@ def grad_and_hess(loss: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, formula, settled, x, operands, restore = arrange(_FORMULAS[loss], logits, targets, **options)
+        backend, formula, settled, x, operands, restore, _ = arrange(_FORMULAS[loss], logits, targets, **options)
         gradient, hessian = backend.closed_form(formulas.gradient_and_hessian, formula, settled, x, operands)
         return restore(gradient), restore(hessian)
 
@@ -483,8 +483,9 @@ def log_softmax(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
 
 
 def _run(arranged: Arranged) -> Any:
-    backend, loss, options, x, operands, _ = arranged
-    return backend.loss(loss, options, x, operands)
+    backend, loss, options, x, operands, _, finish = arranged
+    value = backend.loss(loss, options, x, operands)
+    return value if finish is None else finish(value)
 
 
 def _activation(function: Any, x: Any, axis: Any) -> Any:
