@@ -88,7 +88,7 @@ MUTATIONS = {
     "softmax: no maximum": Mutation("0.0, x - m)", "0.0, x)"),
     "softmax: infinity less infinity": Mutation("xp.where(top & (m == math.inf), 0.0, x - m)", "x - m"),
     "softmax: d = 0 for every largest": Mutation("top & (m == math.inf), 0.0", "top, 0.0"),
-    "softmax: ties": Mutation("        s = others + (tops - 1)\n", "        s = others\n"),
+    "softmax: ties": Mutation("    s = others + (tops - 1)\n", "    s = others\n"),
     "softmax: the largest in s": Mutation(
         "others = xp.sum(xp.where(top, 0.0, e)", "others = xp.sum(xp.where(top, e, e)"
     ),
@@ -102,7 +102,7 @@ MUTATIONS = {
     "softmax: gradient, tied targets": Mutation(" + (ties - 1) * largest", ""),
     "softmax: gradient, the largest target left out": Mutation("((largest - t.z) + rest)", "rest"),
     "softmax: gradient, the target is the largest": Mutation(
-        "xp.where(sure, t.s / (1 + t.s), 1 - p)", "t.s / (1 + t.s)"
+        "xp.where(sure, t.others / (1 + t.s), 1 - p)", "t.others / (1 + t.s)"
     ),
     "softmax: Hessian as p (1 - p)": Mutation("keepdims=True) * p * q", "keepdims=True) * p * (1 - p)"),
     "softmax: Hessian, mass left out": Mutation("return xp.sum(t.z, axis=-1, keepdims=True) * p * q", "return p * q"),

@@ -154,7 +154,8 @@ def binary_hessian(xp: Namespace, t: BinaryTerms) -> Array:
 class SoftmaxTerms(NamedTuple):
     d: Array  # x - m
     e: Array  # exp d
-    s: Array
+    others: Array  # the sum of e over all classes but the largest
+    s: Array  # the same, and 1 for each class that ties with the largest
     z: Array
     move: Array | None  # only for autodiff, see below
 
@@ -167,17 +168,16 @@ def softmax_terms(xp: Namespace, masses: Masses, options: Options) -> SoftmaxTer
     d = xp.where(top & (m == math.inf), 0.0, x - m)
     e = xp.exp(d)
     others = xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True)
-    if not options.by_autodiff:
-        tops = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
-        s = others + (tops - 1)
-    else:
+    tops = xp.sum(xp.where(top, e, 0.0), axis=-1, keepdims=True)  # how many are largest, with a derivative
+    s = others + (tops - 1)
+    if options.by_autodiff:
         # Moving one logit is moving all the others the other way. Where a class has more than half of the probability,
         # this is how it moves: by `move`, which is 0, and its own e has no derivative that p - 1 could cancel with.
-        tops = xp.sum(xp.where(top, e, 0.0), axis=-1, keepdims=True)  # the same number, with a derivative
-        sure = _constant(xp, others + (tops - 1)) < 1
+        sure = _constant(xp, s) < 1
         move = xp.where(sure, xp.sum(xp.where(top, d, 0.0), axis=-1, keepdims=True), 0.0)
-        s = xp.where(sure, others * xp.exp(-move), others + (tops - 1))
-    return SoftmaxTerms(d, e, s, masses.mass, move)
+        others = others * xp.exp(-move)
+        s = xp.where(sure, others, s)
+    return SoftmaxTerms(d, e, others, s, masses.mass, move)
 
 
 def _log_ratios(xp: Namespace, t: SoftmaxTerms) -> Array:
@@ -190,7 +190,7 @@ def _shares(xp: Namespace, t: SoftmaxTerms) -> tuple[Array, Array]:
     sure = t.e > t.s
     e = t.e if t.move is None else xp.where(sure, 1.0, t.e * xp.exp(-t.move))
     p = e / (1 + t.s)
-    return p, xp.where(sure, t.s / (1 + t.s), 1 - p)
+    return p, xp.where(sure, t.others / (1 + t.s), 1 - p)
 
 
 def softmax_value(xp: Namespace, t: SoftmaxTerms) -> Array:
