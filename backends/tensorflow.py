@@ -107,7 +107,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
                     copies = [tf.identity(array) for array in arrays]
                     with tf.GradientTape() as tape:
                         tape.watch(copies)
-                        value = formulas.value(space, loss, options, x, put(copies))
+                        value = formulas.value(space, loss, options, x, put(copies), by_autodiff=True)
                     gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
             return gradients
 

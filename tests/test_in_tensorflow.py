@@ -251,6 +251,19 @@ def test_second_derivatives_of_confident_logits(x, targets, compiled):
     np.testing.assert_allclose(hessian, np.einsum("ncmd->mdnc", hessian), rtol=64 * 2.0**-52, atol=0)
 
 
+@pytest.mark.parametrize("c", [0, 1])
+def test_mixed_derivative_of_confident_logits(c):
+    """By the target of a class, then by the logits: the gradient of the loss of that class."""
+    x, z = tf.constant([[60.0, 0.0]], tf.float64), tf.constant([[0.25, 0.75]], tf.float64)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(z)
+            loss = ul.softmax_nll(x, z, reduction="sum")
+        by_target = inner.gradient(loss, z)[0, c]
+    close(outer.gradient(by_target, x), answer("softmax_nll", [[60.0, 0.0]], [c])[1])
+
+
 @pytest.mark.parametrize(("x", "y"), [(x, y) for x, y in CONFIDENT if np.ndim(y) == 1])
 def test_log_softmax_keeps_the_digits_of_its_derivatives(x, y):
     """It is minus the loss, class by class."""
@@ -350,7 +363,7 @@ def test_unknown_rank_with_options():
         close(losses, value.reshape(losses.shape))
         close(slopes, gradient, ulp=64)
         with pytest.raises(tf.errors.InvalidArgumentError):
-            traced(x, targets[:1])
+            traced(x, targets.reshape(4, 1, *targets.shape[2:]))  # as many, but others
 
 
 def test_unknown_rank_of_activations():
