@@ -101,9 +101,7 @@ MUTATIONS = {
     ),
     "softmax: gradient, tied targets": Mutation(" + (ties - 1) * largest", ""),
     "softmax: gradient, the largest target left out": Mutation("((largest - t.z) + rest)", "rest"),
-    "softmax: gradient, the target is the largest": Mutation(
-        "xp.where(sure, t.others / (1 + t.s), 1 - p)", "t.others / (1 + t.s)"
-    ),
+    "softmax: gradient, the target is the largest": Mutation("((1 - t.e) + t.s) / (1 + t.s)", "t.s / (1 + t.s)"),
     "softmax: Hessian as p (1 - p)": Mutation("keepdims=True) * p * q", "keepdims=True) * p * (1 - p)"),
     "softmax: Hessian, mass left out": Mutation("return xp.sum(t.z, axis=-1, keepdims=True) * p * q", "return p * q"),
     # Masses of elements

@@ -187,9 +187,11 @@ def _log_ratios(xp: Namespace, t: SoftmaxTerms) -> Array:
 
 def _shares(xp: Namespace, t: SoftmaxTerms) -> tuple[Array, Array]:
     """p and 1 - p, neither by way of the other where it is small."""
+    if t.move is None:
+        return t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s)
+    # The same numbers; a derivative of the latter would cancel, and selecting takes longer.
     sure = t.e > t.s
-    e = t.e if t.move is None else xp.where(sure, 1.0, t.e * xp.exp(-t.move))
-    p = e / (1 + t.s)
+    p = xp.where(sure, 1.0, t.e * xp.exp(-t.move)) / (1 + t.s)
     return p, xp.where(sure, t.others / (1 + t.s), 1 - p)
 
 
