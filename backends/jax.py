@@ -15,14 +15,6 @@ from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
 
 
-@jax.custom_jvp
-def _differentiated_as(value: Array, form: Array) -> Array:
-    return value  # XLA drops the form where there is no second derivative
-
-
-_differentiated_as.defjvp(lambda primals, tangents: (_differentiated_as(*primals), tangents[1]))
-
-
 def _where(condition: Array, a: Any, b: Any) -> Array:
     if a is math.nan:  # a constant, that did not arise: jax_debug_nans must not stop at it where nothing is compiled
         with jax.debug_nans(False):
@@ -32,7 +24,6 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
 
 xp = Extended(
     jnp,
-    differentiated_as=_differentiated_as,
     ones_like=jax.jit(jnp.ones_like, static_argnames="dtype"),  # without jit, the 1 would be a transfer to the device
     stop_gradient=jax.lax.stop_gradient,
     where=_where,
@@ -70,7 +61,7 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
     if moving:
         at = {name: getattr(operands, name) for name in moving}
         _, more = jax.jvp(
-            lambda some: formulas.value(xp, loss, options, x, operands._replace(**some)), (at,), (moving,)
+            lambda some: formulas.value(xp, loss, options, x, operands._replace(**some), by_autodiff=True), (at,), (moving,)
         )
         change = more if change is None else change + more
     return value, jnp.zeros_like(value) if change is None else change
@@ -106,7 +97,9 @@ def _place(x: Array) -> Any:
     return x.sharding if x.committed and isinstance(x.sharding, jax.sharding.SingleDeviceSharding) else None
 
 
-_activation = jax.jit(_broadcasting(functools.partial(formulas.activation, xp)), static_argnums=(0, 2))
+_activation = jax.jit(
+    _broadcasting(functools.partial(formulas.activation, xp, by_autodiff=True)), static_argnums=(0, 2)
+)
 
 
 class JaxBackend(Backend):

@@ -120,7 +120,7 @@ class MlxBackend(Backend):
                 return formulas.value(xp, loss, options, x, put(arrays))
 
             _, gradients = mx.vjp(of_operands, arrays, [cotangent])
-            return [formulas.gradient(xp, loss, options, x, put(arrays), cotangent), *gradients]
+            return [formulas.gradient(xp, loss, options, x, put(arrays), cotangent, by_autodiff=True), *gradients]
 
         return run(x, *given.values())
 

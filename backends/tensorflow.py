@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import forwardprop_util
 
 from .. import formulas
 from ..backend import Backend
@@ -29,7 +30,6 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
 xp = SimpleNamespace(
     arange=lambda n, device=None: tf.range(tf.cast(n, tf.int64)),
-    argmax=tf.argmax,
     any=tf.reduce_any,
     astype=lambda x, dtype, copy=True: tf.cast(x, dtype),
     bool=tf.bool,
@@ -42,6 +42,7 @@ xp = SimpleNamespace(
     log=tf.math.log,
     log1p=tf.math.log1p,
     max=tf.reduce_max,
+    multiply=tf.multiply,
     ones_like=tf.ones_like,
     permute_dims=tf.transpose,
     reshape=tf.reshape,
@@ -57,19 +58,63 @@ def _on_device_of(x: Array) -> Any:
     return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
 
 
+def _fit(array: Array, shape: Array) -> Array:
+    """The array, of this shape as it runs, or an error."""
+    with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
+        return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
+
+
 def _fitted(options: Options, x: Array, operands: Operands) -> Operands:
     """Operands whose shapes are checked when it runs if they were not known before: nothing must broadcast silently."""
     if x.shape.is_fully_defined():
         return operands
 
-    def fit(array: Array, shape: Array) -> Array:
-        with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
-            return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
-
     per_row = tf.shape(x)[:-1]
-    targets = fit(operands.targets, per_row if options.indices else tf.shape(x))
-    sample_weight = None if operands.sample_weight is None else fit(operands.sample_weight, per_row)
+    targets = _fit(operands.targets, per_row if options.indices else tf.shape(x))
+    sample_weight = None if operands.sample_weight is None else _fit(operands.sample_weight, per_row)
     return operands._replace(targets=targets, sample_weight=sample_weight)
+
+
+def _multiply_to_0(x: Array, y: Array) -> Array:
+    return tf.where(tf.math.is_nan(x), x, tf.math.multiply_no_nan(x, y))
+
+
+# ForwardAccumulator adds to the derivative of x · c what a change of c would make, though c is constant: x · 0, NaN for
+# an infinite x. Here 0 times infinity is 0.
+forward_xp = SimpleNamespace(**vars(xp) | {"multiply": _multiply_to_0})
+
+
+def _space(*arrays: Array) -> Namespace:
+    """The namespace to compute in: another one if a ForwardAccumulator watches one of these arrays."""
+    return forward_xp if forwardprop_util.pack_tangents(list(arrays)).tangents else xp
+
+
+def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+    given = operands._asdict()
+    moving = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
+    space = _space(x, *moving.values())
+
+    @tf.custom_gradient
+    def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
+        def put(arrays: Any) -> Operands:
+            return Operands(**given | dict(zip(moving, arrays, strict=True)))
+
+        def pullback(cotangent: Array) -> list[Array]:
+            with _on_device_of(x):
+                gradients = [formulas.gradient(space, loss, options, x, put(arrays), cotangent, by_autodiff=True)]
+                if arrays:  # targets and weights: by the plain expression
+                    # Copies: they may be the logits themselves.
+                    copies = [tf.identity(array) for array in arrays]
+                    with tf.GradientTape() as tape:
+                        tape.watch(copies)
+                        value = formulas.value(space, loss, options, x, put(copies), by_autodiff=True)
+                    gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
+            return gradients
+
+        # A ForwardAccumulator does not see that the gradient is a custom one: it differentiates this.
+        return formulas.value(space, loss, options, x, put(arrays), by_autodiff=space is forward_xp), pullback
+
+    return run(x, *moving.values())
 
 
 class TensorflowBackend(Backend):
@@ -89,7 +134,41 @@ class TensorflowBackend(Backend):
     def problem(self, x: Array) -> str | None:
         if not isinstance(x, (tf.Tensor, tf.Variable)):
             return f"a tensorflow {type(x).__name__}"
-        return "a tensor of unknown rank" if x.shape.rank is None else None
+        if tf.is_symbolic_tensor(x) and not tf.compat.v1.executing_eagerly_outside_functions():
+            return "a tensor of a tf.compat.v1 graph, where == compares identities"
+        return None
+
+    def rankless(self, x: Array) -> bool:
+        return x.shape.rank is None
+
+    def rows(self, per_row: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+        shape = tf.shape(x)
+        two = tf.stack([-1, shape[-1]])
+
+        def tensor(data: Any) -> Array:
+            return data if isinstance(data, (tf.Tensor, tf.Variable)) else tf.convert_to_tensor(self.read(data))
+
+        def full(data: Any) -> Array:
+            return None if data is None else tf.reshape(tf.broadcast_to(tensor(data), shape), two)
+
+        def each(data: Any) -> Array:
+            return None if data is None else tf.reshape(_fit(tensor(data), shape[:-1]), [-1])
+
+        if per_row:  # integers are class indices, though they might be distributions if the rank were known
+            indices = operands.targets is not None and tensor(operands.targets).dtype.is_integer
+            targets, weight = each(operands.targets) if indices else None, operands.weight
+        else:
+            indices, weight = False, full(operands.weight)
+        if not indices and operands.targets is not None:
+            targets = tf.reshape(_fit(tensor(operands.targets), shape), two)
+        operands = Operands(
+            targets, weight, full(operands.pos_weight), each(operands.sample_weight), full(operands.where)
+        )
+
+        def finish(losses: Array) -> Array:
+            return tf.reshape(losses, shape[:-1] if per_row else shape)
+
+        return tf.reshape(x, two), operands, lambda array: tf.reshape(array, shape), finish
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
@@ -112,30 +191,8 @@ class TensorflowBackend(Backend):
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         x = tf.convert_to_tensor(x)
-        given = _fitted(options, x, operands)._asdict()
-        moving = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
-
-        @tf.custom_gradient
-        def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
-            def put(arrays: Any) -> Operands:
-                return Operands(**given | dict(zip(moving, arrays, strict=True)))
-
-            def pullback(cotangent: Array) -> list[Array]:
-                with _on_device_of(x):
-                    gradients = [formulas.gradient(xp, loss, options, x, put(arrays), cotangent)]
-                    if arrays:  # targets and weights: by the plain expression
-                        # Copies: they may be the logits themselves.
-                        copies = [tf.identity(array) for array in arrays]
-                        with tf.GradientTape() as tape:
-                            tape.watch(copies)
-                            value = formulas.value(xp, loss, options, x, put(copies))
-                        gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
-                return gradients
-
-            return formulas.value(xp, loss, options, x, put(arrays), by_autodiff=True), pullback
-
         with _on_device_of(x):
-            return run(x, *moving.values())
+            return _recorded_loss(loss, options, x, _fitted(options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         x = tf.convert_to_tensor(x)
@@ -145,7 +202,7 @@ class TensorflowBackend(Backend):
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         x = tf.convert_to_tensor(x)
         with _on_device_of(x):
-            return super().activation(function, x, half)
+            return formulas.activation(_space(x), function, x, half, by_autodiff=True)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         with tf.GradientTape() as tape:

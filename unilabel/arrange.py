@@ -25,7 +25,10 @@ Shape = tuple[Any, ...]  # of ints; None where a framework does not know a lengt
 
 
 class Arranged(NamedTuple):
-    """A call, ready to run. `restore` gives an array laid out like `x` the layout of the caller's logits."""
+    """A call, ready to run. `restore` gives an array laid out like `x` the layout of the caller's logits.
+
+    `finish` does so for what reduction="none" returns; None: nothing to do.
+    """
 
     backend: Backend
     loss: Loss
@@ -33,6 +36,7 @@ class Arranged(NamedTuple):
     x: Array
     operands: Operands
     restore: Callable[[Array], Array]
+    finish: Callable[[Array], Array] | None = None
 
 
 def arrange(
@@ -55,6 +59,13 @@ def arrange(
     backend = backend_of(logits, targets, weight, pos_weight, sample_weight, where)
     what = {BINARY: "probs", CATEGORICAL: "probs", NLL: "log_probs"}.get(loss, "logits")
     name = check_array(backend, logits, what)
+    if backend.rankless(logits):
+        _only_last(axis, what)
+        given = Operands(targets, weight, pos_weight, sample_weight, where)
+        logits, given, restore, finish = backend.rows(loss.per_row, logits, given)
+        options_given = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "eps": eps}
+        arranged = arrange(loss, logits, reduction=reduction, validate=validate, **given._asdict() | options_given)
+        return arranged._replace(restore=restore, finish=finish if reduction == "none" else None)
     shape: Shape = tuple(logits.shape)
     axes = class_axes(axis, len(shape), what)
     if reduction not in REDUCTIONS:
@@ -137,6 +148,10 @@ def arrange_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Ba
     half = check_array(backend, x, "x") in HALVES
     if axis is None:
         return backend, half, x, lambda array: array
+    if backend.rankless(x):
+        _only_last(axis, "x")
+        x, _, restore, _ = backend.rows(True, x, Operands(None))
+        return backend, half, x, restore
     axes = class_axes(axis, len(x.shape), "x")
     classes = _product(x.shape[i] for i in axes)
     if classes == 0:
@@ -170,6 +185,11 @@ def class_axes(axis: Any, ndim: int, what: str) -> tuple[int, ...]:
     if len(set(axes)) < len(axes):
         _fail(ValueError, "axis", "axes that differ", str(axis))
     return axes
+
+
+def _only_last(axis: Any, what: str) -> None:
+    if axis not in (-1, (-1,)):
+        _fail(ValueError, "axis", f"-1, as the rank of the {what} is not known (tf.ensure_shape sets it)", axis)
 
 
 def _operand(

@@ -51,6 +51,14 @@ class Backend:
         """What keeps an object of this framework from being an array to compute with; None if nothing does."""
         return None
 
+    def rankless(self, x: Array) -> bool:
+        """Whether the number of dimensions is not known before it runs; then there is `rows`."""
+        return False
+
+    def rows(self, per_row: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+        """The array with its last axis and one more, operands to match, and the ways back for gradients and losses."""
+        raise NotImplementedError
+
     def dtype(self, x: Array) -> str:
         """The dtype's name in the array API: 'float32', 'bool', …"""
         return getattr(x.dtype, "name", None) or str(x.dtype).rpartition(".")[2]
@@ -86,7 +94,7 @@ class Backend:
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         """One of the activations of `formulas`, differentiable by the framework's autodiff if it has one."""
-        return formulas.activation(self.namespace(x), function, x, half)
+        return formulas.activation(self.namespace(x), function, x, half, by_autodiff=self.autodiff)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         """function(x), and its derivative times the cotangent by the framework's own autodiff."""

@@ -8,9 +8,8 @@ result), so that a backend may run it whole, in tiles or traced. A loss is compu
     value, gradient, hessian   closed forms in these terms
 
 The value is written so that plain autodiff of it is right too: no framework depends on the closed form. The namespace
-of a framework that has autodiff offers `stop_gradient` beside the standard's functions. Where it differentiates what
-stands here, and that again, it offers `differentiated_as(value, form)` too: the value, with the derivative of `form`,
-which is equal to it but written so that no digit of the derivative is lost.
+of a framework that has autodiff offers `stop_gradient` beside the standard's functions. Products with what may be
+infinite are written `multiply`, not `*`, for a framework whose autodiff needs more care there.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ class Options(NamedTuple):
     label_smoothing: Any = None  # a number; a backend that compiles may put an array of no dimensions in its place
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
+    by_autodiff: bool = False  # the framework will differentiate the very expression
 
 
 class Masses(NamedTuple):
@@ -84,7 +84,7 @@ def logistic_terms(xp: Namespace, masses: Masses, options: Options | None = None
     x = masses.x
     up = xp.astype(x >= 0, x.dtype)
     down = 1 - up
-    size = x * (up - down)
+    size = xp.multiply(x, up - down)
     return LogisticTerms(up, down, size, xp.exp(-size), *masses.mass)
 
 
@@ -123,12 +123,12 @@ def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms
 
 
 def binary_value(xp: Namespace, t: BinaryTerms) -> Array:
-    log_p = xp.where(t.p_free, xp.log(xp.where(t.p_free, t.p, 1.0)), t.floor)
+    log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
     small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
     log_q = xp.where(
         small,
         xp.log1p(-xp.where(small, t.p, 0.0)),
-        xp.where(t.q_free, xp.log(xp.where(t.q_free & ~small, 1 - t.p, 1.0)), t.floor),
+        _clamped_log(xp, xp.where(small, 1.0, 1 - t.p), t.q_free, t.floor),
     )
     return _product(xp, t.negative, -log_q) + _product(xp, t.positive, -log_p)
 
@@ -154,43 +154,51 @@ def binary_hessian(xp: Namespace, t: BinaryTerms) -> Array:
 class SoftmaxTerms(NamedTuple):
     d: Array  # x - m
     e: Array  # exp d
-    s: Array
+    others: Array  # the sum of e over all classes but the largest
+    s: Array  # the same, and 1 for each class that ties with the largest
     z: Array
+    move: Array | None  # only for autodiff, see below
 
 
-def softmax_terms(xp: Namespace, masses: Masses, options: Options | None = None) -> SoftmaxTerms:
-    x = masses.x
+def softmax_terms(xp: Namespace, masses: Masses, options: Options) -> SoftmaxTerms:
+    x, move = masses.x, None
     m = xp.max(x, axis=-1, keepdims=True)
     m = xp.where(m == math.inf, m, _constant(xp, m))  # an infinite logit takes all: then the others' loss is its own
     top = x == m
-    d = xp.where(top & (x == math.inf), 0.0, x - m)
+    d = xp.where(top & (m == math.inf), 0.0, x - m)
     e = xp.exp(d)
-    ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True)
-    s = xp.sum(xp.where(top, e - 1, e), axis=-1, keepdims=True) + (ties - 1)
-    return _differentiable(xp, top, SoftmaxTerms(d, e, s, masses.mass))
+    others = xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True)
+    # How many are largest: with a derivative if there has to be one.
+    tops = xp.where(top, e, 0.0) if options.by_autodiff else xp.astype(top, x.dtype)
+    s = others + (xp.sum(tops, axis=-1, keepdims=True) - 1)
+    if options.by_autodiff:
+        # Moving one logit is moving all the others the other way. Where a class has more than half of the probability,
+        # this is how it moves: by `move`, which is 0, and its own e has no derivative that p - 1 could cancel with.
+        sure = _constant(xp, s) < 1
+        move = xp.where(sure, xp.sum(xp.where(top, d, 0.0), axis=-1, keepdims=True), 0.0)
+        others = others * xp.exp(-move)
+        s = xp.where(sure, others, s)
+    return SoftmaxTerms(d, e, others, s, masses.mass, move)
 
 
-def _differentiable(xp: Namespace, top: Array, t: SoftmaxTerms) -> SoftmaxTerms:
-    """The same terms, whose derivatives do not form 1 - p of a class that has most of the probability.
+def _log_ratios(xp: Namespace, t: SoftmaxTerms) -> Array:
+    """log p + log(1 + s)."""
+    return t.d if t.move is None else xp.where(t.e > t.s, 0.0, t.d - t.move)
 
-    A softmax stays the same when all logits move together: moving the largest by h is moving all the others by -h, and
-    the derivative of that, minus the sum of the other derivatives, keeps its digits. Where no class has half of the
-    probability it is that sum that would lose them.
-    """
-    if not hasattr(xp, "differentiated_as"):
-        return t
-    sure = _constant(xp, t.s) < 1
-    largest = sure & top
-    move = xp.sum(xp.where(largest, t.d, 0.0), axis=-1, keepdims=True)  # 0, with a derivative
-    d = xp.where(largest, 0.0, t.d - move)
-    e = xp.where(largest, 1.0, t.e * xp.exp(-move))
-    s = xp.where(sure, xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True), t.s)
-    same = xp.differentiated_as
-    return SoftmaxTerms(same(t.d, d), same(t.e, e), same(t.s, s), t.z)
+
+def _shares(xp: Namespace, t: SoftmaxTerms) -> tuple[Array, Array, Any]:
+    """p and 1 - p, neither by way of the other where it is small, and what both are to be divided by."""
+    if t.move is None:
+        return t.e, (1 - t.e) + t.s, 1 + t.s
+    # The same numbers; a derivative of the latter would cancel, and selecting takes longer.
+    sure = t.e > t.s
+    p = xp.where(sure, 1.0, t.e * xp.exp(-t.move)) / (1 + t.s)
+    return p, xp.where(sure, t.others / (1 + t.s), 1 - p), 1
 
 
 def softmax_value(xp: Namespace, t: SoftmaxTerms) -> Array:
-    return xp.sum(_product(xp, t.z, -t.d), axis=-1) + xp.sum(t.z, axis=-1) * xp.squeeze(xp.log1p(t.s), axis=-1)
+    far = xp.sum(_product(xp, t.z, -_log_ratios(xp, t)), axis=-1)
+    return far + xp.sum(t.z, axis=-1) * xp.squeeze(xp.log1p(t.s), axis=-1)
 
 
 def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
@@ -199,31 +207,14 @@ def softmax_gradient(xp: Namespace, t: SoftmaxTerms) -> Array:
     top = t.z == largest
     ties = xp.sum(xp.astype(top, t.z.dtype), axis=-1, keepdims=True)
     rest = xp.sum(xp.where(top, 0.0, t.z), axis=-1, keepdims=True) + (ties - 1) * largest
-    slopes = (t.e * ((largest - t.z) + rest) - t.z * ((1 - t.e) + t.s)) / (1 + t.s)
-    if not hasattr(xp, "differentiated_as"):
-        return slopes
-    return xp.differentiated_as(slopes, xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) - t.z)
+    p, q, total = _shares(xp, t)
+    return (p * ((largest - t.z) + rest) - t.z * q) / total
 
 
 def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
     # Σ_k z_k · p_c (1 - p_c)
-    return xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) * (((1 - t.e) + t.s) / (1 + t.s))
-
-
-def _anchored(xp: Namespace, masses: Masses) -> Masses:
-    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either.
-
-    The loss stays the same when all logits move together: moving the main target by h is moving all the others by -h,
-    and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1.
-    """
-    x, z = masses.x, _constant(xp, masses.mass)
-    main = _classes(xp, x) == xp.expand_dims(xp.argmax(z, axis=-1), axis=-1)
-    x_main = xp.sum(xp.where(main, x, 0.0), axis=-1, keepdims=True)
-    # Not where the target is impossible, another class is sure, or there is no target: nothing cancels there.
-    finite = xp.isfinite(x_main) & (xp.max(_constant(xp, x), axis=-1, keepdims=True) < math.inf)
-    finite = finite & xp.isfinite(xp.sum(z, axis=-1, keepdims=True))
-    move = xp.where(finite, x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
-    return masses._replace(x=xp.where(main & finite, _constant(xp, x), x - move))
+    p, q, total = _shares(xp, t)
+    return xp.sum(t.z, axis=-1, keepdims=True) * (p / total) * (q / total)
 
 
 # --- Cross-entropy on probabilities, and on log-probabilities ---------------------------------------------------------
@@ -243,7 +234,7 @@ def categorical_terms(xp: Namespace, masses: Masses, options: Options) -> Catego
 
 
 def categorical_value(xp: Namespace, t: CategoricalTerms) -> Array:
-    log_p = xp.where(t.free, xp.log(xp.where(t.free, t.p, 1.0)), t.floor)
+    log_p = _clamped_log(xp, t.p, t.free, t.floor)
     return xp.sum(_product(xp, t.z, -log_p), axis=-1)
 
 
@@ -394,15 +385,24 @@ def value(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
 ) -> Array:
     """The reduced loss. `by_autodiff`: the framework will differentiate this very expression by the logits."""
+    options = options._replace(by_autodiff=by_autodiff)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
-    if by_autodiff and loss is SOFTMAX:
-        masses = _anchored(xp, masses)
     values = loss.value(xp, loss.terms(xp, masses, options))
     return xp.astype(_reduced(xp, values, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
 
 
-def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
-    """The cotangent of the reduced loss times its derivative by the logits."""
+def gradient(
+    xp: Namespace,
+    loss: Loss,
+    options: Options,
+    x: Array,
+    operands: Operands,
+    cotangent: Array,
+    *,
+    by_autodiff: bool = False,
+) -> Array:
+    """The cotangent of the reduced loss times its derivative by the logits. `by_autodiff`: to differentiate again."""
+    options = options._replace(by_autodiff=by_autodiff)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     scale = xp.astype(cotangent, masses.x.dtype, copy=False)
@@ -432,7 +432,8 @@ def gradient_and_hessian(
 
 
 def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
-    """The derivative of the reduced loss in the direction of the logits' tangent."""
+    """The derivative of the reduced loss in the direction of the logits' tangent; it may be differentiated again."""
+    options = options._replace(by_autodiff=True)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     tangent = xp.astype(tangent, masses.x.dtype, copy=False)
@@ -481,28 +482,31 @@ def _mean(xp: Namespace, total: Any, divisor: Any) -> Any:
 # --- Activations ------------------------------------------------------------------------------------------------------
 
 
-def sigmoid(xp: Namespace, x: Array) -> Array:
+def sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
     t = logistic_terms(xp, Masses(x, (0.0, 1.0), None, None))
     return (t.up + t.down * t.e) / (1 + t.e)
 
 
-def log_sigmoid(xp: Namespace, x: Array) -> Array:
+def log_sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
     return -logistic_value(xp, logistic_terms(xp, Masses(x, (0.0, 1.0), None, None)))
 
 
-def softmax(xp: Namespace, x: Array) -> Array:
-    t = softmax_terms(xp, Masses(x, None, None, None))
-    return t.e / (1 + t.s)
+def softmax(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
+    p, _, total = _shares(xp, softmax_terms(xp, Masses(x, None, None, None), Options("none", by_autodiff=by_autodiff)))
+    return p / total
 
 
-def log_softmax(xp: Namespace, x: Array) -> Array:
-    t = softmax_terms(xp, Masses(x, None, None, None))
-    return t.d - xp.log1p(t.s)
+def log_softmax(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
+    t = softmax_terms(xp, Masses(x, None, None, None), Options("none", by_autodiff=by_autodiff))
+    return _log_ratios(xp, t) - xp.log1p(t.s)
 
 
-def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:
-    """An activation of x in its own dtype, half precision by way of float32."""
-    return xp.astype(function(xp, xp.astype(x, xp.float32) if half else x), x.dtype, copy=False)
+def activation(
+    xp: Namespace, function: Callable[..., Array], x: Array, half: bool, *, by_autodiff: bool = False
+) -> Array:
+    """An activation of x in its own dtype, half precision by way of float32. `by_autodiff` as in `value`."""
+    working = xp.astype(x, xp.float32) if half else x
+    return xp.astype(function(xp, working, by_autodiff), x.dtype, copy=False)
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
@@ -514,12 +518,17 @@ def _working(xp: Namespace, x: Array, options: Options) -> Array:
 
 def _product(xp: Namespace, mass: Array, size: Array) -> Array:
     """mass · size, and 0 where an infinite size carries no mass."""
-    return mass * xp.where((mass == 0) & xp.isinf(size), 0.0, size)
+    return xp.multiply(xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
 
 
 def _free(p: Array, mass: Array, eps: float) -> Array:
     """Where the logarithm of p counts: neither clamped, nor of a 0 that carries no mass."""
     return ~((p < eps) | ((p == 0) & (mass == 0)))
+
+
+def _clamped_log(xp: Namespace, p: Array, free: Array, floor: float) -> Array:
+    """log p where p is free, else the floor, whose derivative is 0 but for NaN, which a wrong index makes."""
+    return xp.where(free, xp.log(xp.where(free, p, 1.0)), floor + 0 * p)
 
 
 def _quotient(xp: Namespace, mass: Array, p: Array, free: Array) -> Array:

@@ -371,9 +371,9 @@ def _found(loss: Any, functions: dict[Any, Callable[..., Any]]) -> Callable[...,
 
 def _with_gradient(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any]:
     def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, _, settled, x, operands, restore = arrange(formula, logits, targets, **options)
+        backend, _, settled, x, operands, restore, finish = arrange(formula, logits, targets, **options)
         value, gradient = backend.closed_form(formulas.value_and_gradient, formula, settled, x, operands)
-        return value, restore(gradient)
+        return value if finish is None else finish(value), restore(gradient)
 
     returns = "The loss and its gradient by the logits, in closed form."
     return _called_like(loss, "value_and_grad", returns, run)
@@ -381,7 +381,7 @@ def _with_gradient(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any
 
 def _with_hessian(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any]:
     def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, _, settled, x, operands, restore = arrange(formula, logits, targets, **options)
+        backend, _, settled, x, operands, restore, _ = arrange(formula, logits, targets, **options)
         gradient, hessian = backend.closed_form(formulas.gradient_and_hessian, formula, settled, x, operands)
         return restore(gradient), restore(hessian)
 
@@ -497,8 +497,9 @@ def log_softmax(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
 
 
 def _run(arranged: Arranged) -> Any:
-    backend, loss, options, x, operands, _ = arranged
-    return backend.loss(loss, options, x, operands)
+    backend, loss, options, x, operands, _, finish = arranged
+    value = backend.loss(loss, options, x, operands)
+    return value if finish is None else finish(value)
 
 
 def _activation(function: Any, x: Any, axis: Any) -> Any:
