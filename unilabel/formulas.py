@@ -186,16 +186,20 @@ def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
     return xp.sum(t.z, axis=-1, keepdims=True) * (t.e / (1 + t.s)) * (((1 - t.e) + t.s) / (1 + t.s))
 
 
-def _anchored(xp: Namespace, masses: Masses) -> Masses:
-    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either.
+def _anchored(xp: Namespace, masses: Masses, times: int) -> Masses:
+    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either, nor p - p².
 
     The loss stays the same when all logits move together: moving the main target by h is moving all the others by -h,
-    and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1.
+    and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1. The
+    second derivative does so only if the class that moves is the one whose p is close to 1, if there is such a class.
     """
     x, z = masses.x, _constant(xp, masses.mass)
     main = _classes(xp, x) == xp.expand_dims(xp.argmax(z, axis=-1), axis=-1)
+    if times > 1:
+        still = softmax_terms(xp, Masses(_constant(xp, x), None, None, None))
+        main = xp.where(still.s < 1, still.d == 0, main)  # s < 1: p > 1/2
     x_main = xp.sum(xp.where(main, x, 0.0), axis=-1, keepdims=True)
-    # Not where the target is impossible, another class is sure, or there is no target: nothing cancels there.
+    # Not where that class is impossible, another one is sure, or there is no target: nothing cancels there.
     finite = xp.isfinite(x_main) & (xp.max(_constant(xp, x), axis=-1, keepdims=True) < math.inf)
     finite = finite & xp.isfinite(xp.sum(z, axis=-1, keepdims=True))
     move = xp.where(finite, x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
@@ -367,12 +371,15 @@ NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient, 
 
 
 def value(
-    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: int = 0
 ) -> Array:
-    """The reduced loss. `by_autodiff`: the framework will differentiate this very expression by the logits."""
+    """The reduced loss. `by_autodiff`: how often the framework will differentiate this very expression by the logits.
+
+    More than 1 or 2 times is right too, in the digits that plain autodiff leaves.
+    """
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     if by_autodiff and loss is SOFTMAX:
-        masses = _anchored(xp, masses)
+        masses = _anchored(xp, masses, by_autodiff)
     values = loss.value(xp, loss.terms(xp, masses, options))
     return xp.astype(_reduced(xp, values, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
 
