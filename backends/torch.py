@@ -18,19 +18,26 @@ from ..losses import multilabel_logistic_loss, softmax_nll
 
 xp = Extended(compat, stop_gradient=torch.Tensor.detach)
 
+ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
+
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
         ctx.loss, ctx.options = loss, options
         ctx.save_for_backward(x, *operands)
-        return formulas.value(xp, loss, options, x, Operands(*operands))
+        return formulas.value(backend.namespace(x), loss, options, x, Operands(*operands))
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
         x, *operands = ctx.saved_tensors
-        # Under create_graph these operations are recorded, and so differentiable again.
-        gradient = formulas.gradient(xp, ctx.loss, ctx.options, x, Operands(*operands), cotangent)
+        if torch.is_grad_enabled():  # create_graph: the gradient will be differentiated, which the closed form is not for
+            x = x.view_as(x)  # so that hooks of the caller's tensor see the gradient once
+            value = formulas.value(backend.namespace(x), ctx.loss, ctx.options, x, Operands(*operands), by_autodiff=2)
+            (gradient,) = torch.autograd.grad(value, x, cotangent, create_graph=True)
+            gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)  # of x, even if it is constant
+        else:
+            gradient = formulas.gradient(backend.namespace(x), ctx.loss, ctx.options, x, Operands(*operands), cotangent)
         return None, None, gradient, *(None for _ in operands)
 
 
@@ -46,7 +53,7 @@ class TorchBackend(Backend):
         return str(x.device)
 
     def namespace(self, x: Array) -> Namespace:
-        return xp
+        return _sharded_like(x) if _is_sharded(x) else xp
 
     def problem(self, x: Array) -> str | None:
         if not isinstance(x, torch.Tensor):
@@ -70,7 +77,8 @@ class TorchBackend(Backend):
                 return torch.from_numpy(data.astype(np.float32)).to(place, torch.bfloat16)
             # A copy: torch takes no negative strides, no foreign byte order, and warns of read-only memory.
             data = torch.from_numpy(np.array(data, dtype=data.dtype.newbyteorder("="), order="C"))
-        return data.to(place)
+        data = data.to(place)
+        return _replicated(data, like) if _is_sharded(like) and not _is_sharded(data) else data
 
     def to_numpy(self, x: Array) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -79,11 +87,18 @@ class TorchBackend(Backend):
         return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+        if options.half and torch.is_autocast_enabled(x.device.type):
+            # As torch's own: autocast has cross_entropy, nll_loss, binary_cross_entropy and …_with_logits in float32, on
+            # CPU and CUDA alike. The loss of bfloat16 and float16 is float32 there; float64 stays.
+            x, options = x.to(torch.float32), options._replace(half=False)
+        if torch.compiler.is_compiling():  # never differentiated twice, except by torch.func within
+            times = 2 if torch._C._are_functorch_transforms_active() else 1
+            return formulas.value(self.namespace(x), loss, options, x, operands, by_autodiff=times)
         if not _plain(x, operands):
-            return formulas.value(xp, loss, options, x, operands, by_autodiff=True)
+            return formulas.value(self.namespace(x), loss, options, x, operands, by_autodiff=2)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Loss.apply(loss, options, x, *operands)
-        return formulas.value(xp, loss, options, x, operands)
+        return formulas.value(self.namespace(x), loss, options, x, operands)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with torch.no_grad():
@@ -98,15 +113,56 @@ class TorchBackend(Backend):
 
 
 def _plain(x: Array, operands: Operands) -> bool:
-    """Whether these are ordinary tensors in eager mode, where only the logits may need a gradient."""
+    """Whether these are ordinary tensors in eager mode that nothing watches, and only the logits may need a gradient."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        (type(x) in ORDINARY or _is_sharded(x))
         and not torch._C._are_functorch_transforms_active()
+        and not (torch._C._len_torch_dispatch_stack() and _is_traced())
+        # A default device is a mode as well, the only one that changes nothing here.
+        and torch._C._len_torch_function_stack() == (torch.utils._device.CURRENT_DEVICE is not None)
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
-        and not any(array is not None and array.requires_grad for array in operands)
+        and not any(array is not None and (array.requires_grad or type(array) not in ORDINARY and not _is_sharded(array)) for array in operands)
     )
+
+
+def _is_traced() -> bool:
+    """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs without them."""
+    key = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE, key.FUNCTIONAL))
+
+
+def _is_sharded(x: Array) -> bool:
+    """Whether this is a DTensor. They are imported by those who have one."""
+    return type(x) not in ORDINARY and hasattr(x, "device_mesh")
+
+
+def _replicated(data: Array, like: Array) -> Array:
+    """Data that every process has, beside a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(data, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
+def _sharded_like(x: Array) -> Namespace:
+    """The namespace for a DTensor whose classes may be spread over processes: these send sums of rows, never logits."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
+
+    def arange(n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
+        return _replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
+
+    def at_once(reduce: Any) -> Any:  # rows: left to be done later, beside an array of logits, it is done for each of them
+        def reduced(x: Array, *, axis: int | None = None, **options: Any) -> Array:
+            rows = reduce(x, axis=axis, **options)
+            done = [Replicate() if place.is_partial() else place for place in rows.placements]
+            return rows if axis is None else rows.redistribute(placements=done)
+
+        return reduced
+
+    reductions = {name: at_once(getattr(compat, name)) for name in ("any", "max", "sum")}
+    return Extended(compat, stop_gradient=torch.Tensor.detach, arange=arange, **reductions)
 
 
 class _Module(torch.nn.Module):
