@@ -187,23 +187,35 @@ def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
 
 
 def _anchored(xp: Namespace, masses: Masses, times: int) -> Masses:
-    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either, nor p - p².
-
-    The loss stays the same when all logits move together: moving the main target by h is moving all the others by -h,
-    and the derivative of that, minus the sum of the other probabilities, keeps its digits where p is close to 1. The
-    second derivative does so only if the class that moves is the one whose p is close to 1, if there is such a class.
-    """
+    """The same logits, written so that plain autodiff of `softmax_value` does not form p - 1 either, nor p - p²."""
     x, z = masses.x, _constant(xp, masses.mass)
     main = _classes(xp, x) == xp.expand_dims(xp.argmax(z, axis=-1), axis=-1)
     if times > 1:
-        still = softmax_terms(xp, Masses(_constant(xp, x), None, None, None))
-        main = xp.where(still.s < 1, still.d == 0, main)  # s < 1: p > 1/2
+        sure, top = _sure(xp, x)
+        main = xp.where(sure, top, main)
+    has_target = xp.isfinite(xp.sum(z, axis=-1, keepdims=True))  # nothing cancels where there is none
+    return masses._replace(x=_moved(xp, x, main & has_target))
+
+
+def _moved(xp: Namespace, x: Array, main: Array) -> Array:
+    """The same logits, but the class that is True in `main`, one in a row at most, is moved by moving the others back.
+
+    A softmax stays the same when all logits move together. So the derivative by this class is minus the sum of the
+    others', and if its p is close to 1, that is of their p, and keeps its digits. If the class is the target, the first
+    derivative is exact; if it is the one whose p is close to 1, the second is as well.
+    """
+    still = _constant(xp, x)
     x_main = xp.sum(xp.where(main, x, 0.0), axis=-1, keepdims=True)
-    # Not where that class is impossible, another one is sure, or there is no target: nothing cancels there.
-    finite = xp.isfinite(x_main) & (xp.max(_constant(xp, x), axis=-1, keepdims=True) < math.inf)
-    finite = finite & xp.isfinite(xp.sum(z, axis=-1, keepdims=True))
+    # Not where that class is impossible, or another one is sure: nothing cancels there.
+    finite = xp.isfinite(x_main) & (xp.max(still, axis=-1, keepdims=True) < math.inf)
     move = xp.where(finite, x_main - _constant(xp, x_main), 0.0)  # 0, with a derivative
-    return masses._replace(x=xp.where(main & finite, _constant(xp, x), x - move))
+    return xp.where(main & finite, still, x - move)
+
+
+def _sure(xp: Namespace, x: Array) -> tuple[Array, Array]:
+    """Whether one class of a row has more than half of the probability, and which is the largest."""
+    still = softmax_terms(xp, Masses(_constant(xp, x), None, None, None))
+    return still.s < 1, still.d == 0
 
 
 # --- Cross-entropy on probabilities, and on log-probabilities ---------------------------------------------------------
@@ -370,13 +382,8 @@ NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient, 
 # --- The whole computation: what a backend calls ----------------------------------------------------------------------
 
 
-def value(
-    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: int = 0
-) -> Array:
-    """The reduced loss. `by_autodiff`: how often the framework will differentiate this very expression by the logits.
-
-    More than 1 or 2 times is right too, in the digits that plain autodiff leaves.
-    """
+def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: int = 0) -> Array:
+    """The reduced loss. `by_autodiff`: how often, 1 or 2, the framework will differentiate this very expression."""
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     if by_autodiff and loss is SOFTMAX:
         masses = _anchored(xp, masses, by_autodiff)
@@ -483,9 +490,20 @@ def log_softmax(xp: Namespace, x: Array) -> Array:
     return t.d - xp.log1p(t.s)
 
 
-def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:
-    """An activation of x in its own dtype, half precision by way of float32."""
-    return xp.astype(function(xp, xp.astype(x, xp.float32) if half else x), x.dtype, copy=False)
+def activation(
+    xp: Namespace,
+    function: Callable[[Namespace, Array], Array],
+    x: Array,
+    half: bool,
+    *,
+    by_autodiff: bool = False,
+) -> Array:
+    """An activation of x in its own dtype, half precision by way of float32. `by_autodiff` as in `value`."""
+    working = xp.astype(x, xp.float32) if half else x
+    if by_autodiff and function in (softmax, log_softmax):
+        sure, top = _sure(xp, working)
+        working = _moved(xp, working, sure & top)
+    return xp.astype(function(xp, working), x.dtype, copy=False)
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
