@@ -10,6 +10,7 @@ from typing import Any
 import array_api_compat.torch as compat
 import numpy as np
 import torch
+import torch.utils._device
 
 from .. import formulas
 from ..backend import Backend, Extended
@@ -31,7 +32,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
         x, *operands = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: the gradient will be differentiated, which the closed form is not for
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: the gradient will be differentiated, which the closed form is not for
             x = x.view_as(x)  # so that hooks of the caller's tensor see the gradient once
             value = formulas.value(backend.namespace(x), ctx.loss, ctx.options, x, Operands(*operands), by_autodiff=2)
             (gradient,) = torch.autograd.grad(value, x, cotangent, create_graph=True)
@@ -88,8 +91,8 @@ class TorchBackend(Backend):
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         if options.half and torch.is_autocast_enabled(x.device.type):
-            # As torch's own: autocast has cross_entropy, nll_loss, binary_cross_entropy and …_with_logits in float32, on
-            # CPU and CUDA alike. The loss of bfloat16 and float16 is float32 there; float64 stays.
+            # Autocast runs cross_entropy, nll_loss, binary_cross_entropy and binary_cross_entropy_with_logits in
+            # float32: of bfloat16 and float16 logits their result is float32, and of float64 still float64.
             x, options = x.to(torch.float32), options._replace(half=False)
         if torch.compiler.is_compiling():  # never differentiated twice, except by torch.func within
             times = 2 if torch._C._are_functorch_transforms_active() else 1
@@ -99,6 +102,10 @@ class TorchBackend(Backend):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Loss.apply(loss, options, x, *operands)
         return formulas.value(self.namespace(x), loss, options, x, operands)
+
+    def activation(self, function: Any, x: Array, half: bool) -> Array:
+        constant = not (torch.is_grad_enabled() and x.requires_grad) and _plain(x, Operands(x))
+        return formulas.activation(self.namespace(x), function, x, half, by_autodiff=not constant)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with torch.no_grad():
@@ -113,16 +120,19 @@ class TorchBackend(Backend):
 
 
 def _plain(x: Array, operands: Operands) -> bool:
-    """Whether these are ordinary tensors in eager mode that nothing watches, and only the logits may need a gradient."""
+    """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
     return (
         (type(x) in ORDINARY or _is_sharded(x))
         and not torch._C._are_functorch_transforms_active()
         and not (torch._C._len_torch_dispatch_stack() and _is_traced())
-        # A default device is a mode as well, the only one that changes nothing here.
-        and torch._C._len_torch_function_stack() == (torch.utils._device.CURRENT_DEVICE is not None)
+        # A default device is a function mode as well: one that changes nothing here.
+        and torch._C._len_torch_function_stack() <= (torch.utils._device.CURRENT_DEVICE is not None)
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
-        and not any(array is not None and (array.requires_grad or type(array) not in ORDINARY and not _is_sharded(array)) for array in operands)
+        and not any(
+            array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array)))
+            for array in operands
+        )
     )
 
 
@@ -153,7 +163,9 @@ def _sharded_like(x: Array) -> Namespace:
     def arange(n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
         return _replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
 
-    def at_once(reduce: Any) -> Any:  # rows: left to be done later, beside an array of logits, it is done for each of them
+    def at_once(
+        reduce: Any,
+    ) -> Any:  # rows: left to be done later, beside an array of logits, it is done for each of them
         def reduced(x: Array, *, axis: int | None = None, **options: Any) -> Array:
             rows = reduce(x, axis=axis, **options)
             done = [Replicate() if place.is_partial() else place for place in rows.placements]
