@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat.torch as compat
 import numpy as np
 import torch
-import torch.utils._device
+from torch.utils._device import DeviceContext
 
 from .. import formulas
 from ..backend import Backend, Extended
@@ -90,7 +90,7 @@ class TorchBackend(Backend):
         return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        if options.half and torch.is_autocast_enabled(x.device.type):
+        if options.half and _autocasts(x.device.type):
             # Autocast runs cross_entropy, nll_loss, binary_cross_entropy and binary_cross_entropy_with_logits in
             # float32: of bfloat16 and float16 logits their result is float32, and of float64 still float64.
             x, options = x.to(torch.float32), options._replace(half=False)
@@ -125,8 +125,7 @@ def _plain(x: Array, operands: Operands) -> bool:
         (type(x) in ORDINARY or _is_sharded(x))
         and not torch._C._are_functorch_transforms_active()
         and not (torch._C._len_torch_dispatch_stack() and _is_traced())
-        # A default device is a function mode as well: one that changes nothing here.
-        and torch._C._len_torch_function_stack() <= (torch.utils._device.CURRENT_DEVICE is not None)
+        and not (torch._C._len_torch_function_stack() and _is_overridden())
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
         and not any(
@@ -136,10 +135,19 @@ def _plain(x: Array, operands: Operands) -> bool:
     )
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not available: "meta"
+
+
 def _is_traced() -> bool:
     """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs without them."""
     key = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE, key.FUNCTIONAL))
+
+
+def _is_overridden() -> bool:
+    """Whether a function mode may change what runs. A default device is a function mode too, and does not."""
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _is_sharded(x: Array) -> bool:
