@@ -32,15 +32,14 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
         x, *operands = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph: the gradient will be differentiated, which the closed form is not for
-            x = x.view_as(x)  # so that hooks of the caller's tensor see the gradient once
-            value = formulas.value(backend.namespace(x), ctx.loss, ctx.options, x, Operands(*operands), by_autodiff=2)
-            (gradient,) = torch.autograd.grad(value, x, cotangent, create_graph=True)
-            gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)  # of x, even if it is constant
-        else:
-            gradient = formulas.gradient(backend.namespace(x), ctx.loss, ctx.options, x, Operands(*operands), cotangent)
+        call = ctx.loss, ctx.options
+        gradient = formulas.gradient(backend.namespace(x), *call, x, Operands(*operands), cotangent)
+        if torch.is_grad_enabled():  # create_graph: the derivative of the closed form would lose digits
+            x = x.view_as(x)  # hooks of the caller's tensor are not for this
+            value = formulas.value(backend.namespace(x), *call, x, Operands(*operands), by_autodiff=2)
+            (plain,) = torch.autograd.grad(value, x, cotangent, create_graph=True)
+            plain = torch.where(torch.ones_like(x, dtype=torch.bool), plain, x)  # derived from x even if it is constant
+            gradient = gradient.detach() + (plain - plain.detach())
         return None, None, gradient, *(None for _ in operands)
 
 
@@ -163,7 +162,7 @@ def _replicated(data: Array, like: Array) -> Array:
 
 
 def _sharded_like(x: Array) -> Namespace:
-    """The namespace for a DTensor whose classes may be spread over processes: these send sums of rows, never logits."""
+    """The namespace for a DTensor, whose classes may be spread over processes: they exchange rows, never logits."""
     from torch.distributed.tensor import Replicate, Shard
 
     mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
@@ -171,9 +170,9 @@ def _sharded_like(x: Array) -> Namespace:
     def arange(n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
         return _replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
 
-    def at_once(
-        reduce: Any,
-    ) -> Any:  # rows: left to be done later, beside an array of logits, it is done for each of them
+    def at_once(reduce: Any) -> Any:
+        """The reduction with its result exchanged. Left for later, it would be when it has met all logits of a row."""
+
         def reduced(x: Array, *, axis: int | None = None, **options: Any) -> Array:
             rows = reduce(x, axis=axis, **options)
             done = [Replicate() if place.is_partial() else place for place in rows.placements]

@@ -141,6 +141,7 @@ def test_double_backward(sample, is_grads_batched):
     x, cotangent = logits(sample), torch.tensor(sample.cotangent, requires_grad=True)
     (pulled,) = grad(losses(sample)(x), x, cotangent, create_graph=True)
     check(pulled, sample.pulled_back)
+    assert torch.equal(pulled, grad(losses(sample)(x), x, cotangent)[0])
     direction = np.random.default_rng(1).uniform(0.5, 2, sample.x.shape)
     (pushed,) = grad(pulled, cotangent, torch.tensor(direction))  # the other way: what the losses change by
     right = sample.gradient * direction
@@ -485,7 +486,7 @@ def test_fake_tensors(sample):
 
 @pytest.mark.capability("torch", "meta tensors")
 def test_meta_tensors(sample):
-    """Any read of a value is an error there, and any array that is made elsewhere."""
+    """It is an error there to read a value, or to compute with an array that was made on another device."""
     x = torch.tensor(sample.x, device="meta", requires_grad=True)
     assert total(sample)(x.to(torch.bfloat16)).dtype is torch.bfloat16
     for targets in (sample.targets, torch.tensor(sample.targets, device="meta")):
@@ -759,14 +760,12 @@ def test_cuda(sample):
         values = losses(sample)(x, targets, weight=weight)
         (gradient,) = grad(values, x, cotangent)
         closed = ul.value_and_grad(sample.loss)(x, targets, reduction="none")
-        second = hessian(total(sample))(x.detach(), targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for got, right in ((values, sample.values), (gradient, sample.pulled_back)):
         check_on_cuda(got, right)
     for got, right in zip(closed, (sample.values, sample.gradient), strict=True):
         check_on_cuda(got, right)
-    check_on_cuda(torch.einsum("ijij->ij", second), sample.hessian)
 
 
 @pytest.mark.cuda
