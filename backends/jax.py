@@ -61,7 +61,9 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
     if moving:
         at = {name: getattr(operands, name) for name in moving}
         _, more = jax.jvp(
-            lambda some: formulas.value(xp, loss, options, x, operands._replace(**some), by_autodiff=True), (at,), (moving,)
+            lambda some: formulas.value(xp, loss, options, x, operands._replace(**some), by_autodiff=True),
+            (at,),
+            (moving,),
         )
         change = more if change is None else change + more
     return value, jnp.zeros_like(value) if change is None else change

@@ -10,6 +10,7 @@ from typing import Any
 import array_api_compat.torch as compat
 import numpy as np
 import torch
+from torch.utils._device import DeviceContext
 
 from .. import formulas
 from ..backend import Backend, Extended
@@ -18,19 +19,24 @@ from ..losses import multilabel_logistic_loss, softmax_nll
 
 xp = Extended(compat, stop_gradient=torch.Tensor.detach)
 
+ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
+
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
         ctx.loss, ctx.options = loss, options
         ctx.save_for_backward(x, *operands)
-        return formulas.value(xp, loss, options, x, Operands(*operands))
+        return formulas.value(backend.namespace(x), loss, options, x, Operands(*operands))
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
         x, *operands = ctx.saved_tensors
-        # Under create_graph these operations are recorded, and so differentiable again.
-        gradient = formulas.gradient(xp, ctx.loss, ctx.options, x, Operands(*operands), cotangent)
+        again = torch.is_grad_enabled()  # under create_graph
+        xp, call = backend.namespace(x), (ctx.loss, ctx.options, x, Operands(*operands), cotangent)
+        gradient = formulas.gradient(xp, *call, by_autodiff=again)
+        if again:  # derived from x even where it is constant
+            gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
         return None, None, gradient, *(None for _ in operands)
 
 
@@ -46,7 +52,7 @@ class TorchBackend(Backend):
         return str(x.device)
 
     def namespace(self, x: Array) -> Namespace:
-        return xp
+        return _sharded_like(x) if _is_sharded(x) else xp
 
     def problem(self, x: Array) -> str | None:
         if not isinstance(x, torch.Tensor):
@@ -70,7 +76,8 @@ class TorchBackend(Backend):
                 return torch.from_numpy(data.astype(np.float32)).to(place, torch.bfloat16)
             # A copy: torch takes no negative strides, no foreign byte order, and warns of read-only memory.
             data = torch.from_numpy(np.array(data, dtype=data.dtype.newbyteorder("="), order="C"))
-        return data.to(place)
+        data = data.to(place)
+        return _replicated(data, like) if _is_sharded(like) and not _is_sharded(data) else data
 
     def to_numpy(self, x: Array) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -79,11 +86,19 @@ class TorchBackend(Backend):
         return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        if not _plain(x, operands):
-            return formulas.value(xp, loss, options, x, operands, by_autodiff=True)
+        if options.half and _autocasts(x.device.type):
+            # Autocast runs cross_entropy, nll_loss, binary_cross_entropy and binary_cross_entropy_with_logits in
+            # float32: of bfloat16 and float16 logits their result is float32, and of float64 still float64.
+            x, options = x.to(torch.float32), options._replace(half=False)
+        if torch.compiler.is_compiling() or not _plain(x, operands):
+            return formulas.value(self.namespace(x), loss, options, x, operands, by_autodiff=True)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Loss.apply(loss, options, x, *operands)
-        return formulas.value(xp, loss, options, x, operands)
+        return formulas.value(self.namespace(x), loss, options, x, operands)
+
+    def activation(self, function: Any, x: Array, half: bool) -> Array:
+        constant = not (torch.is_grad_enabled() and x.requires_grad) and _plain(x, Operands(x))
+        return formulas.activation(self.namespace(x), function, x, half, by_autodiff=not constant)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with torch.no_grad():
@@ -98,15 +113,69 @@ class TorchBackend(Backend):
 
 
 def _plain(x: Array, operands: Operands) -> bool:
-    """Whether these are ordinary tensors in eager mode, where only the logits may need a gradient."""
+    """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
     return (
-        not torch.compiler.is_compiling()
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        (type(x) in ORDINARY or _is_sharded(x))
         and not torch._C._are_functorch_transforms_active()
+        and not (torch._C._len_torch_dispatch_stack() and _is_traced())
+        and not (torch._C._len_torch_function_stack() and _is_overridden())
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._get_tracing_state()
-        and not any(array is not None and array.requires_grad for array in operands)
+        and not any(
+            array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array)))
+            for array in operands
+        )
     )
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not available: "meta"
+
+
+def _is_traced() -> bool:
+    """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs without them."""
+    key = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE, key.FUNCTIONAL))
+
+
+def _is_overridden() -> bool:
+    """Whether a function mode may change what runs. A default device is a function mode too, and does not."""
+    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _is_sharded(x: Array) -> bool:
+    """Whether this is a DTensor. They are imported by those who have one."""
+    return type(x) not in ORDINARY and hasattr(x, "device_mesh")
+
+
+def _replicated(data: Array, like: Array) -> Array:
+    """Data that every process has, beside a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(data, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
+def _sharded_like(x: Array) -> Namespace:
+    """The namespace for a DTensor, whose classes may be spread over processes: they exchange rows, never logits."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
+
+    def arange(n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
+        return _replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
+
+    def at_once(reduce: Any) -> Any:
+        """The reduction with its result exchanged. Left for later, it would be when it has met all logits of a row."""
+
+        def reduced(x: Array, *, axis: int | None = None, **options: Any) -> Array:
+            rows = reduce(x, axis=axis, **options)
+            done = [Replicate() if place.is_partial() else place for place in rows.placements]
+            return rows if axis is None else rows.redistribute(placements=done)
+
+        return reduced
+
+    reductions = {name: at_once(getattr(compat, name)) for name in ("any", "max", "sum")}
+    return Extended(compat, stop_gradient=torch.Tensor.detach, arange=arange, **reductions)
 
 
 class _Module(torch.nn.Module):

@@ -83,8 +83,8 @@ def load(file: Path) -> list[tuple[Case, Expected]]:
         )
         with mp.workprec(BITS):
             names = ("value", "gradient", "gradient_of_sum", "hessian", "target_gradient")
-            answers = [_exact(test[name]) if name in test else [] for name in names]
-        loaded.append((case, Expected(*answers, test["summands"])))
+            answers = {name: _exact(test[name]) if name in test else [] for name in names}
+        loaded.append((case, Expected(**answers, summands=test["summands"])))
     return loaded
 
 

@@ -95,15 +95,13 @@ MUTATIONS = {
     ),
     "softmax: targets taken to sum to 1": Mutation("xp.sum(t.z, axis=-1) * xp.squeeze(", "xp.squeeze("),
     "softmax: gradient as p - z": Mutation(
-        "p * ((largest - t.z) + rest) - t.z * q", "xp.sum(t.z, axis=-1, keepdims=True) * p - t.z"
+        "p * ((largest - t.z) + rest) - t.z * q", "xp.sum(t.z, axis=-1, keepdims=True) * p - t.z * total"
     ),
     "softmax: gradient, tied targets": Mutation(" + (ties - 1) * largest", ""),
     "softmax: gradient, the largest target left out": Mutation("((largest - t.z) + rest)", "rest"),
     "softmax: gradient, the target is the largest": Mutation("(1 - t.e) + t.s, 1 + t.s", "t.s, 1 + t.s"),
     "softmax: Hessian as p (1 - p)": Mutation("(p / total) * (q / total)", "(p / total) * (1 - p / total)"),
-    "softmax: Hessian, mass left out": Mutation(
-        "xp.sum(t.z, axis=-1, keepdims=True) * (p / total)", "(p / total)"
-    ),
+    "softmax: Hessian, mass left out": Mutation("xp.sum(t.z, axis=-1, keepdims=True) * (p / total)", "(p / total)"),
     # Masses of elements
     "element: labels swapped": Mutation("negative, positive = 1 - z, z", "negative, positive = z, 1 - z"),
     "element: smoothing ε/K": Mutation(
