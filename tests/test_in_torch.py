@@ -141,7 +141,6 @@ def test_double_backward(sample, is_grads_batched):
     x, cotangent = logits(sample), torch.tensor(sample.cotangent, requires_grad=True)
     (pulled,) = grad(losses(sample)(x), x, cotangent, create_graph=True)
     check(pulled, sample.pulled_back)
-    assert torch.equal(pulled, grad(losses(sample)(x), x, cotangent)[0])
     direction = np.random.default_rng(1).uniform(0.5, 2, sample.x.shape)
     (pushed,) = grad(pulled, cotangent, torch.tensor(direction))  # the other way: what the losses change by
     right = sample.gradient * direction
@@ -672,7 +671,9 @@ def joined(rank, function, store):
     minute = datetime.timedelta(minutes=1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=minute)
     function(rank)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # Gloo's threads may not be joined by now, and abort an interpreter that ends
 
 
 def spread_over_processes(rank):
