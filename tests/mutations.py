@@ -3,8 +3,8 @@
 python tests/mutations.py          all, two at a time (a few minutes)
 python tests/mutations.py NAME …   these
 
-Exits with 1 if one is not seen, or its text is not in formulas.py exactly once. The activations, and what is there
-for autodiff only, are for other tests: the suite calls the losses, eagerly.
+Exits with 1 if one is not seen, or its text is not in formulas.py exactly once. The activations are for other tests:
+the suite calls the losses.
 """
 
 import json
@@ -31,6 +31,9 @@ HALF = ("--backend", "numpy", "--dtype", "float16", "--dtype", "bfloat16")
 # NumPy has no autodiff: what pulls a cotangent back, or pushes a tangent forward, runs on torch and JAX only.
 TORCH = ("--backend", "torch", "--dtype", "float32", "--case", "seed", "--case", "masked")
 JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "masked")  # all would compile for minutes
+# The forms that a framework differentiates itself are traced code's.
+SOME = ("--case", "float32/confident/3*", "--case", "float32/invalid/16")
+GRAPH = ("--backend", "torch", "--dtype", "float32", "--mode", "graph", *SOME)
 
 MUTATIONS = {
     # The multilabel logistic loss
@@ -228,6 +231,13 @@ MUTATIONS = {
     # Incoming gradients
     "cotangent left out": Mutation("scale = xp.astype(cotangent, masses.x.dtype, copy=False)", "scale = None", TORCH),
     "cotangent of a mean left out": Mutation("1.0 if scale is None else scale, divisor)", "1.0, divisor)", TORCH),
+    "autodiff: p - 1 of a sure class": Mutation("_constant(xp, s) < 1", "_constant(xp, s) < -1", GRAPH),
+    "autodiff: a wrong index is 0 where clamped": Mutation("floor + 0 * p", "floor", GRAPH),
+    "by targets: the divisor is constant": Mutation(
+        "return xp.sum(masses.parts)",
+        "return _constant(xp, xp.sum(masses.parts))",
+        ("--backend", "torch", "--dtype", "float32", "--case", "weighted"),
+    ),
     "tangent: divisor left out": Mutation(
         "_reduced(xp, change, _divisor(xp, loss, masses, options), options)", "_reduced(xp, change, None, options)", JAX
     ),
