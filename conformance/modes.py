@@ -26,6 +26,13 @@ def _jax(function: Function) -> Function:
     return found
 
 
+def _mlx(function: Function) -> Function:
+    import mlx.core as mx
+
+    found: Function = mx.compile(function)
+    return found
+
+
 def _tensorflow(xla: bool) -> Callable[[Function], Function]:
     def run(function: Function) -> Function:
         import tensorflow as tf
@@ -40,7 +47,7 @@ def _tensorflow(xla: bool) -> Callable[[Function], Function]:
 MODES: dict[str, dict[str, Callable[[Function], Function]]] = {
     "eager": {},
     "graph": {"torch": _torch("aot_eager"), "tensorflow": _tensorflow(xla=False)},
-    "compiled": {"torch": _torch("inductor"), "jax": _jax, "tensorflow": _tensorflow(xla=True)},
+    "compiled": {"torch": _torch("inductor"), "jax": _jax, "tensorflow": _tensorflow(xla=True), "mlx": _mlx},
 }
 
 

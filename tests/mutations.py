@@ -157,7 +157,7 @@ MUTATIONS = {
     "row: weights not in the divisor": Mutation("parts = xp.sum(z * weight, axis=-1)", "parts = xp.sum(z, axis=-1)"),
     "row: divisor of smoothed targets": Mutation(
         "parts = xp.sum(z * weight, axis=-1)",
-        "parts = xp.sum((z * (1 - options.label_smoothing) + options.label_smoothing / x.shape[-1]) * weight, axis=-1)",
+        "ε = options.label_smoothing or 0.0; parts = xp.sum((z * (1 - ε) + ε / x.shape[-1]) * weight, axis=-1)",
     ),
     "row: a masked class's weight leaks": Mutation(
         "weight = weight if keep is None else xp.where(keep, weight, 0.0)", "pass"

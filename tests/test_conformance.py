@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from unilabel.conformance import runner
 from unilabel.conformance.cli import main
+from unilabel.conformance.modes import MODES
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +39,23 @@ def test_all_match(framework):
 def test_every_device_of_the_strict_namespace(device):
     done = command("conformance", "--backend", "array_api_strict", "--device", device, "--dtype", "float32")
     assert done.returncode == 0, done.stdout
+
+
+def test_modes(recorder):
+    """Traced and compiled, every way to have a number; here of a few cases."""
+    cases = ("float32/seed/1", "float32/confident/38", "float32/masked/5", "float32/invalid/4")
+    chosen = [argument for case in cases for argument in ("--case", case)]
+    modes = [argument for mode, backends in MODES.items() if recorder.name in backends for argument in ("--mode", mode)]
+    assert modes
+    done = command("conformance", "--backend", recorder.name, "--dtype", "float32", *modes, *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"4 cases on {recorder.name} " in done.stdout
+
+
+def test_a_mode_that_a_backend_does_not_have():
+    done = command("conformance", "--backend", "numpy", "--mode", "graph")
+    assert done.returncode == 2
+    assert "numpy has no graph mode" in done.stderr
 
 
 BUGS = {

@@ -122,8 +122,7 @@ def test_interrupted_it_reports_what_there_is(own, tmp_path):
         cwd=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(own), "PATH": ""},
     )  # fmt: skip
     assert process.stdout is not None
-    while "unilabel numpy: done" not in process.stdout.readline():
-        pass
+    next(line for line in process.stdout if line.startswith("numpy: done"))
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
