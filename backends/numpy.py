@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import array_api_compat.numpy as compat
@@ -9,6 +12,7 @@ import numpy as np
 
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from . import tiles
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -17,6 +21,37 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
 
 
 xp = Extended(compat, sum=_sum)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor | None:
+    """The threads for large arrays: UNILABEL_NUM_THREADS of them, or one for each core; None for one."""
+    count = int(os.environ.get("UNILABEL_NUM_THREADS", 0)) or (os.cpu_count() or 1)
+    return ThreadPoolExecutor(count, "unilabel") if count > 1 else None
+
+
+if hasattr(os, "register_at_fork"):  # threads are not forked
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _each(function: Any, rows: list[slice]) -> Any:
+    pool = _pool()
+    if pool is None:
+        return map(function, rows)
+
+    def quietly(rows: slice) -> Any:
+        with np.errstate(all="ignore"):  # which belongs to a thread
+            return function(rows)
+
+    return pool.map(quietly, rows)
+
+
+machine = tiles.Machine(
+    xp,
+    lambda shape, x: np.empty(shape, x.dtype),
+    lambda x: x.flags.c_contiguous,
+    _each,
+)
 
 
 class NumpyBackend(Backend):
@@ -51,11 +86,11 @@ class NumpyBackend(Backend):
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         with np.errstate(all="ignore"):
-            return np.asarray(super().loss(loss, options, np.asarray(x), operands))
+            return np.asarray(tiles.value(machine, loss, options, np.asarray(x), operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with np.errstate(all="ignore"):
-            return tuple(map(np.asarray, super().closed_form(formula, loss, options, np.asarray(x), operands)))
+            return tuple(map(np.asarray, tiles.closed_form(machine, formula, loss, options, np.asarray(x), operands)))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

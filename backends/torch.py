@@ -16,8 +16,16 @@ from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
 from ..losses import multilabel_logistic_loss, softmax_nll
+from . import tiles
 
 xp = Extended(compat, stop_gradient=torch.Tensor.detach)
+
+machine = tiles.Machine(
+    xp,
+    lambda shape, x: torch.empty(shape, dtype=x.dtype, device=x.device),
+    torch.Tensor.is_contiguous,
+    map,  # torch has threads of its own
+)
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
@@ -27,14 +35,17 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
         ctx.loss, ctx.options = loss, options
         ctx.save_for_backward(x, *operands)
-        return formulas.value(backend.namespace(x), loss, options, x, Operands(*operands))
+        return _value(loss, options, x, Operands(*operands))
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
         x, *operands = ctx.saved_tensors
+        call = ctx.loss, ctx.options, x, Operands(*operands), cotangent
         again = torch.is_grad_enabled()  # under create_graph
-        xp, call = backend.namespace(x), (ctx.loss, ctx.options, x, Operands(*operands), cotangent)
-        gradient = formulas.gradient(xp, *call, by_autodiff=again)
+        if _in_blocks(x) and not again:
+            gradient = tiles.gradient(machine, *call)
+        else:
+            gradient = formulas.gradient(backend.namespace(x), *call, by_autodiff=again)
         if again:  # derived from x even where it is constant
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
         return None, None, gradient, *(None for _ in operands)
@@ -94,7 +105,7 @@ class TorchBackend(Backend):
             return formulas.value(self.namespace(x), loss, options, x, operands, by_autodiff=True)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Loss.apply(loss, options, x, *operands)
-        return formulas.value(self.namespace(x), loss, options, x, operands)
+        return _value(loss, options, x, operands)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         constant = not (torch.is_grad_enabled() and x.requires_grad) and _plain(x, Operands(x))
@@ -102,6 +113,8 @@ class TorchBackend(Backend):
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with torch.no_grad():
+            if not torch.compiler.is_compiling() and _plain(x, operands) and _in_blocks(x):
+                return tiles.closed_form(machine, formula, loss, options, x, operands)
             return super().closed_form(formula, loss, options, x, operands)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
@@ -110,6 +123,17 @@ class TorchBackend(Backend):
         value = function(x)
         (gradient,) = torch.autograd.grad(value, x, cotangent, create_graph=nested)
         return value if nested else value.detach(), gradient
+
+
+def _value(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+    if _in_blocks(x):
+        return tiles.value(machine, loss, options, x, operands)
+    return formulas.value(backend.namespace(x), loss, options, x, operands)
+
+
+def _in_blocks(x: Array) -> bool:
+    """Whether blocks are faster: on a GPU they are not. (A DTensor is on a device too.)"""
+    return x.numel() >= tiles.LARGE and x.device.type == "cpu" and not _is_sharded(x)
 
 
 def _plain(x: Array, operands: Operands) -> bool:

@@ -186,7 +186,7 @@ MUTATIONS = {
         "xp.where(gone, 0.0, x), xp.where(gone, 0.0, z)", "xp.where(gone, 0.0, x), z"
     ),
     # Reductions
-    "sum for mean": Mutation("else _mean(xp, xp.sum(values), divisor)", "else xp.sum(values)"),
+    "sum for mean": Mutation("else mean(xp, xp.sum(values), divisor)", "else xp.sum(values)"),
     "gradient of the sum for the mean": Mutation("if divisor is not None:\n        scale", "if False:\n        scale"),
     "mean for sum": Mutation('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"'),
     "sum for batchmean": Mutation('not in ("mean", "batchmean")', 'not in ("mean",)'),
@@ -239,7 +239,9 @@ MUTATIONS = {
         ("--backend", "torch", "--dtype", "float32", "--case", "weighted"),
     ),
     "tangent: divisor left out": Mutation(
-        "_reduced(xp, change, _divisor(xp, loss, masses, options), options)", "_reduced(xp, change, None, options)", JAX
+        "_reduced(xp, change, divided_by(xp, loss, masses, options), options)",
+        "_reduced(xp, change, None, options)",
+        JAX,
     ),
     "tangent: outside the mask": Mutation("xp.where(masses.keep, tangent, 0.0)", "tangent", JAX),
 }

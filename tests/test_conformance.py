@@ -68,7 +68,7 @@ BUGS = {
     ),
     "mean for sum": ('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"', "seed"),
     "sum for mean": (
-        "return xp.sum(values) if divisor is None else _mean(xp, xp.sum(values), divisor)",
+        "return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)",
         "return xp.sum(values)",
         "seed",
     ),

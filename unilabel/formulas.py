@@ -388,7 +388,7 @@ def value(
     options = options._replace(by_autodiff=by_autodiff)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     values = loss.value(xp, loss.terms(xp, masses, options))
-    return xp.astype(_reduced(xp, values, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
+    return xp.astype(_reduced(xp, values, divided_by(xp, loss, masses, options), options), x.dtype, copy=False)
 
 
 def gradient(
@@ -416,7 +416,7 @@ def value_and_gradient(
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     terms = loss.terms(xp, masses, options)
     values = loss.value(xp, terms)
-    total = _reduced(xp, values, _divisor(xp, loss, masses, options), options)
+    total = _reduced(xp, values, divided_by(xp, loss, masses, options), options)
     slopes = loss.gradient(xp, terms)
     return xp.astype(total, x.dtype, copy=False), _scaled(xp, loss, options, slopes, None, masses, x)
 
@@ -439,21 +439,27 @@ def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands:
     tangent = xp.astype(tangent, masses.x.dtype, copy=False)
     change = slopes * (tangent if masses.keep is None else xp.where(masses.keep, tangent, 0.0))
     change = xp.sum(change, axis=-1) if loss.per_row else change
-    return xp.astype(_reduced(xp, change, _divisor(xp, loss, masses, options), options), x.dtype, copy=False)
+    return xp.astype(_reduced(xp, change, divided_by(xp, loss, masses, options), options), x.dtype, copy=False)
+
+
+def parts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array | None:
+    """What the losses add to the divisor of reduction="mean"; None: 1 each."""
+    found = loss.masses(xp, _working(xp, x, options), operands, options).parts
+    return None if found is None else xp.sum(found)
 
 
 def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Array:
     if options.reduction == "none":
         return values
-    return xp.sum(values) if divisor is None else _mean(xp, xp.sum(values), divisor)
+    return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)
 
 
 def _scaled(
     xp: Namespace, loss: Loss, options: Options, slopes: Array, scale: Array | None, masses: Masses, x: Array
 ) -> Array:
-    divisor = _divisor(xp, loss, masses, options)
+    divisor = divided_by(xp, loss, masses, options)
     if divisor is not None:
-        scale = _mean(xp, 1.0 if scale is None else scale, divisor)
+        scale = mean(xp, 1.0 if scale is None else scale, divisor)
     if scale is not None:
         slopes = slopes * (xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" else scale)
     if masses.keep is not None:
@@ -461,7 +467,7 @@ def _scaled(
     return xp.astype(slopes, x.dtype, copy=False)
 
 
-def _divisor(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any:
+def divided_by(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any:
     """What the sum is divided by: a number, or an array where it is not known before it runs. None: by nothing."""
     if options.reduction not in ("mean", "batchmean"):
         return None
@@ -471,7 +477,7 @@ def _divisor(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any
     return _count(xp, masses.x, tuple(axis for axis in range(-masses.x.ndim, 0) if axis not in out))
 
 
-def _mean(xp: Namespace, total: Any, divisor: Any) -> Any:
+def mean(xp: Namespace, total: Any, divisor: Any) -> Any:
     """total / divisor, and 0 where nothing takes part (NaN if the total is)."""
     if isinstance(divisor, int):
         return total / (divisor or 1)

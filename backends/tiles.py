@@ -1,0 +1,154 @@
+"""Large arrays in blocks of rows that fit into the cache: no temporary is as large as the logits.
+
+For backends whose operations run one after the other, NumPy's and eager PyTorch's. The formulas never look across rows,
+so a block is computed as if it were all there is; only the sums of the blocks are put together here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from .. import formulas
+from ..formulas import Array, Loss, Masses, Namespace, Operands, Options
+
+LARGE = 1 << 18  # elements: smaller arrays are computed whole
+BLOCK = 1 << 17
+
+
+class Machine(NamedTuple):
+    """What a framework brings."""
+
+    xp: Namespace
+    empty: Callable[[tuple[int, ...], Array], Array]  # memory of a shape, for an array's dtype
+    is_contiguous: Callable[[Array], bool]
+    each: Callable[[Callable[[slice], Any], list[slice]], Iterable[Any]]  # maps, on several threads or on one
+
+
+class Call(NamedTuple):
+    """A call whose arrays have the rows (of a loss per element: or the elements) along the first axis."""
+
+    machine: Machine
+    loss: Loss
+    options: Options
+    x: Array
+    operands: Operands
+    rows: list[slice]
+
+    def each(self, formula: Callable[..., Any], write: Callable[[slice, Any], Any], cotangent: Any = None) -> list[Any]:
+        """Computes all blocks by a formula, of half precision in float32, and writes each; what the writing returns."""
+        xp = self.machine.xp
+        unreduced = self.options.reduction == "none"
+        options = self.options._replace(half=False, reduction="none" if unreduced else "sum")
+
+        def one(rows: slice) -> Any:
+            x = self.x[rows]
+            x = x if x.dtype == xp.float64 else xp.astype(x, xp.float32, copy=False)
+            operands = Operands(*(self._of(name, rows) for name in Operands._fields))
+            more = () if cotangent is None else (cotangent[rows] if unreduced else cotangent,)
+            return write(rows, formula(xp, self.loss, options, x, operands, *more))
+
+        return list(self.machine.each(one, self.rows))
+
+    def _of(self, name: str, rows: slice) -> Array | None:
+        array = getattr(self.operands, name)
+        if array is None or (self.loss.per_row and name == "weight"):
+            return array
+        broadcasts = not self.loss.per_row and (array.ndim < self.x.ndim or array.shape[0] == 1)
+        return array if broadcasts else array[rows]
+
+    def divided(self, total: Any, whole: Array) -> Any:
+        """A number times what the reduction divides by; `whole` has the caller's shape."""
+        if self.options.reduction not in ("mean", "batchmean"):
+            return total
+        xp, parts = self.machine.xp, [None]
+        chosen = self.options.ignore_index is not None or any(array is not None for array in self.operands[1:])
+        if self.options.reduction == "mean" and chosen:
+            parts = self.each(formulas.parts, lambda _, part: part)
+        if parts[0] is None:  # a count
+            return formulas.mean(
+                xp, total, formulas.divided_by(xp, self.loss, Masses(whole, None, None, None), self.options)
+            )
+        return formulas.mean(xp, total, xp.sum(xp.stack(parts)))
+
+    def memory(self, whole: Array, per_row: bool) -> tuple[Array, Array]:
+        """For a result of the logits' shape, or with a number for each row: as it is returned, and as it is written."""
+        out = self.machine.empty(tuple(whole.shape)[: -1 if per_row else None], whole)
+        return out, out.reshape(tuple(self.x.shape)[: -1 if per_row else None])
+
+
+def value(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+    """As `formulas.value`."""
+    call = _in_blocks(machine, loss, options, x, operands)
+    if call is None:
+        return formulas.value(machine.xp, loss, options, x, operands)
+    if options.reduction == "none":
+        out, flat = call.memory(x, loss.per_row)
+        call.each(formulas.value, flat.__setitem__)
+        return out
+    total = machine.xp.sum(machine.xp.stack(call.each(formulas.value, lambda _, part: part)))
+    return machine.xp.astype(call.divided(total, x), x.dtype, copy=False)
+
+
+def gradient(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
+    """As `formulas.gradient`."""
+    call = _in_blocks(machine, loss, options, x, operands)
+    if call is None:
+        return formulas.gradient(machine.xp, loss, options, x, operands, cotangent)
+    out, flat = call.memory(x, False)
+    if options.reduction == "none":
+        cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_row else None])
+    else:
+        working = machine.xp.float64 if x.dtype == machine.xp.float64 else machine.xp.float32
+        cotangent = call.divided(machine.xp.astype(cotangent, working, copy=False), x)
+    call.each(formulas.gradient, flat.__setitem__, cotangent)
+    return out
+
+
+def closed_form(machine: Machine, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
+    """As `formulas.value_and_gradient` or `gradient_and_hessian`."""
+    call = _in_blocks(machine, loss, options, x, operands)
+    if call is None:
+        return formula(machine.xp, loss, options, x, operands)
+    has_value = formula is formulas.value_and_gradient
+    scale = call.divided(1.0, x)
+    second, flat_second = call.memory(x, False)
+    unreduced = options.reduction == "none" or not has_value
+    first, flat_first = call.memory(x, has_value and loss.per_row) if unreduced else (None, None)
+
+    def write(rows: slice, pair: tuple[Array, Array]) -> Array:
+        flat_second[rows] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
+        if flat_first is not None:
+            flat_first[rows] = pair[0]
+        return pair[0]
+
+    values = call.each(formula, write)
+    if first is None:
+        total = machine.xp.sum(machine.xp.stack(values))
+        first = machine.xp.astype(call.divided(total, x), x.dtype, copy=False)
+    return first, second
+
+
+def _in_blocks(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands) -> Call | None:
+    """None if it is too small for that."""
+    size = math.prod(x.shape)
+    if size < LARGE or (loss.per_row and x.ndim == 1):
+        return None
+    contiguous = machine.is_contiguous
+    if contiguous(x):  # make the first axis longer, where that takes no copy
+        if loss.per_row:
+            rows = {name: _by_rows(name, array, x) for name, array in operands._asdict().items()}
+            x, operands = x.reshape(-1, x.shape[-1]), Operands(**rows)
+        elif all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
+            operands = Operands(*(a if a is None or a.ndim == 0 else a.reshape(-1) for a in operands))
+            x = x.reshape(-1)
+    step = max(1, BLOCK * x.shape[0] // size)
+    blocks = [slice(start, start + step) for start in range(0, x.shape[0], step)]
+    return Call(machine, loss, options, x, operands, blocks)
+
+
+def _by_rows(name: str, array: Array | None, x: Array) -> Array | None:
+    if array is None or name == "weight":
+        return array
+    return array.reshape(-1) if array.ndim < x.ndim else array.reshape(-1, x.shape[-1])

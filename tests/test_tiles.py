@@ -1,0 +1,103 @@
+"""Large arrays in blocks of rows: here small ones in smaller blocks, on NumPy's threads, after a fork."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+from unilabel.backends import numpy as numpy_backend
+from unilabel.backends import tiles
+from unilabel.conformance.cases import cases
+from unilabel.conformance.compare import judge
+from unilabel.conformance.oracle import expected
+from unilabel.conformance.worker import answer
+
+import unilabel as ul
+
+CASES = [case for case in cases(("float32", "bfloat16"), 0) if len(case.logits.values) < 1000]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Everything is large, and a block has four elements, or a row."""
+    monkeypatch.setattr(tiles, "LARGE", 1)
+    monkeypatch.setattr(tiles, "BLOCK", 4)
+
+
+@pytest.fixture(scope="module")
+def right():
+    return {case.id: expected(case) for case in CASES}
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_every_case(name, small, right, request):
+    """The conformance suite's."""
+    if name not in (request.config.getoption("--backend") or (name,)):
+        pytest.skip(f"{name} is not asked for")
+    backend = ul.backend.backend_named(name)
+    for case in CASES:
+        numbers = answer(backend, "cpu", case)["numbers"]
+        for what, verdict in judge(case, right[case.id], numbers, name).items():
+            assert not verdict.failed, f"{case.id}, {what}: {verdict}"
+
+
+def large(rows=600, classes=500):
+    rng = np.random.default_rng(20261121)
+    x = rng.normal(0, 5, (rows, classes)).astype("float32")
+    assert x.size > tiles.LARGE > tiles.BLOCK
+    return x, rng.integers(0, 2, x.shape), rng.integers(0, classes, rows)
+
+
+def results(x, z, y):
+    return [
+        *ul.value_and_grad(ul.multilabel_logistic_loss)(x, z, where=z == z[:1]),
+        *ul.value_and_grad(ul.softmax_nll)(x, y, ignore_index=7),
+        ul.softmax_nll(x, y, reduction="none"),
+        *ul.grad_and_hess(ul.multilabel_logistic_loss)(x, z),
+    ]
+
+
+def test_threads_change_no_number(monkeypatch):
+    data = large()
+    with_threads = results(*data)
+    monkeypatch.setattr(numpy_backend, "_pool", lambda: None)
+    for a, b in zip(with_threads, results(*data), strict=True):
+        assert (a == b).all()
+
+
+def test_layout_changes_no_number():
+    """Non-contiguous: of rows, of elements, and with the class axis first."""
+    x, z, y = large()
+    wide, tall = np.repeat(x, 2, axis=1)[:, ::2], np.ascontiguousarray(x.T)
+    assert not wide.flags.c_contiguous
+    for a, b in zip(results(x, z, y), results(wide, z, y), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6)
+    value, gradient = ul.value_and_grad(ul.softmax_nll)(x, y)
+    again, slopes = ul.value_and_grad(ul.softmax_nll)(tall, y, axis=0)
+    np.testing.assert_allclose(value, again, rtol=2e-6)
+    np.testing.assert_allclose(gradient, slopes.T, rtol=2e-6)
+
+
+def in_child(queue):
+    queue.put([array.tobytes() for array in results(*large())])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork():
+    """The parent's threads are not in the child."""
+    here = [array.tobytes() for array in results(*large())]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == here
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_number_of_threads(monkeypatch):
+    for given, threads in (("3", 3), ("1", None)):
+        monkeypatch.setenv("UNILABEL_NUM_THREADS", given)
+        numpy_backend._pool.cache_clear()
+        pool = numpy_backend._pool()
+        assert (pool and pool._max_workers) == threads
+    numpy_backend._pool.cache_clear()
