@@ -277,6 +277,7 @@ def machine() -> Record:
         "platform": platform.platform(),
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores(),
+        "load": os.getloadavg()[0],  # what others do at the start; times beside much of it say little
         "thread_settings": {k: v for k, v in sorted(os.environ.items()) if k.endswith("_NUM_THREADS")},
     }
 

@@ -16,7 +16,8 @@ def header(found: Record) -> str:
     """What it was measured with, and on."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     settings = "".join(f", {name}={value}" for name, value in found["thread_settings"].items())
-    return f"{versions}\n{found['cpu']}, {found['cores']} cores{settings}, {found['platform']}, seed {found['seed']}"
+    where = f"{found['cpu']}, {found['cores']} cores (load {found['load']:.1f}){settings}, {found['platform']}"
+    return f"{versions}\n{where}, seed {found['seed']}"
 
 
 def show(console: Console, found: Record) -> None:
