@@ -1,0 +1,143 @@
+"""The measuring tool measures the same thing on both sides, and runs. No time is asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unilabel.backend import backend_named
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import measure, subjects  # noqa: E402
+from benchmarks.subjects import Case, Setup, build  # noqa: E402
+
+CASES = [Case("bce", 6, 5), Case("nll", 6, 5)]
+RUNS = [(backend, mode) for backend, modes in subjects.MODES.items() for mode in modes]
+
+
+def numbers(setup, result):
+    """Value and gradient, as float64."""
+    backend = backend_named(setup.backend)
+    return [np.asarray(backend.to_numpy(array)).astype(np.float64) for array in result]
+
+
+def assert_same(setup, case, tolerance):
+    ours, peer = build(setup, case)
+    (value, gradient), (their_value, their_gradient) = numbers(setup, ours()), numbers(setup, peer())
+    assert gradient.shape == their_gradient.shape == (case.rows, case.classes)
+    assert np.ptp(gradient) > 0.01
+    np.testing.assert_allclose(value, their_value, rtol=tolerance)
+    np.testing.assert_allclose(gradient, their_gradient, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "mode"), RUNS)
+def test_both_sides_compute_the_same(backend, mode, case):
+    assert_same(Setup(backend, mode), case, 1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["jax", "tensorflow"])
+def test_compiled_too(backend, case):
+    assert_same(Setup(backend, "compiled"), case, 1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", subjects.MODES)
+def test_in_bfloat16_too(backend, case):
+    assert_same(Setup(backend, "eager", "bfloat16"), case, 2e-2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "mode"), RUNS)
+def test_forward_alone_is_the_same_loss(backend, mode, case):
+    alone = Setup(backend, mode, forward=True)
+    expected, _ = numbers(alone, build(Setup(backend, mode), case).peer())
+    for step in build(alone, case):
+        np.testing.assert_allclose(numbers(alone, [step()]), [expected], rtol=1e-4)
+
+
+def test_the_backends_have_the_same_inputs():
+    values = [numbers(setup, build(setup, CASES[0]).peer())[0] for setup in (Setup(b, m) for b, m in RUNS)]
+    np.testing.assert_allclose(values, values[0], rtol=1e-6)
+
+
+def test_steps_are_timed_in_turn():
+    called = []
+    ours, peer = measure.side_by_side(lambda: called.append("ours"), lambda: called.append("peer"), 0)
+    assert len(ours) == len(peer) == 3
+    order = [name for name, before in zip(called, [None, *called], strict=False) if name != before]
+    assert order == ["peer", "ours"] * 4  # once to see how often to call them, and three times
+
+
+def test_a_bound_for_each_case_of_each_backend():
+    for run in RUNS:
+        bounds = [measure.bound(Setup(*run), case) for case in measure.CASES]
+        assert all(0 < bound <= 2 for bound in bounds)
+    assert measure.bound(Setup("torch", "eager"), CASES[0]) is None
+    assert measure.bound(Setup("torch", "eager", "bfloat16"), measure.CASES[0]) is None
+    assert measure.bound(Setup("torch", "eager", forward=True), measure.CASES[0]) is None
+    assert measure.bound(Setup("torch", "eager", forward=True), measure.CASES[1]) == 1.0
+    assert measure.bound(Setup("torch", "compiled"), measure.CASES[0]) == 1.05
+
+
+def test_memory_that_is_held_for_a_moment_counts():
+    assert measure.alone(held_for_a_moment) == pytest.approx(1 << 26, rel=0.1)
+
+
+def held_for_a_moment():
+    np.ones(1 << 27, np.uint8)  # more than what follows, before it is looked at
+    ballast = measure._fill_up_to_the_mark()
+    before = measure._high_water_mark()
+    np.ones(1 << 26, np.uint8)
+    assert ballast
+    return measure._high_water_mark() - before
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "benchmarks", "--quick", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
+
+
+def test_the_command_prints_a_table_and_writes_what_it_found(tmp_path):
+    done = run("--backend", "numpy", "--backend", "torch", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"numpy {np.__version__}" in done.stdout
+    assert f"{measure.cores()} cores" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["failed"] == []
+    assert [(row["backend"], Case(row["loss"], row["rows"], row["classes"])) for row in found["speed"]] == [
+        (backend, case) for backend in ("numpy", "torch") for case in measure.QUICK
+    ]
+    for row in found["speed"]:
+        assert 0 < row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
+        assert f"{row['loss']} {row['rows']}x{row['classes']}" in done.stdout
+
+
+def test_the_other_measurements_run(tmp_path):
+    done = run("--backend", "numpy", "--memory", "--growth", "--import", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {kind: len(found[kind]) for kind in ("speed", "memory", "growth", "import", "first_call")} == {
+        "speed": 0, "memory": 2, "growth": 2, "import": 1, "first_call": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--backend", "numpy", "--compiled"), "NumPy compiles nothing"),
+        (("--memory", "--plot", "ratios.png"), "--plot draws times"),
+        (("--memory", "--device", "cuda"), "expected --device cpu"),
+    ],
+)
+def test_a_wrong_call(arguments, said):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
