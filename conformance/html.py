@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from .cases import DTYPES, FAMILIES
+from .modes import MODES
 from .report import QUANTITIES, STATUSES, Results, quantities, ulps
 
 Case = dict[str, Any]
@@ -83,6 +84,8 @@ def _headline(found: Results) -> str:
         missing.append(f"Cases that match none of <code>{escape(' '.join(found['patterns']))}</code>.")
     unasked = [dtype for dtype in DTYPES if dtype not in found["dtypes"]]
     missing += [f"Not asked for: {escape(', '.join(unasked))}."] if unasked else []
+    modes = [mode for mode in MODES if mode not in found["modes"]]
+    missing += [f"Modes not asked for: {escape(', '.join(modes))}."] if modes else []
     missing += [] if found["full"] else ["The large cases, which <code>--full</code> runs."]
     return f"""
 <p class="verdict {kind}">{verdict}</p>
