@@ -73,7 +73,11 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
 def _compare(case: Case, exact: list[Exact], got: list[str], bound: float, backend: str, how: str) -> Verdict:
     bits, low = DTYPES[case.dtype]
     worst = Verdict(bound=bound)
+    seen = set()  # large cases are made of few different numbers
     for i, (right, text) in enumerate(zip(exact, got, strict=True)):
+        if (id(right), text) in seen:
+            continue
+        seen.add((id(right), text))
         with mp.workprec(200):
             ulp, limit = _error(right, mp.mpf(float.fromhex(text)), bits, low, LARGEST[case.dtype], bound)
             if ulp > limit and not (backend in FLUSH and _flushed(case, right, float.fromhex(text), low)):

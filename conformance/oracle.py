@@ -78,7 +78,6 @@ def times(a: Number, b: Number) -> Number:
     return mp.mpf(0) if (a == 0 and mp.isinf(b)) or (b == 0 and mp.isinf(a)) else a * b
 
 
-@functools.lru_cache(maxsize=1 << 16)  # large cases are made of few different numbers
 def binary_on_logits(x: Number, negative: Number, positive: Number) -> Parts:
     if mp.isnan(x):
         return Parts(_nan(), _nan(), _nan(), (_nan(), _nan()))
@@ -184,20 +183,9 @@ def _elements(case: Case) -> Expected:
                 numbers.append(_zero())
             continue
         taken += 1
-        x, z = mp.mpf(_at(case.logits, index)), mp.mpf(_at(case.targets, index))
-        weight = mp.mpf(_at(options.get("weight"), index, 1))
-        pos_weight = mp.mpf(_at(options.get("pos_weight"), index, 1))
-        z = z * (1 - smoothing) + smoothing / 2
-        negative, positive = weight * (1 - z), weight * pos_weight * z
-        if case.loss == "multilabel_logistic_loss":
-            value, slope, curvature, (of_0, of_1) = binary_on_logits(x, negative, positive)
-        else:
-            value, slope, curvature, (of_0, of_1) = binary_on_probabilities(x, negative, positive, eps)
-        change = weight * (1 - smoothing)
-        target = _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
-        for numbers, number in zip(
-            (values, slopes, curvatures, by_target), (value, slope, curvature, target), strict=True
-        ):
+        weights = _at(options.get("weight"), index, 1), _at(options.get("pos_weight"), index, 1)
+        answers = element(case.loss, _at(case.logits, index), _at(case.targets, index), *weights, smoothing, eps)
+        for numbers, number in zip((values, slopes, curvatures, by_target), answers, strict=True):
             numbers.append(number)
     axes = _axes(case)
     examples = math.prod(n for i, n in enumerate(case.logits.shape) if i not in axes)
@@ -205,6 +193,22 @@ def _elements(case: Case) -> Expected:
     owner = list(range(len(slopes)))
     reduction = options.get("reduction", "batchmean")
     return _reduced(case, reduction, values, slopes, curvatures, by_target, owner, divisor)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # large cases are made of few different numbers
+def element(
+    loss: str, x: float, z: float, weight: float, pos_weight: float, smoothing: Number, eps: Number
+) -> tuple[Exact, Exact, Exact, Exact]:
+    """Value, slope, curvature, and the derivative by the target."""
+    x, z, weight, pos_weight = map(mp.mpf, (x, z, weight, pos_weight))
+    z = z * (1 - smoothing) + smoothing / 2
+    negative, positive = weight * (1 - z), weight * pos_weight * z
+    if loss == "multilabel_logistic_loss":
+        value, slope, curvature, (of_0, of_1) = binary_on_logits(x, negative, positive)
+    else:
+        value, slope, curvature, (of_0, of_1) = binary_on_probabilities(x, negative, positive, eps)
+    change = weight * (1 - smoothing)
+    return value, slope, curvature, _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
 
 
 def _rows(case: Case) -> Expected:
@@ -283,13 +287,14 @@ def _reduced(
         by_target = []
 
     def pulled_back(numbers: list[Exact]) -> list[Exact]:
-        cotangent = case.cotangent.values
-        return [_scaled(x, mp.mpf(cotangent[owner[i] if reduction == "none" else 0])) for i, x in enumerate(numbers)]
+        if reduction != "none":
+            return _all_scaled(numbers, mp.mpf(case.cotangent.values[0]))
+        return [_scaled(x, mp.mpf(case.cotangent.values[owner[i]])) for i, x in enumerate(numbers)]
 
     if reduction == "none":
         return Expected(values, pulled_back(slopes), slopes, curvatures, pulled_back(by_target), 1)
     factor = 1 / mp.mpf(divisor) if divisor else mp.mpf(0)  # a mean over nothing is 0
-    of_sum, by_target = ([_scaled(x, factor) for x in numbers] for numbers in (slopes, by_target))
+    of_sum, by_target = _all_scaled(slopes, factor), _all_scaled(by_target, factor)
     total = _scaled(_total(values), factor)
     return Expected([total], pulled_back(of_sum), of_sum, curvatures, pulled_back(by_target), len(values))
 
@@ -313,6 +318,12 @@ def _added(a: Exact, b: Exact) -> Exact:
 
 def _scaled(exact: Exact, factor: Number) -> Exact:
     return Exact(exact.value * factor, exact.terms * abs(factor), exact.shift)
+
+
+def _all_scaled(numbers: list[Exact], factor: Number) -> list[Exact]:
+    """Each number once: the same object stands in many places of a large case."""
+    done = {id(x): _scaled(x, factor) for x in {id(x): x for x in numbers}.values()}
+    return [done[id(x)] for x in numbers]
 
 
 def _zero() -> Exact:

@@ -170,10 +170,10 @@ def test_enough_to_judge_by(loaded):
 
 def test_digits_do_not_depend_on_the_precision(right, monkeypatch):
     monkeypatch.setattr(oracle, "BITS", 300)
-    oracle.binary_on_logits.cache_clear()
+    oracle.element.cache_clear()
     monkeypatch.setattr(vectors, "cases", lambda dtypes, seed: filter(small, cases(dtypes, seed)))
     again = vectors.files()
-    oracle.binary_on_logits.cache_clear()
+    oracle.element.cache_clear()
     del again["sums.json"]
     assert again == {name: text for name, text in right.items() if name in again}
 
