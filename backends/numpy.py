@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+import operator
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import array_api_compat.numpy as compat
 import numpy as np
 
+from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
 from . import tiles
@@ -17,10 +19,37 @@ from . import tiles
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
-    return np.sum(np.ascontiguousarray(x) if axis == -1 else x, axis=axis, keepdims=keepdims)
+    return np.add.reduce(np.ascontiguousarray(x) if axis == -1 else x, axis=axis, keepdims=keepdims)
 
 
-xp = Extended(compat, sum=_sum)
+def _max(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
+
+
+def _position(t: Array) -> tuple[Any, ...]:
+    """Where an array has the elements of these class indices."""
+    if t.size and t.min() < 0:
+        raise IndexError("expected class indices from 0 up")
+    return (np.arange(t.shape[0]), t) if t.ndim == 1 else (*np.indices(t.shape, sparse=True), t)
+
+
+def _replace(x: Array, position: tuple[Any, ...], values: Any) -> Array:
+    x[position] = values
+    return x
+
+
+# NumPy's own functions, but where they are slow, or lose digits.
+xp = Extended(
+    np,
+    astype=lambda x, dtype, copy=True: x.astype(dtype, copy=copy),
+    expand_dims=lambda x, axis: x[..., None] if axis == -1 else np.expand_dims(x, axis),
+    max=_max,
+    pick=operator.getitem,
+    position=_position,
+    replace=_replace,
+    squeeze=lambda x, axis: x[..., 0] if axis == -1 else np.squeeze(x, axis),
+    sum=_sum,
+)
 
 
 @functools.cache
@@ -51,6 +80,9 @@ machine = tiles.Machine(
     lambda shape, x: np.empty(shape, x.dtype),
     lambda x: x.flags.c_contiguous,
     _each,
+    lambda x: bool(np.isfinite(x).all()) if x.ndim else math.isfinite(x),
+    large=1 << 17,
+    block=1 << 18,
 )
 
 
@@ -86,11 +118,12 @@ class NumpyBackend(Backend):
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         with np.errstate(all="ignore"):
-            return np.asarray(tiles.value(machine, loss, options, np.asarray(x), operands))
+            return np.asarray(tiles.run(machine, formulas.value, loss, options, np.asarray(x), operands)[0])
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with np.errstate(all="ignore"):
-            return tuple(map(np.asarray, tiles.closed_form(machine, formula, loss, options, np.asarray(x), operands)))
+            first, second = tiles.run(machine, formula, loss, options, np.asarray(x), operands)[0]
+            return np.asarray(first), np.asarray(second)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

@@ -29,6 +29,7 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
 
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
 xp = SimpleNamespace(
+    abs=tf.abs,
     arange=lambda n, device=None: tf.range(tf.cast(n, tf.int64)),
     any=tf.reduce_any,
     astype=lambda x, dtype, copy=True: tf.cast(x, dtype),
@@ -42,6 +43,7 @@ xp = SimpleNamespace(
     log=tf.math.log,
     log1p=tf.math.log1p,
     max=tf.reduce_max,
+    maximum=tf.maximum,
     multiply=tf.multiply,
     ones_like=tf.ones_like,
     permute_dims=tf.transpose,

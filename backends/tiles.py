@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .. import formulas
 from ..formulas import Array, Loss, Masses, Namespace, Operands, Options
 
-LARGE = 1 << 18  # elements: smaller arrays are computed whole
-BLOCK = 1 << 17
+# The C library gives memory from 128 kB up back to the system when it is freed, and each time that it is taken again the
+# system clears it, which takes longer than to compute. Once an array of this size has been freed, glibc keeps such.
+np.empty(1 << 24, np.uint8)
 
 
 class Machine(NamedTuple):
@@ -24,6 +27,9 @@ class Machine(NamedTuple):
     empty: Callable[[tuple[int, ...], Array], Array]  # memory of a shape, for an array's dtype
     is_contiguous: Callable[[Array], bool]
     each: Callable[[Callable[[slice], Any], list[slice]], Iterable[Any]]  # maps, on several threads or on one
+    all_finite: Callable[[Array], bool]
+    large: int  # elements: smaller arrays are computed whole
+    block: int
 
 
 class Call(NamedTuple):
@@ -78,17 +84,22 @@ class Call(NamedTuple):
         return out, out.reshape(tuple(self.x.shape)[: -1 if per_row else None])
 
 
-def value(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-    """As `formulas.value`."""
-    call = _in_blocks(machine, loss, options, x, operands)
-    if call is None:
-        return formulas.value(machine.xp, loss, options, x, operands)
-    if options.reduction == "none":
-        out, flat = call.memory(x, loss.per_row)
-        call.each(formulas.value, flat.__setitem__)
-        return out
-    total = machine.xp.sum(machine.xp.stack(call.each(formulas.value, lambda _, part: part)))
-    return machine.xp.astype(call.divided(total, x), x.dtype, copy=False)
+def run(
+    machine: Machine, formula: Callable[..., Any], loss: Loss, options: Options, x: Array, operands: Operands
+) -> tuple[Any, Options]:
+    """The result of `value`, `value_and_gradient`, … of `formulas`, and the options that it was computed with.
+
+    At first it is computed without care for infinite logits and wrong indices: if there are any, a loss comes out NaN.
+    """
+    if formula is not formulas.gradient_and_hessian:
+        quick = options._replace(finite=True)
+        try:
+            result = _run(machine, formula, loss, quick, x, operands)
+            if machine.all_finite(result[0] if isinstance(result, tuple) else result):
+                return result, quick
+        except IndexError:
+            pass
+    return _run(machine, formula, loss, options, x, operands), options
 
 
 def gradient(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
@@ -106,16 +117,29 @@ def gradient(machine: Machine, loss: Loss, options: Options, x: Array, operands:
     return out
 
 
-def closed_form(machine: Machine, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-    """As `formulas.value_and_gradient` or `gradient_and_hessian`."""
+def _run(machine: Machine, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
     call = _in_blocks(machine, loss, options, x, operands)
     if call is None:
         return formula(machine.xp, loss, options, x, operands)
+    return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
+
+
+def _value(call: Call, x: Array) -> Array:
+    if call.options.reduction == "none":
+        out, flat = call.memory(x, call.loss.per_row)
+        call.each(formulas.value, flat.__setitem__)
+        return out
+    xp = call.machine.xp
+    total = xp.sum(xp.stack(call.each(formulas.value, lambda _, part: part)))
+    return xp.astype(call.divided(total, x), x.dtype, copy=False)
+
+
+def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     has_value = formula is formulas.value_and_gradient
-    scale = call.divided(1.0, x)
+    xp, scale = call.machine.xp, call.divided(1.0, x)
     second, flat_second = call.memory(x, False)
-    unreduced = options.reduction == "none" or not has_value
-    first, flat_first = call.memory(x, has_value and loss.per_row) if unreduced else (None, None)
+    unreduced = call.options.reduction == "none" or not has_value
+    first, flat_first = call.memory(x, has_value and call.loss.per_row) if unreduced else (None, None)
 
     def write(rows: slice, pair: tuple[Array, Array]) -> Array:
         flat_second[rows] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
@@ -125,15 +149,14 @@ def closed_form(machine: Machine, formula: Any, loss: Loss, options: Options, x:
 
     values = call.each(formula, write)
     if first is None:
-        total = machine.xp.sum(machine.xp.stack(values))
-        first = machine.xp.astype(call.divided(total, x), x.dtype, copy=False)
+        first = xp.astype(call.divided(xp.sum(xp.stack(values)), x), x.dtype, copy=False)
     return first, second
 
 
 def _in_blocks(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands) -> Call | None:
     """None if it is too small for that."""
     size = math.prod(x.shape)
-    if size < LARGE or (loss.per_row and x.ndim == 1):
+    if size < machine.large or (loss.per_row and x.ndim == 1):
         return None
     contiguous = machine.is_contiguous
     if contiguous(x):  # make the first axis longer, where that takes no copy
@@ -143,7 +166,7 @@ def _in_blocks(machine: Machine, loss: Loss, options: Options, x: Array, operand
         elif all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
             operands = Operands(*(a if a is None or a.ndim == 0 else a.reshape(-1) for a in operands))
             x = x.reshape(-1)
-    step = max(1, BLOCK * x.shape[0] // size)
+    step = max(1, min(machine.block, size // 2) * x.shape[0] // size)
     blocks = [slice(start, start + step) for start in range(0, x.shape[0], step)]
     return Call(machine, loss, options, x, operands, blocks)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat.torch as compat
@@ -20,35 +21,97 @@ from . import tiles
 
 xp = Extended(compat, stop_gradient=torch.Tensor.detach)
 
+
+def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    return torch.sum(x) if axis is None else torch.sum(x, axis, keepdims)
+
+
+def _pick(x: Array, position: Array) -> Array:
+    try:
+        return x.gather(-1, position).squeeze(-1)
+    except RuntimeError as error:
+        raise IndexError(*error.args) from None
+
+
+def _replace(x: Array, position: Array, values: Any) -> Array:
+    return x.scatter_(-1, position, values if isinstance(values, float) else values.unsqueeze(-1))
+
+
+# Where nothing is differentiated: torch's own functions, and kernels that do several steps at once.
+eager = Extended(
+    torch,
+    astype=lambda x, dtype, copy=True: x if x.dtype is dtype else x.to(dtype),
+    expand_dims=torch.unsqueeze,
+    max=torch.amax,
+    multiply=torch.mul,
+    pick=_pick,
+    position=lambda t: t.unsqueeze(-1),
+    replace=_replace,
+    sigmoid=torch.sigmoid,
+    softmax=lambda x: torch.softmax(x, -1),
+    softplus=lambda x: torch.nn.functional.softplus(x, 1, 60.0),  # beyond, it is x to the last digit
+    sum=_sum,
+)
+
 machine = tiles.Machine(
-    xp,
+    eager,
     lambda shape, x: torch.empty(shape, dtype=x.dtype, device=x.device),
     torch.Tensor.is_contiguous,
     map,  # torch has threads of its own
+    lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
+    large=1 << 21,
+    block=1 << 18,
 )
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
 
 class _Loss(torch.autograd.Function):
+    """Small arrays are differentiated on the way: the slopes are kept. Of large ones, only what came in is kept."""
+
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
+        given, ctx.slopes = Operands(*operands), None
+        if x.numel() >= machine.large or given.where is not None or options.ignore_index is not None:
+            value, options = _run(formulas.value, loss, options, x, given)
+        else:
+            (value, ctx.slopes, ctx.divisor, _), options = _run(formulas.value_and_slopes, loss, options, x, given)
         ctx.loss, ctx.options = loss, options
         ctx.save_for_backward(x, *operands)
-        return _value(loss, options, x, Operands(*operands))
+        return value
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
         x, *operands = ctx.saved_tensors
         call = ctx.loss, ctx.options, x, Operands(*operands), cotangent
-        again = torch.is_grad_enabled()  # under create_graph
-        if _in_blocks(x) and not again:
+        if torch.is_grad_enabled():  # under create_graph
+            gradient = formulas.gradient(backend.namespace(x), *call, by_autodiff=True)
+            # Derived from x even where it is constant.
+            gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
+        elif ctx.slopes is not None:
+            scale = eager.astype(cotangent, ctx.slopes.dtype)
+            gradient = formulas.scaled(eager, ctx.loss, ctx.options, ctx.slopes, scale, ctx.divisor, x)
+        elif _on_cpu(x) and not torch._C._functorch.is_legacy_batchedtensor(cotangent):
             gradient = tiles.gradient(machine, *call)
         else:
-            gradient = formulas.gradient(backend.namespace(x), *call, by_autodiff=again)
-        if again:  # derived from x even where it is constant
-            gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
+            gradient = formulas.gradient(_space(x), *call)
         return None, None, gradient, *(None for _ in operands)
+
+
+def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Any, Options]:
+    """The formula's result, where nothing is differentiated, and the options that it was computed with."""
+    if _on_cpu(x):
+        return tiles.run(machine, formula, loss, options, x, operands)
+    return formula(_space(x), loss, options, x, operands), options
+
+
+def _on_cpu(x: Array) -> bool:
+    """Whether blocks are faster, and looking at the values keeps nobody waiting. (A DTensor is on a device too.)"""
+    return x.device.type == "cpu" and not _is_sharded(x)
+
+
+def _space(x: Array) -> Namespace:
+    return _sharded_like(x) if _is_sharded(x) else eager
 
 
 class TorchBackend(Backend):
@@ -105,16 +168,17 @@ class TorchBackend(Backend):
             return formulas.value(self.namespace(x), loss, options, x, operands, by_autodiff=True)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Loss.apply(loss, options, x, *operands)
-        return _value(loss, options, x, operands)
+        return _run(formulas.value, loss, options, x, operands)[0]
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         constant = not (torch.is_grad_enabled() and x.requires_grad) and _plain(x, Operands(x))
-        return formulas.activation(self.namespace(x), function, x, half, by_autodiff=not constant)
+        space = _space(x) if constant else self.namespace(x)
+        return formulas.activation(space, function, x, half, by_autodiff=not constant)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with torch.no_grad():
-            if not torch.compiler.is_compiling() and _plain(x, operands) and _in_blocks(x):
-                return tiles.closed_form(machine, formula, loss, options, x, operands)
+            if not torch.compiler.is_compiling() and _plain(x, operands):
+                return _run(formula, loss, options, x, operands)[0]
             return super().closed_form(formula, loss, options, x, operands)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
@@ -123,17 +187,6 @@ class TorchBackend(Backend):
         value = function(x)
         (gradient,) = torch.autograd.grad(value, x, cotangent, create_graph=nested)
         return value if nested else value.detach(), gradient
-
-
-def _value(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-    if _in_blocks(x):
-        return tiles.value(machine, loss, options, x, operands)
-    return formulas.value(backend.namespace(x), loss, options, x, operands)
-
-
-def _in_blocks(x: Array) -> bool:
-    """Whether blocks are faster: on a GPU they are not. (A DTensor is on a device too.)"""
-    return x.numel() >= tiles.LARGE and x.device.type == "cpu" and not _is_sharded(x)
 
 
 def _plain(x: Array, operands: Operands) -> bool:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 Array = Any
 Namespace = Any
 
+_SMALLEST = 2.0**-126  # of the normal numbers of float32
+
 
 class Operands(NamedTuple):
     """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none."""
@@ -43,13 +45,15 @@ class Options(NamedTuple):
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
     by_autodiff: bool = False  # the framework will differentiate the very expression
+    finite: bool = False  # no care for infinite logits and wrong indices: where NaN or an IndexError comes out of it,
+    # the caller computes it again without this
 
 
 class Masses(NamedTuple):
     """The input with its masked positions made harmless, and how much of the loss each of its classes carries."""
 
     x: Array
-    mass: Any  # per element: (negative, positive); per row: the weighted target distribution
+    mass: Any  # per element: (negative, positive, their sum or None for 1); per row: the weighted target distribution
     keep: Array | None  # False where the input does not exist
     parts: Array | None  # what each element or row adds to the divisor of reduction="mean"; None: 1 each
 
@@ -72,33 +76,75 @@ class Loss(NamedTuple):
 
 
 class LogisticTerms(NamedTuple):
-    up: Array  # 1 where x >= 0, else 0. Arithmetic with it costs less than a select and differentiates right at x = 0
+    up: Array  # 1 where x >= 0, else 0
     down: Array
     size: Array  # |x|
     e: Array  # exp -|x|
+    e_up: Array  # exp min(x, 0)
+    e_down: Array  # exp min(-x, 0)
     negative: Array
     positive: Array
+    both: Array | None  # the sum of the two; None: 1
+    finite: bool
 
 
-def logistic_terms(xp: Namespace, masses: Masses, options: Options | None = None) -> LogisticTerms:
-    x = masses.x
+def logistic_terms(xp: Namespace, masses: Masses, options: Options) -> LogisticTerms:
+    x, (negative, positive, both) = masses.x, masses.mass
     up = xp.astype(x >= 0, x.dtype)
     down = 1 - up
-    size = xp.multiply(x, up - down)
-    return LogisticTerms(up, down, size, xp.exp(-size), *masses.mass)
+    # Arithmetic costs less than a select. It also differentiates right at x = 0, which the functions for it do not.
+    size = xp.multiply(x, up - down) if options.by_autodiff else xp.abs(x)
+    e = xp.exp(-size)
+    if options.by_autodiff:
+        e_up, e_down = up + down * e, up * e + down
+    else:
+        e_up, e_down = xp.maximum(up, e), xp.maximum(down, e)
+    return LogisticTerms(up, down, size, e, e_up, e_down, negative, positive, both, options.finite)
 
 
 def logistic_value(xp: Namespace, t: LogisticTerms) -> Array:
-    slope = t.up * t.negative + t.down * t.positive
-    return _product(xp, slope, t.size) + xp.log1p(t.e) * (t.negative + t.positive)
+    near = xp.log1p(t.e)
+    far = _product(xp, t.up * t.negative + t.down * t.positive, t.size, t.finite)
+    return far + (near if t.both is None else near * t.both)
 
 
 def logistic_gradient(xp: Namespace, t: LogisticTerms) -> Array:
-    return (t.negative * (t.up + t.down * t.e) - t.positive * (t.up * t.e + t.down)) / (1 + t.e)
+    return (t.negative * t.e_up - t.positive * t.e_down) / (1 + t.e)
 
 
 def logistic_hessian(xp: Namespace, t: LogisticTerms) -> Array:
-    return (t.negative + t.positive) * t.e / ((1 + t.e) * (1 + t.e))
+    curvature = t.e / ((1 + t.e) * (1 + t.e))
+    return curvature if t.both is None else t.both * curvature
+
+
+# The same, as it stands above, for a namespace that has log(1 + exp x), softplus, and 1 / (1 + exp -x), sigmoid, right
+# to the last digits and each in one go.
+
+
+class FusedTerms(NamedTuple):
+    x: Array
+    negative: Array
+    positive: Array
+    both: Array | None
+    finite: bool
+
+
+def fused_terms(xp: Namespace, masses: Masses, options: Options) -> FusedTerms:
+    return FusedTerms(masses.x, *masses.mass, options.finite)
+
+
+def fused_value(xp: Namespace, t: FusedTerms) -> Array:
+    of_0, of_1 = xp.softplus(t.x), xp.softplus(-t.x)
+    return _product(xp, t.negative, of_0, t.finite) + _product(xp, t.positive, of_1, t.finite)
+
+
+def fused_gradient(xp: Namespace, t: FusedTerms) -> Array:
+    return t.negative * xp.sigmoid(t.x) - t.positive * xp.sigmoid(-t.x)
+
+
+def fused_hessian(xp: Namespace, t: FusedTerms) -> Array:
+    curvature = xp.sigmoid(t.x) * xp.sigmoid(-t.x)
+    return curvature if t.both is None else t.both * curvature
 
 
 # --- Binary cross-entropy on probabilities ----------------------------------------------------------------------------
@@ -116,7 +162,7 @@ class BinaryTerms(NamedTuple):
 
 
 def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms:
-    p, (negative, positive) = masses.x, masses.mass
+    p, (negative, positive, _) = masses.x, masses.mass
     return BinaryTerms(
         p, _free(p, positive, options.eps), _free(1 - p, negative, options.eps), negative, positive, _log(options.eps)
     )
@@ -217,6 +263,66 @@ def softmax_hessian(xp: Namespace, t: SoftmaxTerms) -> Array:
     return xp.sum(t.z, axis=-1, keepdims=True) * (p / total) * (q / total)
 
 
+# The same where one class, t, carries all of a row's loss, with nothing to derive again:
+#
+#     L = w log(1 + s / e_t),    s = Σ_{c≠t} e_c,    e_c = exp(x_c - m)
+
+
+class IndexTerms(NamedTuple):
+    t: Any  # as _pick and _put take it
+    d_t: Array | None  # x_t - m; None: the e are probabilities
+    e: Array  # exp(x - m), or a multiple of it, and 0 at t
+    e_t: Array
+    s: Array
+    mass: Array | None  # one for each row; None: 1
+    finite: bool
+
+
+def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
+    x, (t, mass) = masses.x, masses.mass
+    if options.finite and hasattr(xp, "softmax"):
+        d_t, e = None, xp.softmax(x)
+        e_t = _pick(xp, e, t)
+        e_t = xp.where(e_t < _SMALLEST, 0.0, e_t)  # a probability without its digits: then the loss is infinite
+    else:
+        m = xp.max(x, axis=-1, keepdims=True)
+        if options.finite:
+            d = x - m
+        else:
+            m = xp.where(m == -math.inf, math.nan, m)  # no class can be
+            d = xp.where(x == m, 0.0, x - m)
+        d_t, e = _pick(xp, d, t), xp.exp(d)
+        e_t = xp.exp(d_t)
+    e = _put(xp, e, t, 0.0)
+    return IndexTerms(t, d_t, e, e_t, xp.sum(e, axis=-1), mass, options.finite)
+
+
+def index_value(xp: Namespace, t: IndexTerms) -> Array:
+    values = xp.log1p(t.s / t.e_t)
+    if t.d_t is not None:
+        values = xp.where(t.s <= t.e_t, values, xp.log(t.s + t.e_t) - t.d_t)
+    return values if t.mass is None else _product(xp, t.mass, values, t.finite)
+
+
+def index_gradient(xp: Namespace, t: IndexTerms) -> Array:
+    slopes, scale = _put(xp, t.e, t.t, -t.s), t.mass
+    if t.d_t is not None:
+        scale = (1 if scale is None else scale) / (t.s + t.e_t)
+    return slopes if scale is None else slopes * xp.expand_dims(scale, axis=-1)
+
+
+def _pick(xp: Namespace, x: Array, t: Array) -> Array:
+    """x_t of each row. Where the namespace has no `pick`, t says of each class whether it is the one."""
+    return xp.pick(x, t) if hasattr(xp, "pick") else xp.sum(xp.where(t, x, 0.0), axis=-1)
+
+
+def _put(xp: Namespace, x: Array, t: Array, values: Any) -> Array:
+    """x with the values in the place of x_t. The namespace's `replace`, which goes with `pick`, may write into x."""
+    if hasattr(xp, "pick"):
+        return xp.replace(x, t, values)
+    return xp.where(t, values if isinstance(values, float) else xp.expand_dims(values, axis=-1), x)
+
+
 # --- Cross-entropy on probabilities, and on log-probabilities ---------------------------------------------------------
 #
 #     L = -Σ_c z_c log max(p_c, eps)
@@ -286,7 +392,8 @@ def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options
         positive = positive * pos_weight
     if weight is not None:
         negative, positive = negative * weight, positive * weight
-    return Masses(x, (negative, positive), keep, parts)
+    both = None if weight is None and pos_weight is None else negative + positive
+    return Masses(x, (negative, positive, both), keep, parts)
 
 
 def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, masked: float) -> Masses:
@@ -325,7 +432,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
 
     if options.label_smoothing is not None:
         if keep is None:
-            z = z * (1 - options.label_smoothing) + options.label_smoothing / _count(xp, x, (-1,))
+            z = z * (1 - options.label_smoothing) + options.label_smoothing / _length(xp, x)
         else:
             count = xp.sum(xp.astype(keep, x.dtype), axis=-1, keepdims=True)
             uniform = xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)
@@ -345,6 +452,40 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     return Masses(x, z, keep, parts)
 
 
+def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
+    """The class that carries a row's loss, and how much; for indices with neither smoothing nor masked classes."""
+    targets, weight, _, sample_weight, _ = operands
+    direct = hasattr(xp, "pick")
+    classes = None if direct else _classes(xp, x)
+    targets = xp.astype(targets, xp.int64 if direct else classes.dtype, copy=False)
+    ignored = None if options.ignore_index is None else targets == options.ignore_index
+    wrong = None if options.finite else (targets < 0) | (targets >= _extent(xp, x, -1))  # else `pick` raises
+    off = ignored if wrong is None else wrong
+    index = targets if off is None else xp.where(off, 0, targets)
+    t = xp.position(index) if direct else classes == xp.expand_dims(index, axis=-1)
+
+    mass = None
+    if weight is not None:
+        weight = xp.astype(weight, x.dtype, copy=False)
+        mass = weight[index] if direct else xp.sum(xp.where(t, weight, 0.0), axis=-1)
+    if sample_weight is not None:
+        sample_weight = xp.astype(sample_weight, x.dtype, copy=False)
+        mass = sample_weight if mass is None else mass * sample_weight
+    if ignored is not None:
+        mass = xp.astype(~ignored, x.dtype) if mass is None else xp.where(ignored, 0.0, mass)
+    parts = mass
+    if wrong is not None:
+        if weight is not None:
+            parts = xp.where(wrong, 0.0, parts)
+        wrong = wrong if ignored is None else wrong & ~ignored
+        mass = xp.where(wrong, math.nan, xp.ones_like(x[..., 0]) if mass is None else mass)
+    keep = None
+    if ignored is not None:
+        keep = xp.expand_dims(~ignored, axis=-1)
+        x = x if options.finite else xp.where(keep, x, 0.0)
+    return Masses(x, (t, mass), keep, parts)
+
+
 def softmax_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
     return row_masses(xp, x, operands, options, masked=-math.inf)  # out of the softmax
 
@@ -362,10 +503,12 @@ LOGISTIC = Loss(
     logistic_gradient,
     logistic_hessian,
 )
+FUSED = LOGISTIC._replace(terms=fused_terms, value=fused_value, gradient=fused_gradient, hessian=fused_hessian)
 BINARY = Loss(
     "binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient, binary_hessian
 )
 SOFTMAX = Loss("softmax_nll", True, softmax_masses, softmax_terms, softmax_value, softmax_gradient, softmax_hessian)
+INDEX = SOFTMAX._replace(masses=index_masses, terms=index_terms, value=index_value, gradient=index_gradient)
 CATEGORICAL = Loss(
     "cross_entropy",
     True,
@@ -381,11 +524,20 @@ NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient, 
 # --- The whole computation: what a backend calls ----------------------------------------------------------------------
 
 
+def _shortest(xp: Namespace, loss: Loss, options: Options, operands: Operands) -> Loss:
+    """The loss in the form that takes the least work."""
+    if loss is LOGISTIC and hasattr(xp, "softplus"):
+        return FUSED
+    plain = options.indices and options.label_smoothing is None and operands.where is None
+    return INDEX if loss is SOFTMAX and plain and not options.by_autodiff else loss
+
+
 def value(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
 ) -> Array:
     """The reduced loss. `by_autodiff`: the framework will differentiate this very expression by the logits."""
     options = options._replace(by_autodiff=by_autodiff)
+    loss = _shortest(xp, loss, options, operands)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     values = loss.value(xp, loss.terms(xp, masses, options))
     return xp.astype(_reduced(xp, values, divided_by(xp, loss, masses, options), options), x.dtype, copy=False)
@@ -403,22 +555,31 @@ def gradient(
 ) -> Array:
     """The cotangent of the reduced loss times its derivative by the logits. `by_autodiff`: to differentiate again."""
     options = options._replace(by_autodiff=by_autodiff)
+    loss = _shortest(xp, loss, options, operands)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     scale = xp.astype(cotangent, masses.x.dtype, copy=False)
-    return _scaled(xp, loss, options, slopes, scale, masses, x)
+    return _kept(xp, masses, scaled(xp, loss, options, slopes, scale, divided_by(xp, loss, masses, options), x))
 
 
 def value_and_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
     """The reduced loss and the derivative of its sum by the logits, the exponentials computed once."""
+    total, slopes, divisor, masses = value_and_slopes(xp, loss, options, x, operands)
+    return total, _kept(xp, masses, scaled(xp, loss, options, slopes, None, divisor, x))
+
+
+def value_and_slopes(
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
+) -> tuple[Array, Array, Any, Masses]:
+    """The reduced loss, and slopes and a divisor, of which `scaled` makes its gradient for any cotangent."""
+    loss = _shortest(xp, loss, options, operands)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     terms = loss.terms(xp, masses, options)
-    values = loss.value(xp, terms)
-    total = _reduced(xp, values, divided_by(xp, loss, masses, options), options)
-    slopes = loss.gradient(xp, terms)
-    return xp.astype(total, x.dtype, copy=False), _scaled(xp, loss, options, slopes, None, masses, x)
+    divisor = divided_by(xp, loss, masses, options)
+    total = _reduced(xp, loss.value(xp, terms), divisor, options)
+    return xp.astype(total, x.dtype, copy=False), loss.gradient(xp, terms), divisor, masses
 
 
 def gradient_and_hessian(
@@ -427,8 +588,12 @@ def gradient_and_hessian(
     """The derivative of the sum of the losses by the logits, and the diagonal of the second derivative."""
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     terms = loss.terms(xp, masses, options)
-    slopes, curvatures = loss.gradient(xp, terms), loss.hessian(xp, terms)
-    return _scaled(xp, loss, options, slopes, None, masses, x), _scaled(xp, loss, options, curvatures, None, masses, x)
+    divisor = divided_by(xp, loss, masses, options)
+    slopes, curvatures = (
+        _kept(xp, masses, scaled(xp, loss, options, derivative(xp, terms), None, divisor, x))
+        for derivative in (loss.gradient, loss.hessian)
+    )
+    return slopes, curvatures
 
 
 def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
@@ -444,6 +609,7 @@ def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands:
 
 def parts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array | None:
     """What the losses add to the divisor of reduction="mean"; None: 1 each."""
+    loss = _shortest(xp, loss, options, operands)
     found = loss.masses(xp, _working(xp, x, options), operands, options).parts
     return None if found is None else xp.sum(found)
 
@@ -454,17 +620,20 @@ def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Ar
     return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)
 
 
-def _scaled(
-    xp: Namespace, loss: Loss, options: Options, slopes: Array, scale: Array | None, masses: Masses, x: Array
+def scaled(
+    xp: Namespace, loss: Loss, options: Options, slopes: Array, scale: Array | None, divisor: Any, x: Array
 ) -> Array:
-    divisor = divided_by(xp, loss, masses, options)
+    """The slopes times the cotangent (None: 1) over the divisor, in the dtype of x."""
     if divisor is not None:
         scale = mean(xp, 1.0 if scale is None else scale, divisor)
     if scale is not None:
         slopes = slopes * (xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" else scale)
-    if masses.keep is not None:
-        slopes = xp.where(masses.keep, slopes, 0.0)
     return xp.astype(slopes, x.dtype, copy=False)
+
+
+def _kept(xp: Namespace, masses: Masses, slopes: Array) -> Array:
+    """0 where the input does not exist, whatever else makes it NaN."""
+    return slopes if masses.keep is None else xp.where(masses.keep, slopes, 0.0)
 
 
 def divided_by(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any:
@@ -474,7 +643,7 @@ def divided_by(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> A
     if options.reduction == "mean" and masses.parts is not None:
         return xp.sum(masses.parts)
     out = options.axes if loss.per_row or options.reduction == "batchmean" else ()
-    return _count(xp, masses.x, tuple(axis for axis in range(-masses.x.ndim, 0) if axis not in out))
+    return _count(xp, masses.x, out)
 
 
 def mean(xp: Namespace, total: Any, divisor: Any) -> Any:
@@ -489,12 +658,17 @@ def mean(xp: Namespace, total: Any, divisor: Any) -> Any:
 
 
 def sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
-    t = logistic_terms(xp, Masses(x, (0.0, 1.0), None, None))
-    return (t.up + t.down * t.e) / (1 + t.e)
+    if hasattr(xp, "sigmoid"):
+        return xp.sigmoid(x)
+    t = logistic_terms(xp, Masses(x, (0.0, 1.0, None), None, None), Options("none", by_autodiff=by_autodiff))
+    return t.e_up / (1 + t.e)
 
 
 def log_sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
-    return -logistic_value(xp, logistic_terms(xp, Masses(x, (0.0, 1.0), None, None)))
+    if hasattr(xp, "softplus"):
+        return -xp.softplus(-x)
+    masses = Masses(x, (0.0, 1.0, None), None, None)
+    return -logistic_value(xp, logistic_terms(xp, masses, Options("none", by_autodiff=by_autodiff)))
 
 
 def softmax(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
@@ -522,9 +696,9 @@ def _working(xp: Namespace, x: Array, options: Options) -> Array:
     return xp.astype(x, xp.float32) if options.half else x
 
 
-def _product(xp: Namespace, mass: Array, size: Array) -> Array:
+def _product(xp: Namespace, mass: Array, size: Array, finite: bool = False) -> Array:
     """mass · size, and 0 where an infinite size carries no mass."""
-    return xp.multiply(xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
+    return xp.multiply(size if finite else xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
 
 
 def _free(p: Array, mass: Array, eps: float) -> Array:
@@ -562,9 +736,15 @@ def _extent(xp: Namespace, x: Array, axis: int) -> Any:
     return xp.extent(x, axis) if n is None else n
 
 
-def _count(xp: Namespace, x: Array, axes: tuple[int, ...]) -> Any:
-    """The product of these axes' lengths, to divide by: an int, or a scalar array in the dtype of x."""
-    lengths = [_extent(xp, x, axis) for axis in axes]
+def _count(xp: Namespace, x: Array, out: tuple[int, ...]) -> Any:
+    """The product of all axes' lengths but these, to divide by: an int, or a scalar array in the dtype of x."""
     if None not in x.shape:
-        return math.prod(lengths)
+        return math.prod(n for axis, n in enumerate(x.shape, -x.ndim) if axis not in out)
+    lengths = [_extent(xp, x, axis) for axis in range(-x.ndim, 0) if axis not in out]
     return math.prod(xp.astype(n, x.dtype) if hasattr(n, "dtype") else n for n in lengths)
+
+
+def _length(xp: Namespace, x: Array) -> Any:
+    """How many classes there are, to divide by."""
+    n = _extent(xp, x, -1)
+    return xp.astype(n, x.dtype) if hasattr(n, "dtype") else n
