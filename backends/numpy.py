@@ -97,6 +97,9 @@ class NumpyBackend(Backend):
         plain = isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.matrix, np.ma.MaskedArray))
         return None if plain else f"numpy {type(x).__name__}"
 
+    def settled(self, x: Array, targets: Any) -> Any:
+        return (x.dtype, targets.dtype) if type(x) is type(targets) is np.ndarray else None
+
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
 

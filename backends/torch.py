@@ -37,6 +37,13 @@ def _replace(x: Array, position: Array, values: Any) -> Array:
     return x.scatter_(-1, position, values if isinstance(values, float) else values.unsqueeze(-1))
 
 
+def _softmax(x: Array) -> Array:
+    if x.shape[-1] >= 16:
+        return torch.softmax(x, -1)
+    e = torch.exp(x - torch.amax(x, -1, True))  # torch's own is slow where rows are shorter than its vectors
+    return e.div_(torch.sum(e, -1, True))
+
+
 # Where nothing is differentiated: torch's own functions, and kernels that do several steps at once.
 eager = Extended(
     torch,
@@ -48,19 +55,26 @@ eager = Extended(
     position=lambda t: t.unsqueeze(-1),
     replace=_replace,
     sigmoid=torch.sigmoid,
-    softmax=lambda x: torch.softmax(x, -1),
+    softmax=_softmax,
     softplus=lambda x: torch.nn.functional.softplus(x, 1, 60.0),  # beyond, it is x to the last digit
     sum=_sum,
 )
 
+def _empty(shape: tuple[int, ...], like: Array) -> Array:
+    """Memory from NumPy: it asks the system for huge pages. Most of torch's time with new memory is page faults."""
+    if like.dtype is torch.bfloat16:
+        return torch.from_numpy(np.empty(shape, np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.empty(shape, str(like.dtype).removeprefix("torch.")))
+
+
 machine = tiles.Machine(
     eager,
-    lambda shape, x: torch.empty(shape, dtype=x.dtype, device=x.device),
+    _empty,
     torch.Tensor.is_contiguous,
     map,  # torch has threads of its own
     lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
     large=1 << 21,
-    block=1 << 18,
+    block=1 << 19,
 )
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
@@ -88,10 +102,13 @@ class _Loss(torch.autograd.Function):
             gradient = formulas.gradient(backend.namespace(x), *call, by_autodiff=True)
             # Derived from x even where it is constant.
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
+        elif torch._C._functorch.is_legacy_batchedtensor(cotangent):
+            gradient = formulas.gradient(_space(x), *call)
         elif ctx.slopes is not None:
-            scale = eager.astype(cotangent, ctx.slopes.dtype)
-            gradient = formulas.scaled(eager, ctx.loss, ctx.options, ctx.slopes, scale, ctx.divisor, x)
-        elif _on_cpu(x) and not torch._C._functorch.is_legacy_batchedtensor(cotangent):
+            slopes, ctx.slopes = ctx.slopes, None  # written over: the next time, it is computed again
+            scale = eager.astype(cotangent, slopes.dtype)
+            gradient = slopes.mul_(formulas.factor(eager, ctx.loss, ctx.options, scale, ctx.divisor)).to(x.dtype)
+        elif _on_cpu(x):
             gradient = tiles.gradient(machine, *call)
         else:
             gradient = formulas.gradient(_space(x), *call)
@@ -132,6 +149,13 @@ class TorchBackend(Backend):
         if not isinstance(x, torch.Tensor):
             return f"torch {type(x).__name__}"
         return "a nested tensor" if x.is_nested else f"layout {x.layout}" if x.layout is not torch.strided else None
+
+    def settled(self, x: Array, targets: Any) -> Any:
+        if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):
+            return None
+        if x.is_nested or targets.is_nested or torch._C._get_tracing_state() or x.device != targets.device:
+            return None
+        return x.dtype, targets.dtype, x.layout, targets.layout
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")

@@ -1,11 +1,11 @@
 """Large arrays in blocks of rows: here small ones in smaller blocks, on NumPy's threads, after a fork."""
 
+import importlib
 import multiprocessing
 
 import numpy as np
 import pytest
 from unilabel.backends import numpy as numpy_backend
-from unilabel.backends import tiles
 from unilabel.conformance.cases import cases
 from unilabel.conformance.compare import judge
 from unilabel.conformance.oracle import expected
@@ -17,10 +17,12 @@ CASES = [case for case in cases(("float32", "bfloat16"), 0) if len(case.logits.v
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, request):
     """Everything is large, and a block has four elements, or a row."""
-    monkeypatch.setattr(tiles, "LARGE", 1)
-    monkeypatch.setattr(tiles, "BLOCK", 4)
+    for name in request.config.getoption("--backend") or ("numpy", "torch"):
+        if name in ("numpy", "torch"):
+            module = importlib.import_module(f"unilabel.backends.{name}")
+            monkeypatch.setattr(module, "machine", module.machine._replace(large=1, block=4))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,10 @@ def test_every_case(name, small, right, request):
             assert not verdict.failed, f"{case.id}, {what}: {verdict}"
 
 
-def large(rows=600, classes=500):
+def large(rows=900, classes=500):
     rng = np.random.default_rng(20261121)
     x = rng.normal(0, 5, (rows, classes)).astype("float32")
-    assert x.size > tiles.LARGE > tiles.BLOCK
+    assert x.size > numpy_backend.machine.block > numpy_backend.machine.large
     return x, rng.integers(0, 2, x.shape), rng.integers(0, classes, rows)
 
 

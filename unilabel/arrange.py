@@ -57,6 +57,21 @@ def arrange(
 ) -> Arranged:
     """Check a call of a loss and bring it into canonical form."""
     backend = backend_of(logits, targets, weight, pos_weight, sample_weight, where)
+    key = None
+    if (
+        weight is pos_weight is sample_weight is where is eps is None
+        and not validate
+        and type(axis) is int
+        and type(label_smoothing) is float
+        and type(reduction) is str
+        and (ignore_index is None or type(ignore_index) is int)
+    ):
+        kinds = backend.settled(logits, targets)
+        if kinds is not None:
+            key = loss.name, kinds, logits.shape, targets.shape, reduction, axis, label_smoothing, ignore_index
+            found = _settled.get(key)
+            if found is not None:
+                return Arranged(backend, loss, found, logits, Operands(targets), _as_it_is)
     what = {BINARY: "probs", CATEGORICAL: "probs", NLL: "log_probs"}.get(loss, "logits")
     name = check_array(backend, logits, what)
     if backend.rankless(logits):
@@ -100,7 +115,7 @@ def arrange(
         _broadcasts("pos_weight", operands.pos_weight, shape, what)
         if validate:
             _validate(backend, loss, what, logits, operands, options, axes, dtype)
-        return Arranged(backend, loss, options, logits, operands, lambda array: array)
+        return _settle(key, targets, Arranged(backend, loss, options, logits, operands, _as_it_is))
 
     batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
     classes = _product(shape[i] for i in axes)
@@ -139,7 +154,22 @@ def arrange(
     operands = operands._replace(
         targets=z if indices else last(z), where=None if operands.where is None else last(operands.where)
     )
-    return Arranged(backend, loss, options, last(logits), operands, restore)
+    return _settle(key, targets, Arranged(backend, loss, options, last(logits), operands, restore))
+
+
+_settled: dict[Any, Options] = {}  # the options of calls that came through all checks with nothing to convert
+
+
+def _settle(key: Any, targets: Any, arranged: Arranged) -> Arranged:
+    if key is not None and arranged.operands.targets is targets and arranged.restore is _as_it_is:
+        if len(_settled) >= 1000:  # shapes that never come again
+            _settled.clear()
+        _settled[key] = arranged.options
+    return arranged
+
+
+def _as_it_is(array: Array) -> Array:
+    return array
 
 
 def arrange_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Backend, bool, Array, Any]:
@@ -147,7 +177,7 @@ def arrange_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Ba
     backend = backend_of(x)
     half = check_array(backend, x, "x") in HALVES
     if axis is None:
-        return backend, half, x, lambda array: array
+        return backend, half, x, _as_it_is
     if backend.rankless(x):
         _only_last(axis, "x")
         x, _, restore, _ = backend.rows(True, x, Operands(None))
@@ -218,7 +248,7 @@ def _operand(
         _fail(TypeError, label, "dtype " + _choices(dtypes), dtype)
     if plain and dtype in FLOATS:
         with numpy.errstate(all="ignore"):  # a masked label may be any number
-            array = array.astype("float32" if name in HALVES else name)
+            array = array.astype("float32" if name in HALVES else name, copy=False)
     return backend.asarray(array, like=logits), dtype
 
 
@@ -317,7 +347,7 @@ def _class_axis_last(
     """How to move the class axes of arrays of this shape to the end, as one, and how to move them back."""
     ndim = len(x.shape)
     if axes == (-1,):
-        return (lambda array: array), (lambda array: array)
+        return _as_it_is, _as_it_is
     order = [i for i in range(ndim) if i - ndim not in axes] + [i + ndim for i in axes]
     back = [order.index(i) for i in range(ndim)]
     moved = [xp.extent(x, i) if x.shape[i] is None else x.shape[i] for i in order]

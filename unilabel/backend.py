@@ -51,6 +51,13 @@ class Backend:
         """What keeps an object of this framework from being an array to compute with; None if nothing does."""
         return None
 
+    def settled(self, x: Array, targets: Any) -> Any:
+        """What two arrays of this framework, on one device, have to be checked for, beside their shapes, as a key.
+
+        A call like an earlier one is not checked again. None: check each time.
+        """
+        return None
+
     def rankless(self, x: Array) -> bool:
         """Whether the number of dimensions is not known before it runs; then there is `rows`."""
         return False
@@ -103,6 +110,8 @@ class Backend:
 
 class Extended:
     """An array API namespace with functions added to the standard's, or put in their place."""
+
+    pick = softmax = softplus = None  # the formulas ask for these each time; a search of the base takes long
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)

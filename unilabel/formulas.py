@@ -53,7 +53,8 @@ class Masses(NamedTuple):
     """The input with its masked positions made harmless, and how much of the loss each of its classes carries."""
 
     x: Array
-    mass: Any  # per element: (negative, positive, their sum or None for 1); per row: the weighted target distribution
+    mass: Any  # per element: (negative, positive, their sum), None where that is 1 (less positive); per row: the
+    # weighted target distribution
     keep: Array | None  # False where the input does not exist
     parts: Array | None  # what each element or row adds to the divisor of reduction="mean"; None: 1 each
 
@@ -90,6 +91,7 @@ class LogisticTerms(NamedTuple):
 
 def logistic_terms(xp: Namespace, masses: Masses, options: Options) -> LogisticTerms:
     x, (negative, positive, both) = masses.x, masses.mass
+    negative = 1 - positive if negative is None else negative
     up = xp.astype(x >= 0, x.dtype)
     down = 1 - up
     # Arithmetic costs less than a select. It also differentiates right at x = 0, which the functions for it do not.
@@ -117,33 +119,40 @@ def logistic_hessian(xp: Namespace, t: LogisticTerms) -> Array:
     return curvature if t.both is None else t.both * curvature
 
 
-# The same, as it stands above, for a namespace that has log(1 + exp x), softplus, and 1 / (1 + exp -x), sigmoid, right
-# to the last digits and each in one go.
+# The same for a namespace that has log(1 + exp x), 1 / (1 + exp -x), max(x, 0) and a (1 - t) + b t, right to the last
+# digits and each in one go.
 
 
 class FusedTerms(NamedTuple):
     x: Array
-    negative: Array
+    minus: Array
+    negative: Array | None
     positive: Array
     both: Array | None
     finite: bool
 
 
 def fused_terms(xp: Namespace, masses: Masses, options: Options) -> FusedTerms:
-    return FusedTerms(masses.x, *masses.mass, options.finite)
+    return FusedTerms(masses.x, -masses.x, *masses.mass, options.finite)
 
 
 def fused_value(xp: Namespace, t: FusedTerms) -> Array:
-    of_0, of_1 = xp.softplus(t.x), xp.softplus(-t.x)
-    return _product(xp, t.negative, of_0, t.finite) + _product(xp, t.positive, of_1, t.finite)
+    near = xp.softplus(xp.minimum(t.x, t.minus))
+    above, below = xp.relu(t.x), xp.relu(t.minus)
+    if t.negative is None and t.finite:
+        return near + xp.lerp(above, below, t.positive)
+    negative = 1 - t.positive if t.negative is None else t.negative
+    far = _product(xp, negative, above, t.finite) + _product(xp, t.positive, below, t.finite)
+    return far + (near if t.both is None else near * t.both)
 
 
 def fused_gradient(xp: Namespace, t: FusedTerms) -> Array:
-    return t.negative * xp.sigmoid(t.x) - t.positive * xp.sigmoid(-t.x)
+    p, q = xp.sigmoid(t.x), xp.sigmoid(t.minus)
+    return xp.lerp(p, -q, t.positive) if t.negative is None else t.negative * p - t.positive * q
 
 
 def fused_hessian(xp: Namespace, t: FusedTerms) -> Array:
-    curvature = xp.sigmoid(t.x) * xp.sigmoid(-t.x)
+    curvature = xp.sigmoid(t.x) * xp.sigmoid(t.minus)
     return curvature if t.both is None else t.both * curvature
 
 
@@ -163,6 +172,7 @@ class BinaryTerms(NamedTuple):
 
 def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms:
     p, (negative, positive, _) = masses.x, masses.mass
+    negative = 1 - positive if negative is None else negative
     return BinaryTerms(
         p, _free(p, positive, options.eps), _free(1 - p, negative, options.eps), negative, positive, _log(options.eps)
     )
@@ -280,7 +290,7 @@ class IndexTerms(NamedTuple):
 
 def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
     x, (t, mass) = masses.x, masses.mass
-    if options.finite and hasattr(xp, "softmax"):
+    if options.finite and _has(xp, "softmax"):
         d_t, e = None, xp.softmax(x)
         e_t = _pick(xp, e, t)
         e_t = xp.where(e_t < _SMALLEST, 0.0, e_t)  # a probability without its digits: then the loss is infinite
@@ -313,12 +323,12 @@ def index_gradient(xp: Namespace, t: IndexTerms) -> Array:
 
 def _pick(xp: Namespace, x: Array, t: Array) -> Array:
     """x_t of each row. Where the namespace has no `pick`, t says of each class whether it is the one."""
-    return xp.pick(x, t) if hasattr(xp, "pick") else xp.sum(xp.where(t, x, 0.0), axis=-1)
+    return xp.pick(x, t) if _has(xp, "pick") else xp.sum(xp.where(t, x, 0.0), axis=-1)
 
 
 def _put(xp: Namespace, x: Array, t: Array, values: Any) -> Array:
     """x with the values in the place of x_t. The namespace's `replace`, which goes with `pick`, may write into x."""
-    if hasattr(xp, "pick"):
+    if _has(xp, "pick"):
         return xp.replace(x, t, values)
     return xp.where(t, values if isinstance(values, float) else xp.expand_dims(values, axis=-1), x)
 
@@ -384,6 +394,8 @@ def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options
         x, z = xp.where(keep, x, 0.0), xp.where(keep, z, 0.0)
         weight = parts if weight is None else xp.where(keep, weight, 0.0)
         pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    if weight is None and pos_weight is None and options.label_smoothing is None:
+        return Masses(x, (None, z, None), keep, parts)
     negative, positive = 1 - z, z
     if options.label_smoothing is not None:
         negative = negative * (1 - options.label_smoothing) + options.label_smoothing / 2
@@ -455,7 +467,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
 def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
     """The class that carries a row's loss, and how much; for indices with neither smoothing nor masked classes."""
     targets, weight, _, sample_weight, _ = operands
-    direct = hasattr(xp, "pick")
+    direct = _has(xp, "pick")
     classes = None if direct else _classes(xp, x)
     targets = xp.astype(targets, xp.int64 if direct else classes.dtype, copy=False)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
@@ -526,7 +538,7 @@ NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient, 
 
 def _shortest(xp: Namespace, loss: Loss, options: Options, operands: Operands) -> Loss:
     """The loss in the form that takes the least work."""
-    if loss is LOGISTIC and hasattr(xp, "softplus"):
+    if loss is LOGISTIC and _has(xp, "softplus"):
         return FUSED
     plain = options.indices and options.label_smoothing is None and operands.where is None
     return INDEX if loss is SOFTMAX and plain and not options.by_autodiff else loss
@@ -559,7 +571,8 @@ def gradient(
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     scale = xp.astype(cotangent, masses.x.dtype, copy=False)
-    return _kept(xp, masses, scaled(xp, loss, options, slopes, scale, divided_by(xp, loss, masses, options), x))
+    slopes = _scaled(xp, loss, options, slopes, scale, divided_by(xp, loss, masses, options), masses)
+    return xp.astype(slopes, x.dtype, copy=False)
 
 
 def value_and_gradient(
@@ -567,13 +580,14 @@ def value_and_gradient(
 ) -> tuple[Array, Array]:
     """The reduced loss and the derivative of its sum by the logits, the exponentials computed once."""
     total, slopes, divisor, masses = value_and_slopes(xp, loss, options, x, operands)
-    return total, _kept(xp, masses, scaled(xp, loss, options, slopes, None, divisor, x))
+    slopes = _scaled(xp, loss, options, slopes, None, divisor, masses)
+    return total, xp.astype(slopes, x.dtype, copy=False)
 
 
 def value_and_slopes(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array, Any, Masses]:
-    """The reduced loss, and slopes and a divisor, of which `scaled` makes its gradient for any cotangent."""
+    """The reduced loss, and slopes and a divisor, which are its gradient once multiplied with a `factor`."""
     loss = _shortest(xp, loss, options, operands)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
     terms = loss.terms(xp, masses, options)
@@ -590,10 +604,10 @@ def gradient_and_hessian(
     terms = loss.terms(xp, masses, options)
     divisor = divided_by(xp, loss, masses, options)
     slopes, curvatures = (
-        _kept(xp, masses, scaled(xp, loss, options, derivative(xp, terms), None, divisor, x))
+        _scaled(xp, loss, options, derivative(xp, terms), None, divisor, masses)
         for derivative in (loss.gradient, loss.hessian)
     )
-    return slopes, curvatures
+    return xp.astype(slopes, x.dtype, copy=False), xp.astype(curvatures, x.dtype, copy=False)
 
 
 def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
@@ -620,19 +634,20 @@ def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Ar
     return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)
 
 
-def scaled(
-    xp: Namespace, loss: Loss, options: Options, slopes: Array, scale: Array | None, divisor: Any, x: Array
-) -> Array:
-    """The slopes times the cotangent (None: 1) over the divisor, in the dtype of x."""
+def factor(xp: Namespace, loss: Loss, options: Options, cotangent: Array | None, divisor: Any) -> Any:
+    """What slopes are multiplied with: the cotangent (None: 1) over the divisor; None: nothing."""
+    scale = cotangent
     if divisor is not None:
         scale = mean(xp, 1.0 if scale is None else scale, divisor)
-    if scale is not None:
-        slopes = slopes * (xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" else scale)
-    return xp.astype(slopes, x.dtype, copy=False)
+    return xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" and scale is not None else scale
 
 
-def _kept(xp: Namespace, masses: Masses, slopes: Array) -> Array:
-    """0 where the input does not exist, whatever else makes it NaN."""
+def _scaled(
+    xp: Namespace, loss: Loss, options: Options, slopes: Array, cotangent: Array | None, divisor: Any, masses: Masses
+) -> Array:
+    scale = factor(xp, loss, options, cotangent, divisor)
+    slopes = slopes if scale is None else slopes * scale
+    # Masked here as well: the cotangent may be anything there.
     return slopes if masses.keep is None else xp.where(masses.keep, slopes, 0.0)
 
 
@@ -658,14 +673,14 @@ def mean(xp: Namespace, total: Any, divisor: Any) -> Any:
 
 
 def sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
-    if hasattr(xp, "sigmoid"):
+    if _has(xp, "softplus"):
         return xp.sigmoid(x)
     t = logistic_terms(xp, Masses(x, (0.0, 1.0, None), None, None), Options("none", by_autodiff=by_autodiff))
     return t.e_up / (1 + t.e)
 
 
 def log_sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
-    if hasattr(xp, "softplus"):
+    if _has(xp, "softplus"):
         return -xp.softplus(-x)
     masses = Masses(x, (0.0, 1.0, None), None, None)
     return -logistic_value(xp, logistic_terms(xp, masses, Options("none", by_autodiff=by_autodiff)))
@@ -690,6 +705,11 @@ def activation(
 
 
 # --- Small things -----------------------------------------------------------------------------------------------------
+
+
+def _has(xp: Namespace, function: str) -> bool:
+    """Whether the namespace has a function that is not the standard's."""
+    return getattr(xp, function, None) is not None
 
 
 def _working(xp: Namespace, x: Array, options: Options) -> Array:
@@ -739,7 +759,7 @@ def _extent(xp: Namespace, x: Array, axis: int) -> Any:
 def _count(xp: Namespace, x: Array, out: tuple[int, ...]) -> Any:
     """The product of all axes' lengths but these, to divide by: an int, or a scalar array in the dtype of x."""
     if None not in x.shape:
-        return math.prod(n for axis, n in enumerate(x.shape, -x.ndim) if axis not in out)
+        return math.prod([n for axis, n in enumerate(x.shape, -x.ndim) if axis not in out])
     lengths = [_extent(xp, x, axis) for axis in range(-x.ndim, 0) if axis not in out]
     return math.prod(xp.astype(n, x.dtype) if hasattr(n, "dtype") else n for n in lengths)
 

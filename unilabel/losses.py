@@ -396,10 +396,9 @@ def _called_like(
     defaults: dict[str, Any] = (loss.__kwdefaults__ or {}) | fixed
 
     def called(logits: Any, targets: Any, **options: Any) -> tuple[Any, Any]:
-        unknown = options.keys() - defaults.keys()
-        if unknown:
-            choices = ", ".join(defaults)
-            raise TypeError(f"Expected options of {loss.__name__}: {choices}. Received: {', '.join(sorted(unknown))}.")
+        if not options.keys() <= defaults.keys():
+            choices, unknown = ", ".join(defaults), ", ".join(sorted(options.keys() - defaults.keys()))
+            raise TypeError(f"Expected options of {loss.__name__}: {choices}. Received: {unknown}.")
         for option, value in fixed.items():
             if options.get(option, value) != value:
                 raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
