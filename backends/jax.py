@@ -51,22 +51,46 @@ def _value(loss: Loss, options: Options, x: Array, operands: Operands, smoothing
 @_broadcasting
 def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     x, operands, smoothing = primals
-    x_dot, operands_dot, _ = tangents
-    value, change = _value(loss, options, x, operands, smoothing), None
-    options = options._replace(label_smoothing=smoothing)
-    if not _is_zero(x_dot):
-        change = formulas.pushforward(xp, loss, options, x, operands, x_dot)
+    value, change = _value(loss, options, *primals), None
+    if not _is_zero(tangents[0]):
+        slopes = _slopes(loss, options, *primals)
+        settled = options._replace(label_smoothing=smoothing)
+        change = formulas.pushforward(xp, loss, settled, x, operands, slopes, tangents[0])
     # Targets and weights are seldom differentiated: the plain expression is good enough for them, for those alone.
-    moving = {name: dot for name, dot in operands_dot._asdict().items() if dot is not None and not _is_zero(dot)}
-    if moving:
-        at = {name: getattr(operands, name) for name in moving}
-        _, more = jax.jvp(
-            lambda some: formulas.value(xp, loss, options, x, operands._replace(**some), by_autodiff=True),
-            (at,),
-            (moving,),
-        )
-        change = more if change is None else change + more
+    more = _by_autodiff(formulas.value, loss, options, primals, (None, *tangents[1:]))
+    if more is not None:
+        change = more[1] if change is None else change + more[1]
     return value, jnp.zeros_like(value) if change is None else change
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@_broadcasting
+def _slopes(loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Array:
+    return formulas.slopes(xp, loss, options._replace(label_smoothing=smoothing), x, operands)
+
+
+@_broadcasting
+def _slopes_jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    slopes = _by_autodiff(formulas.slopes, loss, options, primals, tangents)
+    if slopes is None:
+        slopes = _slopes(loss, options, *primals)
+        return slopes, jnp.zeros_like(slopes)
+    return slopes
+
+
+def _by_autodiff(formula: Any, loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
+    """A formula in the form for autodiff, and its derivative by what has a tangent; None if nothing has."""
+    x, operands, smoothing = primals
+    given = {"x": x, **operands._asdict()}
+    dots = {"x": tangents[0], **tangents[1]._asdict()}
+    moving = {name: dot for name, dot in dots.items() if dot is not None and not _is_zero(dot)}
+
+    def run(some: dict[str, Array]) -> Array:
+        arrays = given | some
+        options_ = options._replace(label_smoothing=smoothing)
+        return formula(xp, loss, options_, arrays.pop("x"), Operands(**arrays), by_autodiff=True)
+
+    return jax.jvp(run, ({name: given[name] for name in moving},), (moving,)) if moving else None
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -74,6 +98,7 @@ def _is_zero(tangent: Any) -> bool:
 
 
 _value.defjvp(_jvp, symbolic_zeros=True)
+_slopes.defjvp(_slopes_jvp, symbolic_zeros=True)
 
 _loss = jax.jit(_value, static_argnums=(0, 1))
 

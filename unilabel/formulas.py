@@ -151,11 +151,6 @@ def fused_gradient(xp: Namespace, t: FusedTerms) -> Array:
     return xp.lerp(p, -q, t.positive) if t.negative is None else t.negative * p - t.positive * q
 
 
-def fused_hessian(xp: Namespace, t: FusedTerms) -> Array:
-    curvature = xp.sigmoid(t.x) * xp.sigmoid(t.minus)
-    return curvature if t.both is None else t.both * curvature
-
-
 # --- Binary cross-entropy on probabilities ----------------------------------------------------------------------------
 #
 #     L = -negative · log max(1 - p, eps) - positive · log max(p, eps)
@@ -515,7 +510,7 @@ LOGISTIC = Loss(
     logistic_gradient,
     logistic_hessian,
 )
-FUSED = LOGISTIC._replace(terms=fused_terms, value=fused_value, gradient=fused_gradient, hessian=fused_hessian)
+FUSED = LOGISTIC._replace(terms=fused_terms, value=fused_value, gradient=fused_gradient)
 BINARY = Loss(
     "binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient, binary_hessian
 )
@@ -537,11 +532,11 @@ NLL = Loss("nll", True, probability_masses, nll_terms, nll_value, nll_gradient, 
 
 
 def _shortest(xp: Namespace, loss: Loss, options: Options, operands: Operands) -> Loss:
-    """The loss in the form that takes the least work."""
-    if loss is LOGISTIC and _has(xp, "softplus"):
+    """The loss in the form whose value and gradient take the least work. (Only the first has a Hessian.)"""
+    if loss == LOGISTIC and _has(xp, "softplus"):
         return FUSED
     plain = options.indices and options.label_smoothing is None and operands.where is None
-    return INDEX if loss is SOFTMAX and plain and not options.by_autodiff else loss
+    return INDEX if loss == SOFTMAX and plain and not options.by_autodiff else loss
 
 
 def value(
@@ -610,11 +605,22 @@ def gradient_and_hessian(
     return xp.astype(slopes, x.dtype, copy=False), xp.astype(curvatures, x.dtype, copy=False)
 
 
-def pushforward(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, tangent: Array) -> Array:
-    """The derivative of the reduced loss in the direction of the logits' tangent; it may be differentiated again."""
-    options = options._replace(by_autodiff=True)
+def slopes(
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
+) -> Array:
+    """The derivative of each loss by its own logits, before the reduction. `by_autodiff`: to differentiate again."""
+    options = options._replace(by_autodiff=by_autodiff)
+    loss = _shortest(xp, loss, options, operands)
     masses = loss.masses(xp, _working(xp, x, options), operands, options)
-    slopes = loss.gradient(xp, loss.terms(xp, masses, options))
+    return loss.gradient(xp, loss.terms(xp, masses, options))
+
+
+def pushforward(
+    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, slopes: Array, tangent: Array
+) -> Array:
+    """The derivative of the reduced loss in the direction of the logits' tangent."""
+    loss = _shortest(xp, loss, options, operands)
+    masses = loss.masses(xp, _working(xp, x, options), operands, options)
     tangent = xp.astype(tangent, masses.x.dtype, copy=False)
     change = slopes * (tangent if masses.keep is None else xp.where(masses.keep, tangent, 0.0))
     change = xp.sum(change, axis=-1) if loss.per_row else change
