@@ -22,9 +22,34 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
     return jnp.where(condition, a, b)
 
 
+def _as_index(t: Array) -> Array:
+    return t.astype(jax.dtypes.canonicalize_dtype(np.int64))
+
+
+def _position(x: Array, t: Array) -> tuple[Array, Array]:
+    """Where each row has its class: to gather it, and as a mask, as replacing by a scatter takes longer."""
+    t = jnp.expand_dims(t, -1)
+    return t, jax.lax.broadcasted_iota(t.dtype, x.shape, x.ndim - 1) == t
+
+
+def _pick(x: Array, position: tuple[Array, Array]) -> Array:
+    spec = getattr(getattr(x.aval, "sharding", None), "spec", None)
+    if spec and spec[-1] is not None:  # JAX gathers nothing along an axis that is explicitly spread over devices
+        return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
+    return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
+
+
+def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
+    return jnp.where(position[1], values if isinstance(values, float) else values[..., None], x)
+
+
 xp = Extended(
     jnp,
+    as_index=_as_index,
     ones_like=jax.jit(jnp.ones_like, static_argnames="dtype"),  # without jit, the 1 would be a transfer to the device
+    pick=_pick,
+    position=_position,
+    replace=_replace,
     stop_gradient=jax.lax.stop_gradient,
     where=_where,
 )

@@ -26,7 +26,7 @@ def _max(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
 
 
-def _position(t: Array) -> tuple[Any, ...]:
+def _position(x: Array, t: Array) -> tuple[Any, ...]:
     """Where an array has the elements of these class indices."""
     if t.size and t.min() < 0:
         raise IndexError("expected class indices from 0 up")
@@ -42,6 +42,7 @@ def _replace(x: Array, position: tuple[Any, ...], values: Any) -> Array:
 xp = Extended(
     np,
     astype=lambda x, dtype, copy=True: x.astype(dtype, copy=copy),
+    as_index=lambda t: t.astype(np.int64, copy=False),
     expand_dims=lambda x, axis: x[..., None] if axis == -1 else np.expand_dims(x, axis),
     max=_max,
     pick=operator.getitem,

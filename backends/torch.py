@@ -48,11 +48,12 @@ def _softmax(x: Array) -> Array:
 eager = Extended(
     torch,
     astype=lambda x, dtype, copy=True: x if x.dtype is dtype else x.to(dtype),
+    as_index=lambda t: t.to(torch.int64),
     expand_dims=torch.unsqueeze,
     max=torch.amax,
     multiply=torch.mul,
     pick=_pick,
-    position=lambda t: t.unsqueeze(-1),
+    position=lambda x, t: t.unsqueeze(-1),
     replace=_replace,
     sigmoid=torch.sigmoid,
     softmax=_softmax,

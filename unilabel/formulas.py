@@ -464,12 +464,12 @@ def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) 
     targets, weight, _, sample_weight, _ = operands
     direct = _has(xp, "pick")
     classes = None if direct else _classes(xp, x)
-    targets = xp.astype(targets, xp.int64 if direct else classes.dtype, copy=False)
+    targets = xp.as_index(targets) if direct else xp.astype(targets, classes.dtype, copy=False)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
     wrong = None if options.finite else (targets < 0) | (targets >= _extent(xp, x, -1))  # else `pick` raises
     off = ignored if wrong is None else wrong
     index = targets if off is None else xp.where(off, 0, targets)
-    t = xp.position(index) if direct else classes == xp.expand_dims(index, axis=-1)
+    t = xp.position(x, index) if direct else classes == xp.expand_dims(index, axis=-1)
 
     mass = None
     if weight is not None:
@@ -485,7 +485,7 @@ def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) 
         if weight is not None:
             parts = xp.where(wrong, 0.0, parts)
         wrong = wrong if ignored is None else wrong & ~ignored
-        mass = xp.where(wrong, math.nan, xp.ones_like(x[..., 0]) if mass is None else mass)
+        mass = xp.where(wrong, math.nan, xp.astype(~wrong, x.dtype) if mass is None else mass)
     keep = None
     if ignored is not None:
         keep = xp.expand_dims(~ignored, axis=-1)
