@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ xp = Extended(
     position=_position,
     replace=_replace,
     stop_gradient=jax.lax.stop_gradient,
+    take=operator.getitem,
     where=_where,
 )
 

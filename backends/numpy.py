@@ -50,6 +50,7 @@ xp = Extended(
     replace=_replace,
     squeeze=lambda x, axis: x[..., 0] if axis == -1 else np.squeeze(x, axis),
     sum=_sum,
+    take=operator.getitem,
 )
 
 

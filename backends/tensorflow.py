@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import forwardprop_util
+from tensorflow.python.eager import forwardprop_util, record
 
 from .. import formulas
 from ..backend import Backend
@@ -27,9 +27,21 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
 
 
+def _position(x: Array, t: Array) -> tuple[Array, Array]:
+    """Where each row has its class: to gather it, and as a mask, as replacing by a scatter takes longer."""
+    t = tf.cast(t, tf.int32)  # long integers take longer; by now they are class indices
+    return t, tf.range(tf.shape(x)[-1]) == tf.expand_dims(t, -1)
+
+
+def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
+    values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
+    return tf.where(position[1], values, x)
+
+
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
 xp = SimpleNamespace(
     abs=tf.abs,
+    as_index=lambda t: tf.cast(t, tf.int64),
     arange=lambda n, device=None: tf.range(tf.cast(n, tf.int64)),
     any=tf.reduce_any,
     astype=lambda x, dtype, copy=True: tf.cast(x, dtype),
@@ -47,12 +59,19 @@ xp = SimpleNamespace(
     multiply=tf.multiply,
     ones_like=tf.ones_like,
     permute_dims=tf.transpose,
+    pick=lambda x, position: tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1),
+    position=_position,
+    replace=_replace,
     reshape=tf.reshape,
     squeeze=tf.squeeze,
     stop_gradient=tf.stop_gradient,
     sum=_sum,
+    take=tf.gather,
     where=_where,
 )
+
+
+EAGER = type(tf.constant(0))
 
 
 def _on_device_of(x: Array) -> Any:
@@ -119,6 +138,68 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     return run(x, *moving.values())
 
 
+def _is_eager(x: Array, operands: Operands) -> bool:
+    """Whether all have values, and no ForwardAccumulator watches one of them."""
+    arrays = [x, *(array for array in operands if array is not None)]
+    return (
+        tf.executing_eagerly()
+        and not any(tf.is_symbolic_tensor(array) for array in arrays)
+        and _space(*arrays) is xp
+    )
+
+
+# In eager mode TensorFlow runs one operation after the other. A call like a few earlier ones is compiled by XLA, which
+# takes a good part of a second: too long for what does not come again.
+REPEATED = 3
+_calls: dict[Any, Any] = {}  # how often a call came, or what it was compiled to
+
+
+def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *more: Array) -> Any:
+    """The formula's result, in eager mode, where nothing but the logits' own gradient is asked for."""
+    given = [(name, array) for name, array in operands._asdict().items() if array is not None]
+    arrays = (x, *(array for _, array in given), *more)
+    names = tuple(name for name, _ in given)
+    key = (formula.__name__, loss.name, options, names, *((array.dtype, array.shape) for array in arrays))
+    compiled = _calls.get(key, 0)
+    with record.stop_recording(), tf.device(x.device):
+        if not isinstance(compiled, int):
+            return compiled(*arrays)
+        if compiled < REPEATED:
+            if len(_calls) >= 1000:  # shapes that never come again
+                _calls.clear()
+            _calls[key] = compiled + 1
+            return formula(xp, loss, options, x, operands, *more)
+
+        @tf.function(autograph=False, jit_compile=True)
+        def run(x: Array, *arrays: Array) -> Any:
+            return formula(xp, loss, options, x, Operands(**{"targets": None} | dict(zip(names, arrays))), *arrays[len(names):])
+
+        _calls[key] = run.get_concrete_function(*arrays)
+        return _calls[key](*arrays)
+
+
+SMALL = 1 << 20  # elements
+
+
+def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+    """The loss, with its gradient left on the tapes: of a small array computed with it, of a large one when needed."""
+    gradient = None
+    if x.shape.num_elements() < SMALL and options.reduction != "none":
+        value, gradient = _eagerly(formulas.value_and_gradient, loss, options, x, operands)
+    else:
+        value = _eagerly(formulas.value, loss, options, x, operands)
+
+    def pullback(cotangent: Array) -> list[Array]:
+        if not tf.executing_eagerly() or record.could_possibly_record() or tf.is_symbolic_tensor(cotangent):
+            return [formulas.gradient(xp, loss, options, x, operands, cotangent, by_autodiff=True)]
+        if gradient is not None:
+            return [gradient * cotangent]
+        return [_eagerly(formulas.gradient, loss, options, x, operands, cotangent)]
+
+    record.record_operation("unilabel", [value], [x], pullback)
+    return value
+
+
 class TensorflowBackend(Backend):
     name = "tensorflow"
     install = "pip install tensorflow"
@@ -172,6 +253,11 @@ class TensorflowBackend(Backend):
 
         return tf.reshape(x, two), operands, lambda array: tf.reshape(array, shape), finish
 
+    def settled(self, x: Array, targets: Any) -> Any:
+        if type(x) is not EAGER or type(targets) is not EAGER:
+            return None
+        return x.dtype, targets.dtype
+
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
 
@@ -193,11 +279,19 @@ class TensorflowBackend(Backend):
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         x = tf.convert_to_tensor(x)
+        if _is_eager(x, operands):
+            if not record.could_possibly_record():
+                return _eagerly(formulas.value, loss, options, x, operands)
+            others = [array for array in operands if array is not None and array.dtype.is_floating]
+            if not (others and record.should_record_backprop(others)):
+                return _recorded_eagerly(loss, options, x, operands)
         with _on_device_of(x):
             return _recorded_loss(loss, options, x, _fitted(options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         x = tf.convert_to_tensor(x)
+        if _is_eager(x, operands):
+            return tuple(_eagerly(formula, loss, options, x, operands))
         with _on_device_of(x):
             return super().closed_form(formula, loss, options, x, _fitted(options, x, operands))
 

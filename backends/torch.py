@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import array_api_compat.torch as compat
@@ -59,6 +60,7 @@ eager = Extended(
     softmax=_softmax,
     softplus=lambda x: torch.nn.functional.softplus(x, 1, 60.0),  # beyond, it is x to the last digit
     sum=_sum,
+    take=operator.getitem,
 )
 
 def _empty(shape: tuple[int, ...], like: Array) -> Array:

@@ -474,7 +474,7 @@ def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) 
     mass = None
     if weight is not None:
         weight = xp.astype(weight, x.dtype, copy=False)
-        mass = weight[index] if direct else xp.sum(xp.where(t, weight, 0.0), axis=-1)
+        mass = xp.take(weight, index) if direct else xp.sum(xp.where(t, weight, 0.0), axis=-1)
     if sample_weight is not None:
         sample_weight = xp.astype(sample_weight, x.dtype, copy=False)
         mass = sample_weight if mass is None else mass * sample_weight
