@@ -149,8 +149,10 @@ def _is_eager(x: Array, operands: Operands) -> bool:
 
 
 # In eager mode TensorFlow runs one operation after the other. A call like a few earlier ones is compiled by XLA, which
-# takes a good part of a second: too long for what does not come again.
+# takes a good part of a second: too long for what does not come again, and no longer than to compute large arrays
+# once, which would take a lot of memory too.
 REPEATED = 3
+LARGE = 1 << 22  # elements
 _calls: dict[Any, Any] = {}  # how often a call came, or what it was compiled to
 
 
@@ -164,7 +166,7 @@ def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Ope
     with record.stop_recording(), tf.device(x.device):
         if not isinstance(compiled, int):
             return compiled(*arrays)
-        if compiled < REPEATED:
+        if compiled < REPEATED and x.shape.num_elements() < LARGE:
             if len(_calls) >= 1000:  # shapes that never come again
                 _calls.clear()
             _calls[key] = compiled + 1
