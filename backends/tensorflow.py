@@ -21,10 +21,21 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    if x.dtype != tf.float32 or (tf.executing_eagerly() and x.shape.num_elements() <= 1 << 16):
+    if x.dtype != tf.float32 or (tf.executing_eagerly() and (axis == -1 or x.shape.num_elements() <= 1 << 16)):
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-    # TensorFlow loses digits in long sums, and XLA, which adds one number after the other, in all; float64 has more.
-    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
+    n = x.shape[-1]
+    if axis != -1 or n is None:
+        # TensorFlow loses digits in sums over all elements or along other axes than the last; float64 has more.
+        return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
+    odd = None
+    while n > 4096:  # XLA loses digits in long rows, and float64 takes twice the memory: the halves are added first
+        if n % 2:
+            odd = x[..., -1:] if odd is None else odd + x[..., -1:]
+        n //= 2
+        x = x[..., :n] + x[..., n : 2 * n]
+    total = tf.reduce_sum(x, axis=-1, keepdims=True)
+    total = total if odd is None else total + odd
+    return total if keepdims else total[..., 0]
 
 
 def _position(x: Array, t: Array) -> tuple[Array, Array]:

@@ -290,14 +290,14 @@ def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
         e_t = _pick(xp, e, t)
         e_t = xp.where(e_t < _SMALLEST, 0.0, e_t)  # a probability without its digits: then the loss is infinite
     else:
-        m = xp.max(x, axis=-1, keepdims=True)
+        m, x_t = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(_pick(xp, x, t), axis=-1)
         if options.finite:
-            d = x - m
+            d, d_t = x - m, x_t - m
         else:
             m = xp.where(m == -math.inf, math.nan, m)  # no class can be
-            d = xp.where(x == m, 0.0, x - m)
-        d_t, e = _pick(xp, d, t), xp.exp(d)
-        e_t = xp.exp(d_t)
+            d, d_t = xp.where(x == m, 0.0, x - m), xp.where(x_t == m, 0.0, x_t - m)
+        d_t = xp.squeeze(d_t, axis=-1)
+        e, e_t = xp.exp(d), xp.exp(d_t)
     e = _put(xp, e, t, 0.0)
     return IndexTerms(t, d_t, e, e_t, xp.sum(e, axis=-1), mass, options.finite)
 
