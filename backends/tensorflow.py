@@ -206,7 +206,8 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
         if not tf.executing_eagerly() or record.could_possibly_record() or tf.is_symbolic_tensor(cotangent):
             return [formulas.gradient(xp, loss, options, x, operands, cotangent, by_autodiff=True)]
         if gradient is not None:
-            return [gradient * cotangent]
+            with tf.device(x.device):
+                return [gradient * cotangent]
         return [_eagerly(formulas.gradient, loss, options, x, operands, cotangent)]
 
     record.record_operation("unilabel", [value], [x], pullback)

@@ -63,6 +63,7 @@ eager = Extended(
     take=operator.getitem,
 )
 
+
 def _empty(shape: tuple[int, ...], like: Array) -> Array:
     """Memory from NumPy: it asks the system for huge pages. Most of torch's time with new memory is page faults."""
     if like.dtype is torch.bfloat16:
@@ -89,7 +90,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
         given, ctx.slopes = Operands(*operands), None
-        if x.numel() >= machine.large or given.where is not None or options.ignore_index is not None:
+        large = x.numel() >= machine.large or _is_sharded(x)
+        if large or given.where is not None or options.ignore_index is not None:
             value, options = _run(formulas.value, loss, options, x, given)
         else:
             (value, ctx.slopes, ctx.divisor, _), options = _run(formulas.value_and_slopes, loss, options, x, given)

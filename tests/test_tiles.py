@@ -2,6 +2,9 @@
 
 import importlib
 import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,9 +86,7 @@ def in_child(queue):
     queue.put([array.tobytes() for array in results(*large())])
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_a_fork():
-    """The parent's threads are not in the child."""
+def fork():
     here = [array.tobytes() for array in results(*large())]
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -94,6 +95,11 @@ def test_after_a_fork():
     assert queue.get(timeout=60) == here
     child.join(60)
     assert child.exitcode == 0
+
+
+def test_after_a_fork():
+    """The parent's threads are not in the child. In a process of its own: other frameworks' threads may not be forked."""
+    subprocess.run([sys.executable, "-c", "import test_tiles; test_tiles.fork()"], cwd=Path(__file__).parent, check=True)
 
 
 def test_number_of_threads(monkeypatch):
