@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,9 +154,7 @@ def _is_eager(x: Array, operands: Operands) -> bool:
     """Whether all have values, and no ForwardAccumulator watches one of them."""
     arrays = [x, *(array for array in operands if array is not None)]
     return (
-        tf.executing_eagerly()
-        and not any(tf.is_symbolic_tensor(array) for array in arrays)
-        and _space(*arrays) is xp
+        tf.executing_eagerly() and not any(tf.is_symbolic_tensor(array) for array in arrays) and _space(*arrays) is xp
     )
 
 
@@ -165,6 +164,7 @@ def _is_eager(x: Array, operands: Operands) -> bool:
 REPEATED = 3
 LARGE = 1 << 22  # elements
 _calls: dict[Any, Any] = {}  # how often a call came, or what it was compiled to
+_compiling = threading.Lock()  # of several threads with the same call, one compiles it
 
 
 def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *more: Array) -> Any:
@@ -185,9 +185,12 @@ def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Ope
 
         @tf.function(autograph=False, jit_compile=True)
         def run(x: Array, *arrays: Array) -> Any:
-            return formula(xp, loss, options, x, Operands(**{"targets": None} | dict(zip(names, arrays))), *arrays[len(names):])
+            operands = Operands(**dict(zip(names, arrays, strict=False)))
+            return formula(xp, loss, options, x, operands, *arrays[len(names) :])
 
-        _calls[key] = run.get_concrete_function(*arrays)
+        with _compiling:
+            if isinstance(_calls.get(key, 0), int):
+                _calls[key] = run.get_concrete_function(*arrays)
         return _calls[key](*arrays)
 
 
@@ -197,7 +200,7 @@ SMALL = 1 << 20  # elements
 def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The loss, with its gradient left on the tapes: of a small array computed with it, of a large one when needed."""
     gradient = None
-    if x.shape.num_elements() < SMALL and options.reduction != "none":
+    if x.shape.num_elements() < SMALL and options.reduction != "none" and not options.half:  # to be rounded once
         value, gradient = _eagerly(formulas.value_and_gradient, loss, options, x, operands)
     else:
         value = _eagerly(formulas.value, loss, options, x, operands)

@@ -15,8 +15,8 @@ import numpy as np
 from .. import formulas
 from ..formulas import Array, Loss, Masses, Namespace, Operands, Options
 
-# The C library gives memory from 128 kB up back to the system when it is freed, and each time that it is taken again the
-# system clears it, which takes longer than to compute. Once an array of this size has been freed, glibc keeps such.
+# The C library gives memory from 128 kB up back to the system when it is freed, and the system clears it each time that
+# it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc keeps such.
 np.empty(1 << 24, np.uint8)
 
 

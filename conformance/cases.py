@@ -229,6 +229,8 @@ def tails(make: Maker) -> Iterator[Case]:
     wide = [[0.0, smallest, 1.0, -smallest, -1.0, 1e-3, -50.0]]
     for y in range(7):
         yield make.case(SOFTMAX, wide, [y], flag="confident", reduction="none")
+    for share in (0.9, 0.96):  # the probability of the target has lost digits, the loss has not
+        yield make.case(SOFTMAX, [[0.0, -smallest * share]], [1], flag="confident")
 
 
 @family
@@ -363,6 +365,13 @@ def weighted(make: Maker) -> Iterator[Case]:
     for smoothing in (0.0, 0.5):  # the targets weigh nothing, and so there is nothing to average
         options: dict[str, Any] = {"weight": [0.0, 0.0, 1.0], "label_smoothing": smoothing}
         yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], **options)
+    for reduction in REDUCTIONS:
+        both = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((4,), 0.1, 3)}
+        yield make.case(SOFTMAX, make.numbers((4, 3), -4, 4), [0, 1, 2, 1], reduction=reduction, **both)
+    weight = make.numbers((3,), 0.1, 3)  # of a class that is ignored, too
+    for smoothing in (0.0, 0.1):
+        options = {"weight": weight, "ignore_index": 1, "label_smoothing": smoothing}
+        yield make.case(SOFTMAX, make.numbers((4, 3), -4, 4), [0, 1, 2, 1], **options)
 
 
 @family

@@ -33,6 +33,11 @@ TORCH = ("--backend", "torch", "--dtype", "float32", "--case", "seed", "--case",
 JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "masked")  # all would compile for minutes
 # The forms that a framework differentiates itself are traced code's.
 SOME = ("--case", "float32/confident/3*", "--case", "float32/invalid/16")
+EAGER = ("--backend", "torch", "--dtype", "float32")  # has the fused functions
+STRICT = ("--backend", "array_api_strict", "--dtype", "float32")  # knows a class index by a mask
+TF_GRAPH = ("--backend", "tensorflow", "--dtype", "float32", "--mode", "graph", "--case", "seed")
+GRAPH_AT_0 = ("--backend", "torch", "--dtype", "float32", "--mode", "graph", "--case", "zero")
+ROW_IGNORED = "\n            ignored = targets == options.ignore_index"
 GRAPH = ("--backend", "torch", "--dtype", "float32", "--mode", "graph", *SOME)
 
 MUTATIONS = {
@@ -40,22 +45,36 @@ MUTATIONS = {
     "logistic: value, masses swapped": Mutation(
         "t.up * t.negative + t.down * t.positive", "t.up * t.positive + t.down * t.negative"
     ),
-    "logistic: log1p written out": Mutation("xp.log1p(t.e) * (", "xp.log(1 + t.e) * ("),
+    "logistic: log1p written out": Mutation("near = xp.log1p(t.e)", "near = xp.log(1 + t.e)"),
     "logistic: masses of the logarithm left out": Mutation(
-        "xp.log1p(t.e) * (t.negative + t.positive)", "xp.log1p(t.e)"
+        "t.size, t.finite)\n    return far + (near if t.both is None else near * t.both)",
+        "t.size, t.finite)\n    return far + near",
     ),
     "logistic: exponent clamped": Mutation("xp.exp(-size)", "xp.exp(-xp.minimum(size, xp.asarray(20.0)))"),
-    "logistic: gradient, sign": Mutation(
-        "- t.positive * (t.up * t.e + t.down)", "+ t.positive * (t.up * t.e + t.down)"
-    ),
+    "logistic: gradient, sign": Mutation("- t.positive * t.e_down", "+ t.positive * t.e_down"),
     "logistic: gradient as sigmoid - z": Mutation(
-        "(t.negative * (t.up + t.down * t.e) - t.positive * (t.up * t.e + t.down)) / (1 + t.e)",
-        "(t.negative + t.positive) * ((t.up + t.down * t.e) / (1 + t.e)) - t.positive",
+        "(t.negative * t.e_up - t.positive * t.e_down) / (1 + t.e)",
+        "(t.negative + t.positive) * (t.e_up / (1 + t.e)) - t.positive",
     ),
-    "logistic: gradient at 0": Mutation("(t.up + t.down * t.e) -", "(t.up * (t.size > 0) + t.down * t.e) -"),
+    "logistic: gradient at 0": Mutation("(t.negative * t.e_up", "(t.negative * (t.size > 0) * t.e_up"),
     "logistic: Hessian, square left out": Mutation("((1 + t.e) * (1 + t.e))", "(1 + t.e)"),
     "logistic: Hessian as p (1 - p)": Mutation(
         "t.e / ((1 + t.e) * (1 + t.e))", "(1 / (1 + t.e)) * (1 - 1 / (1 + t.e))"
+    ),
+    "fused: softplus of x": Mutation("xp.softplus(xp.minimum(t.x, t.minus))", "xp.softplus(t.x)", EAGER),
+    "fused: the labels' ramps swapped": Mutation("xp.lerp(above, below,", "xp.lerp(below, above,", EAGER),
+    "fused: 0·inf": Mutation("if t.negative is None and t.finite:", "if t.negative is None:", EAGER),
+    "fused: masses of the logarithm left out": Mutation(
+        "below, t.finite)\n    return far + (near if t.both is None else near * t.both)",
+        "below, t.finite)\n    return far + near",
+        EAGER,
+    ),
+    "fused: gradient with 1 - p": Mutation(
+        "xp.sigmoid(t.x), xp.sigmoid(t.minus)", "(p := xp.sigmoid(t.x)), 1 - p", EAGER
+    ),
+    "fused: gradient, sign": Mutation("xp.lerp(p, -q,", "xp.lerp(p, q,", EAGER),
+    "fused: gradient with masses, sign": Mutation(
+        "t.negative * p - t.positive * q", "t.negative * p + t.positive * q", EAGER
     ),
     "guard of 0·inf left out": Mutation("xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)", "size, mass)"),
     "guard of 0·inf takes NaN": Mutation("(mass == 0) & xp.isinf(size)", "mass == 0"),
@@ -86,7 +105,7 @@ MUTATIONS = {
     "nll: Hessian": Mutation("return 0 * t.mass", "return t.mass"),
     "nll: Hessian, a wrong index is 0 there": Mutation("return 0 * t.mass", "return xp.zeros_like(t.mass)"),
     # Softmax
-    "softmax: no maximum": Mutation("0.0, x - m)", "0.0, x)"),
+    "softmax: no maximum": Mutation("(m == math.inf), 0.0, x - m)", "(m == math.inf), 0.0, x)"),
     "softmax: infinity less infinity": Mutation("xp.where(top & (m == math.inf), 0.0, x - m)", "x - m"),
     "softmax: d = 0 for every largest": Mutation("top & (m == math.inf), 0.0", "top, 0.0"),
     "softmax: ties": Mutation(" + (xp.sum(tops, axis=-1, keepdims=True) - 1)", ""),
@@ -105,6 +124,45 @@ MUTATIONS = {
     "softmax: gradient, the target is the largest": Mutation("(1 - t.e) + t.s, 1 + t.s", "t.s, 1 + t.s"),
     "softmax: Hessian as p (1 - p)": Mutation("(p / total) * (q / total)", "(p / total) * (1 - p / total)"),
     "softmax: Hessian, mass left out": Mutation("xp.sum(t.z, axis=-1, keepdims=True) * (p / total)", "(p / total)"),
+    # Softmax with class indices
+    "index: log1p written out": Mutation("values = xp.log1p(t.s / t.e_t)", "values = xp.log(1 + t.s / t.e_t)"),
+    "index: the target among the others": Mutation("e = _put(xp, e, t, 0.0)", "pass"),
+    "index: a quotient beyond the largest number": Mutation(
+        "xp.where(t.s <= t.e_t, values,", "xp.where(t.s >= 0, values,"
+    ),
+    "index: digits of a sure target": Mutation("xp.where(t.s <= t.e_t, values,", "xp.where(t.s < 0, values,"),
+    "index: infinity less infinity": Mutation(
+        "xp.where(x == m, 0.0, x - m), xp.where(x_t == m, 0.0, x_t - m)", "x - m, x_t - m"
+    ),
+    "index: infinity less infinity, at the target": Mutation("xp.where(x_t == m, 0.0, x_t - m)", "x_t - m"),
+    "index: every class at -inf": Mutation("xp.where(m == -math.inf, math.nan, m)", "m"),
+    "index: value, mass left out": Mutation("return values if t.mass is None else", "return values if True else"),
+    "index: gradient, sign": Mutation("t.t, -t.s)", "t.t, t.s)"),
+    "index: gradient, mass left out": Mutation("(1 if scale is None else scale) / (t.s", "1 / (t.s"),
+    "index: gradient, the target not in the sum": Mutation("scale) / (t.s + t.e_t)", "scale) / t.s"),
+    "index: ignore_index, the others": Mutation(
+        "is None else targets == options.ignore_index", "is None else targets != options.ignore_index"
+    ),
+    "index: ignore_index, every negative one": Mutation(
+        "is None else targets == options.ignore_index", "is None else targets < 0"
+    ),
+    "index: weight of the class before": Mutation(
+        "xp.take(weight, index) if direct", "xp.take(weight, index - 1) if direct"
+    ),
+    "index: sample_weight left out": Mutation("mass * sample_weight", "mass"),
+    "index: weight left out": Mutation("mass * sample_weight", "sample_weight"),
+    "index: the ignored carry a loss": Mutation("xp.where(ignored, 0.0, mass)", "mass"),
+    "index: an ignored row's logits leak": Mutation("x if options.finite else xp.where(keep, x, 0.0)", "x"),
+    "index: a wrong index is 0": Mutation(
+        "xp.where(wrong, math.nan, xp.astype(~wrong", "xp.where(wrong, 0.0, xp.astype(~wrong"
+    ),
+    "index: a wrong index in the divisor": Mutation("parts = xp.where(wrong, 0.0, parts)", "pass"),
+    "index: a wrong index is ignored": Mutation("wrong if ignored is None else wrong & ~ignored", "wrong & False"),
+    "index: of a mask, above the classes": Mutation(" | (targets >= _extent(xp, x, -1))", "", STRICT),
+    "index: of a mask, negative": Mutation("(targets < 0) | ", "", STRICT),
+    "index: of a mask, weight": Mutation(
+        "xp.sum(xp.where(t, weight, 0.0)", "xp.sum(xp.where(t, 0 * weight + 1, 0.0)", STRICT
+    ),
     # Masses of elements
     "element: labels swapped": Mutation("negative, positive = 1 - z, z", "negative, positive = z, 1 - z"),
     "element: smoothing ε/K": Mutation(
@@ -135,6 +193,7 @@ MUTATIONS = {
     ),
     "element: a masked pos_weight leaks": Mutation("xp.where(keep, pos_weight, 1.0)", "pos_weight"),
     "element: the mask left out": Mutation("xp.where(keep, xp.ones_like(x), 0.0)", "xp.ones_like(x)"),
+    "element: masses taken to sum to 1": Mutation("else negative + positive", "else None"),
     # Masses of rows
     "row: an index of a masked class": Mutation("named = named & keep", "pass"),
     "row: a wrong index is 0": Mutation(
@@ -144,10 +203,10 @@ MUTATIONS = {
         "targets = xp.astype(targets, classes.dtype, copy=False)",
         "targets = xp.where(targets < 0, targets + x.shape[-1], targets)",
     ),
-    "row: ignore_index, the others": Mutation("targets == options.ignore_index", "targets != options.ignore_index"),
-    "row: ignore_index, every negative one": Mutation("targets == options.ignore_index", "targets < 0"),
+    "row: ignore_index, the others": Mutation(ROW_IGNORED, ROW_IGNORED.replace("==", "!=")),
+    "row: ignore_index, every negative one": Mutation(ROW_IGNORED, "\n            ignored = targets < 0"),
     "row: ignore_index, a class is never ignored": Mutation(
-        "ignored = targets == options.ignore_index", "ignored = wrong & (targets == options.ignore_index)"
+        ROW_IGNORED, "\n            ignored = wrong & (targets == options.ignore_index)"
     ),
     "row: mass of masked classes": Mutation("xp.where(keep, z, 0.0)\n    if", "z\n    if"),
     "row: ignored by any mask": Mutation("empty = ~xp.any(keep", "empty = ~xp.all(keep"),
@@ -170,7 +229,7 @@ MUTATIONS = {
         "xp.astype(~ignored, x.dtype) if parts is None", "None if parts is None"
     ),
     "row: the ignored's weight in the divisor": Mutation("xp.where(ignored, 0.0, parts)", "parts"),
-    "row: smoothing ε/2": Mutation("options.label_smoothing / _count(xp, x, (-1,))", "options.label_smoothing / 2"),
+    "row: smoothing ε/2": Mutation("options.label_smoothing / _length(xp, x)", "options.label_smoothing / 2"),
     "row: smoothing ε/K, masked classes counted": Mutation("xp.where(count == 0, 1.0, count)", "x.shape[-1]"),
     "row: smoothing of masked classes": Mutation(
         "xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)",
@@ -204,10 +263,9 @@ MUTATIONS = {
         "xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor))", "total / divisor"
     ),
     "mean of nothing, a wrong index among it": Mutation("nothing, 0 * total,", "nothing, 0.0,"),
-    "gradient outside the mask": Mutation("slopes = xp.where(masses.keep, slopes, 0.0)", "pass"),
+    "gradient outside the mask": Mutation("slopes if masses.keep is None else xp", "slopes if True else xp"),
     "Hessian for gradient": Mutation(
-        "slopes, curvatures = loss.gradient(xp, terms), loss.hessian(xp, terms)",
-        "curvatures, slopes = loss.gradient(xp, terms), loss.hessian(xp, terms)",
+        "for derivative in (loss.gradient, loss.hessian)", "for derivative in (loss.hessian, loss.gradient)"
     ),
     # Half precision
     "half: computed in itself": Mutation(
@@ -224,8 +282,8 @@ MUTATIONS = {
         HALF,
     ),
     "half: gradient rounded before the mean": Mutation(
-        "slopes = loss.gradient(xp, terms)\n    return",
-        "slopes = xp.astype(xp.astype(loss.gradient(xp, terms), x.dtype), masses.x.dtype)\n    return",
+        "loss.gradient(xp, terms), divisor, masses",
+        "xp.astype(xp.astype(loss.gradient(xp, terms), x.dtype), masses.x.dtype), divisor, masses",
         HALF,
     ),
     # Incoming gradients
@@ -238,6 +296,8 @@ MUTATIONS = {
         "return _constant(xp, xp.sum(masses.parts))",
         ("--backend", "torch", "--dtype", "float32", "--case", "weighted"),
     ),
+    "autodiff: logistic gradient": Mutation("up + down * e, up * e + down", "up * e + down, up + down * e", TF_GRAPH),
+    "autodiff: |x| as a function": Mutation("xp.multiply(x, up - down) if options.by_autodiff else", "", GRAPH_AT_0),
     "tangent: divisor left out": Mutation(
         "_reduced(xp, change, divided_by(xp, loss, masses, options), options)",
         "_reduced(xp, change, None, options)",

@@ -45,6 +45,22 @@ def test_every_case(name, small, right, request):
             assert not verdict.failed, f"{case.id}, {what}: {verdict}"
 
 
+def test_compiled_in_eager_tensorflow(right, request, monkeypatch):
+    """A call that comes again, here the first one: some of the cases, as each compiles for a good part of a second."""
+    if "tensorflow" not in (request.config.getoption("--backend") or ("tensorflow",)):
+        pytest.skip("tensorflow is not asked for")
+    backend = ul.backend.backend_named("tensorflow")
+    module = importlib.import_module("unilabel.backends.tensorflow")
+    monkeypatch.setattr(module, "_calls", calls := {})
+    monkeypatch.setattr(module, "REPEATED", 0)
+    for case in CASES[::20]:
+        numbers = answer(backend, "/device:CPU:0", case)["numbers"]
+        for what, verdict in judge(case, right[case.id], numbers, "tensorflow").items():
+            assert not verdict.failed, f"{case.id}, {what}: {verdict}"
+    assert all(callable(call) for call in calls.values())
+    assert {key[0] for key in calls} >= {"value", "gradient", "value_and_gradient", "gradient_and_hessian"}
+
+
 def large(rows=900, classes=500):
     rng = np.random.default_rng(20261121)
     x = rng.normal(0, 5, (rows, classes)).astype("float32")
@@ -98,8 +114,10 @@ def fork():
 
 
 def test_after_a_fork():
-    """The parent's threads are not in the child. In a process of its own: other frameworks' threads may not be forked."""
-    subprocess.run([sys.executable, "-c", "import test_tiles; test_tiles.fork()"], cwd=Path(__file__).parent, check=True)
+    """The parent's threads are not in the child. In a process of its own: other frameworks may not be forked."""
+    subprocess.run(
+        [sys.executable, "-c", "import test_tiles; test_tiles.fork()"], cwd=Path(__file__).parent, check=True
+    )
 
 
 def test_number_of_threads(monkeypatch):

@@ -21,8 +21,6 @@ from typing import Any, NamedTuple
 Array = Any
 Namespace = Any
 
-_SMALLEST = 2.0**-126  # of the normal numbers of float32
-
 
 class Operands(NamedTuple):
     """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none."""
@@ -287,8 +285,7 @@ def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
     x, (t, mass) = masses.x, masses.mass
     if options.finite and _has(xp, "softmax"):
         d_t, e = None, xp.softmax(x)
-        e_t = _pick(xp, e, t)
-        e_t = xp.where(e_t < _SMALLEST, 0.0, e_t)  # a probability without its digits: then the loss is infinite
+        e_t = _pick(xp, e, t)  # below the normal numbers it has no digits, and s / e_t is infinite
     else:
         m, x_t = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(_pick(xp, x, t), axis=-1)
         if options.finite:
@@ -645,7 +642,9 @@ def factor(xp: Namespace, loss: Loss, options: Options, cotangent: Array | None,
     scale = cotangent
     if divisor is not None:
         scale = mean(xp, 1.0 if scale is None else scale, divisor)
-    return xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" and scale is not None else scale
+    return (
+        xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" and scale is not None else scale
+    )
 
 
 def _scaled(
