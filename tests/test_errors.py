@@ -235,6 +235,31 @@ def test_no_class_axis(framework):
         ul.softmax_nll(framework.array(1.0), 0)
 
 
+def test_a_call_like_one_that_was_right(framework):
+    """Calls that were checked once are not checked again; only those."""
+    x, y = framework.array(X), framework.integers([0, 2])
+    right = [framework.numpy(ul.softmax_nll(x, y, axis=1)) for _ in range(3)]
+    assert right[0] == right[1] == right[2]
+    for error, options in (
+        (TypeError, {"axis": True}),
+        (TypeError, {"axis": 1.0}),
+        (TypeError, {"axis": 1, "ignore_index": 1.0}),
+        (TypeError, {"axis": 1, "ignore_index": True}),
+        (ValueError, {"axis": 1, "reduction": "average"}),
+        (ValueError, {"axis": 1, "label_smoothing": 2.0}),
+        (ValueError, {"axis": 1, "weight": [1.0]}),
+    ):
+        with pytest.raises(error):
+            ul.softmax_nll(x, y, **options)
+    for error, targets in ((ValueError, framework.integers([0, 2, 1])), (TypeError, framework.array([0, 2]))):
+        with pytest.raises(error):
+            ul.softmax_nll(x, targets, axis=1)
+    with pytest.raises(ValueError, match="class indices from 0 to 2"):
+        ul.softmax_nll(x, framework.integers([0, 3]), axis=1, validate=True)
+    with pytest.raises(TypeError):
+        ul.softmax_nll(framework.integers(np.zeros((2, 3))), y, axis=1)
+
+
 def test_value_and_grad_of_something_else():
     with pytest.raises(
         TypeError, match=r"a loss of unilabel: multilabel_logistic_loss, .*Received: <built-in function sum>"
