@@ -64,6 +64,25 @@ eager = Extended(
 )
 
 
+def _position(x: Array, t: Array) -> tuple[Array, Array]:
+    """Where each row has its class: to gather it, and as a mask, which a compiler does with all else in one loop."""
+    classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+    return t.unsqueeze(-1), classes == t.unsqueeze(-1).to(torch.int32)
+
+
+# Where a compiler traces what has its derivative beside it.
+traced = Extended(
+    compat,
+    as_index=lambda t: t.to(torch.int64),
+    pick=lambda x, position: x.gather(-1, position[0]).squeeze(-1),
+    position=_position,
+    replace=lambda x, position, values: xp.where(
+        position[1], values if isinstance(values, float) else values.unsqueeze(-1), x
+    ),
+    take=operator.getitem,
+)
+
+
 def _empty(shape: tuple[int, ...], like: Array) -> Array:
     """Memory from NumPy: it asks the system for huge pages. Most of torch's time with new memory is page faults."""
     if like.dtype is torch.bfloat16:
@@ -117,6 +136,22 @@ class _Loss(torch.autograd.Function):
             gradient = tiles.gradient(machine, *call)
         else:
             gradient = formulas.gradient(_space(x), *call)
+        return None, None, gradient, *(None for _ in operands)
+
+
+class _TracedLoss(torch.autograd.Function):
+    """For a compiler: it makes one program of both, and differentiates neither."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
+        ctx.loss, ctx.options = loss, options
+        ctx.save_for_backward(x, *operands)
+        return formulas.value(traced, loss, options, x, Operands(*operands))
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
+        x, *operands = ctx.saved_tensors
+        gradient = formulas.gradient(traced, ctx.loss, ctx.options, x, Operands(*operands), cotangent)
         return None, None, gradient, *(None for _ in operands)
 
 
@@ -193,6 +228,10 @@ class TorchBackend(Backend):
             # Autocast runs cross_entropy, nll_loss, binary_cross_entropy and binary_cross_entropy_with_logits in
             # float32: of bfloat16 and float16 logits their result is float32, and of float64 still float64.
             x, options = x.to(torch.float32), options._replace(half=False)
+        if torch.compiler.is_compiling() and _is_only_compiled(x, operands):
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _TracedLoss.apply(loss, options, x, *operands)
+            return formulas.value(traced, loss, options, x, operands)
         if torch.compiler.is_compiling() or not _plain(x, operands):
             return formulas.value(self.namespace(x), loss, options, x, operands, by_autodiff=True)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -232,6 +271,23 @@ def _plain(x: Array, operands: Operands) -> bool:
             for array in operands
         )
     )
+
+
+def _is_only_compiled(x: Array, operands: Operands) -> bool:
+    """The same under torch.compile, where whatever else is to be done with the losses is in the program, too."""
+    return (
+        type(x) in ORDINARY
+        and not torch.compiler.is_exporting()
+        and not _is_transformed()
+        and not any(array is not None and (array.requires_grad or type(array) not in ORDINARY) for array in operands)
+    )
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in unilabel/backend.py
 
 
 def _autocasts(device: str) -> bool:

@@ -132,10 +132,13 @@ MUTATIONS = {
     ),
     "index: digits of a sure target": Mutation("xp.where(t.s <= t.e_t, values,", "xp.where(t.s < 0, values,"),
     "index: infinity less infinity": Mutation(
-        "xp.where(x == m, 0.0, x - m), xp.where(x_t == m, 0.0, x_t - m)", "x - m, x_t - m"
+        "xp.where(x == math.inf, 0.0, x - m), xp.where(x_t == math.inf, 0.0, x_t - m)", "x - m, x_t - m"
     ),
-    "index: infinity less infinity, at the target": Mutation("xp.where(x_t == m, 0.0, x_t - m)", "x_t - m"),
-    "index: every class at -inf": Mutation("xp.where(m == -math.inf, math.nan, m)", "m"),
+    "index: infinity less infinity, at the target": Mutation("xp.where(x_t == math.inf, 0.0, x_t - m)", "x_t - m"),
+    "index: every class at -inf": Mutation(
+        "xp.where(x == math.inf, 0.0, x - m), xp.where(x_t == math.inf, 0.0, x_t - m)",
+        "xp.where(x == m, 0.0, x - m), xp.where(x_t == m, 0.0, x_t - m)",
+    ),
     "index: value, mass left out": Mutation("return values if t.mass is None else", "return values if True else"),
     "index: gradient, sign": Mutation("t.t, -t.s)", "t.t, t.s)"),
     "index: gradient, mass left out": Mutation("(1 if scale is None else scale) / (t.s", "1 / (t.s"),

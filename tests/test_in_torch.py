@@ -421,6 +421,40 @@ def test_compile_training_step(sample):
     )
 
 
+@pytest.mark.capability("torch", "compile, of transformed losses (aot_eager)")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_compile_transformed(sample, recorded):
+    """A compiled loss has a backward pass of its own, which is not for what is differentiated on the way."""
+    x, y, z = torch.tensor(sample.x), torch.tensor(sample.targets), torch.tensor(sample.distributions)
+    x.requires_grad_(recorded)
+
+    def compiled(function, *arguments):
+        return torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
+
+    check(compiled(torch.func.grad(lambda x: total(sample)(x, y)), x), sample.gradient)
+    if sample.name == "multilabel_logistic_loss":  # where the form that is not for autodiff has another derivative
+        zero = torch.zeros_like(x, requires_grad=recorded)
+        slopes = compiled(torch.func.grad(lambda x: total(sample)(x, y)), zero)
+        check(slopes, 0.5 - sample.targets)
+    check(compiled(torch.func.vmap(lambda x, y: losses(sample)(x, y)), x, y), sample.values)
+    _, change = compiled(lambda x: torch.func.jvp(lambda x: total(sample)(x, y), (x,), (x.detach(),)), x)
+    close(change.detach(), (sample.gradient * sample.x).sum(), ulp=64)
+    z.requires_grad_()
+    compiled(lambda x, z: total(sample)(x, z), x, z).backward()
+    of_label = {
+        "multilabel_logistic_loss": lambda x: -x,
+        "softmax_nll": lambda x: np.log(np.exp(np.longdouble(x)).sum(axis=-1, keepdims=True)) - x,
+        "binary_cross_entropy": lambda p: np.log(1 - p) - np.log(p),
+        "cross_entropy": lambda p: -np.log(p),
+        "nll": lambda x: -x,
+    }
+    check(z.grad, of_label[sample.name](sample.x), ulp=64)
+    check(compiled(lambda x: losses(sample)(x, y), x.detach()), sample.values)
+    value, gradient = compiled(lambda x: ul.value_and_grad(sample.loss)(x, y, reduction="sum"), x)
+    check(value, sample.values.sum())
+    check(gradient, sample.gradient)
+
+
 class Module(torch.nn.Module):
     def __init__(self, function):
         super().__init__()

@@ -291,8 +291,8 @@ def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
         if options.finite:
             d, d_t = x - m, x_t - m
         else:
-            m = xp.where(m == -math.inf, math.nan, m)  # no class can be
-            d, d_t = xp.where(x == m, 0.0, x - m), xp.where(x_t == m, 0.0, x_t - m)
+            # inf - inf, which is NaN, is 0 here; -inf less -inf stays so: then no class can be.
+            d, d_t = xp.where(x == math.inf, 0.0, x - m), xp.where(x_t == math.inf, 0.0, x_t - m)
         d_t = xp.squeeze(d_t, axis=-1)
         e, e_t = xp.exp(d), xp.exp(d_t)
     e = _put(xp, e, t, 0.0)
