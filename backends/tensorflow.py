@@ -126,15 +126,29 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     given = operands._asdict()
     moving = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
     space = _space(x, *moving.values())
+    forward = space is forward_xp  # a ForwardAccumulator sees no custom gradients: it differentiates the expressions
+
+    def put(arrays: Any) -> Operands:
+        return Operands(**given | dict(zip(moving, arrays, strict=True)))
+
+    @tf.custom_gradient
+    def gradient(x: Array, cotangent: Array, *arrays: Array) -> tuple[Array, Any]:
+        def pullback(second: Array) -> list[Array]:
+            with _on_device_of(x), tf.GradientTape() as tape:
+                copies = [tf.identity(array) for array in (x, cotangent, *arrays)]
+                tape.watch(copies)
+                again, *others = copies
+                first = formulas.gradient(space, loss, options, again, put(others[1:]), others[0], by_autodiff=True)
+            seconds: list[Array] = tape.gradient(first, copies, second, unconnected_gradients="zero")
+            return seconds
+
+        return formulas.gradient(space, loss, options, x, put(arrays), cotangent, by_autodiff=forward), pullback
 
     @tf.custom_gradient
     def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
-        def put(arrays: Any) -> Operands:
-            return Operands(**given | dict(zip(moving, arrays, strict=True)))
-
         def pullback(cotangent: Array) -> list[Array]:
             with _on_device_of(x):
-                gradients = [formulas.gradient(space, loss, options, x, put(arrays), cotangent, by_autodiff=True)]
+                gradients = [gradient(x, cotangent, *arrays)]
                 if arrays:  # targets and weights: by the plain expression
                     # Copies: they may be the logits themselves.
                     copies = [tf.identity(array) for array in arrays]
@@ -144,8 +158,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
                     gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
             return gradients
 
-        # A ForwardAccumulator does not see that the gradient is a custom one: it differentiates this.
-        return formulas.value(space, loss, options, x, put(arrays), by_autodiff=space is forward_xp), pullback
+        return formulas.value(space, loss, options, x, put(arrays), by_autodiff=forward), pullback
 
     return run(x, *moving.values())
 
