@@ -21,15 +21,20 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
     return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
 
 
+ROW = 4096  # numbers that float32 may add one after the other
+
+
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     if x.dtype != tf.float32 or (tf.executing_eagerly() and (axis == -1 or x.shape.num_elements() <= 1 << 16)):
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-    n = x.shape[-1]
+    n = x.shape[-1] if x.shape.rank else None
+    if axis is None and n is not None and 1 < x.shape.rank and n <= ROW:
+        x = tf.reduce_sum(x, axis=-1)
     if axis != -1 or n is None:
         # TensorFlow loses digits in sums over all elements or along other axes than the last; float64 has more.
         return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
     odd = None
-    while n > 4096:  # XLA loses digits in long rows, and float64 takes twice the memory: the halves are added first
+    while n > ROW:  # XLA loses digits in long rows, and float64 takes twice the memory: the halves are added first
         if n % 2:
             odd = x[..., -1:] if odd is None else odd + x[..., -1:]
         n //= 2
