@@ -6,8 +6,8 @@ import functools
 import math
 import operator
 import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
 from . import tiles
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -57,6 +60,8 @@ xp = Extended(
 @functools.cache
 def _pool() -> ThreadPoolExecutor | None:
     """The threads for large arrays: UNILABEL_NUM_THREADS of them, or one for each core; None for one."""
+    from concurrent.futures import ThreadPoolExecutor
+
     count = int(os.environ.get("UNILABEL_NUM_THREADS", 0)) or (os.cpu_count() or 1)
     return ThreadPoolExecutor(count, "unilabel") if count > 1 else None
 
@@ -96,8 +101,9 @@ class NumpyBackend(Backend):
         return xp
 
     def problem(self, x: Array) -> str | None:
-        plain = isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.matrix, np.ma.MaskedArray))
-        return None if plain else f"numpy {type(x).__name__}"
+        ma = sys.modules.get("numpy.ma")  # importing it takes longer than the first loss
+        other = isinstance(x, np.matrix) or (ma is not None and isinstance(x, ma.MaskedArray))
+        return None if isinstance(x, (np.ndarray, np.generic)) and not other else f"numpy {type(x).__name__}"
 
     def settled(self, x: Array, targets: Any) -> Any:
         return (x.dtype, targets.dtype) if type(x) is type(targets) is np.ndarray else None
