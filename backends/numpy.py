@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
-    return np.add.reduce(np.ascontiguousarray(x) if axis == -1 else x, axis=axis, keepdims=keepdims)
+    x = np.ascontiguousarray(x) if axis == -1 else x
+    return np.add.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]  # keepdims is no literal
 
 
 def _max(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    return np.maximum.reduce(x, axis=axis, keepdims=keepdims)
+    return np.maximum.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]
 
 
 def _position(x: Array, t: Array) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     if x.dtype != tf.float32 or (tf.executing_eagerly() and (axis == -1 or x.shape.num_elements() <= 1 << 16)):
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
     n = x.shape[-1] if x.shape.rank else None
-    if axis is None and n is not None and 1 < x.shape.rank and n <= ROW:
+    if axis is None and n is not None and x.shape.rank > 1 and n <= ROW:
         x = tf.reduce_sum(x, axis=-1)
     if axis != -1 or n is None:
         # TensorFlow loses digits in sums over all elements or along other axes than the last; float64 has more.

@@ -366,7 +366,7 @@ def weighted(make: Maker) -> Iterator[Case]:
         options: dict[str, Any] = {"weight": [0.0, 0.0, 1.0], "label_smoothing": smoothing}
         yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], **options)
     for reduction in REDUCTIONS:
-        both = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((4,), 0.1, 3)}
+        both: dict[str, Any] = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((4,), 0.1, 3)}
         yield make.case(SOFTMAX, make.numbers((4, 3), -4, 4), [0, 1, 2, 1], reduction=reduction, **both)
     weight = make.numbers((3,), 0.1, 3)  # of a class that is ignored, too
     for smoothing in (0.0, 0.1):

@@ -66,9 +66,9 @@ def arrange(
         and type(reduction) is str
         and (ignore_index is None or type(ignore_index) is int)
     ):
-        kinds = backend.settled(logits, targets)
-        if kinds is not None:
-            key = loss.name, kinds, logits.shape, targets.shape, reduction, axis, label_smoothing, ignore_index
+        checked = backend.settled(logits, targets)
+        if checked is not None:
+            key = loss.name, checked, logits.shape, targets.shape, reduction, axis, label_smoothing, ignore_index
             found = _settled.get(key)
             if found is not None:
                 return Arranged(backend, loss, found, logits, Operands(targets), _as_it_is)

@@ -131,7 +131,8 @@ class FusedTerms(NamedTuple):
 
 
 def fused_terms(xp: Namespace, masses: Masses, options: Options) -> FusedTerms:
-    return FusedTerms(masses.x, -masses.x, *masses.mass, options.finite)
+    negative, positive, both = masses.mass
+    return FusedTerms(masses.x, -masses.x, negative, positive, both, options.finite)
 
 
 def fused_value(xp: Namespace, t: FusedTerms) -> Array:
@@ -460,7 +461,7 @@ def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) 
     """The class that carries a row's loss, and how much; for indices with neither smoothing nor masked classes."""
     targets, weight, _, sample_weight, _ = operands
     direct = _has(xp, "pick")
-    classes = None if direct else _classes(xp, x)
+    classes: Any = None if direct else _classes(xp, x)
     targets = xp.as_index(targets) if direct else xp.astype(targets, classes.dtype, copy=False)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
     wrong = None if options.finite else (targets < 0) | (targets >= _extent(xp, x, -1))  # else `pick` raises
