@@ -33,7 +33,6 @@ TORCH = ("--backend", "torch", "--dtype", "float32", "--case", "seed", "--case",
 JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "masked")  # all would compile for minutes
 EAGER = ("--backend", "torch", "--dtype", "float32")  # has the fused functions
 STRICT = ("--backend", "array_api_strict", "--dtype", "float32")  # knows a class index by a mask
-TF_GRAPH = ("--backend", "tensorflow", "--dtype", "float32", "--mode", "graph", "--case", "seed")
 ROW_IGNORED = "\n            ignored = targets == options.ignore_index"
 
 MUTATIONS = {
@@ -293,7 +292,6 @@ MUTATIONS = {
         "return _constant(xp, xp.sum(masses.parts))",
         ("--backend", "torch", "--dtype", "float32", "--case", "weighted"),
     ),
-    "autodiff: logistic gradient": Mutation("up + down * e, up * e + down", "up * e + down, up + down * e", TF_GRAPH),
     "tangent: divisor left out": Mutation(
         "_reduced(xp, change, divided_by(xp, loss, masses, options), options)",
         "_reduced(xp, change, None, options)",
