@@ -1,4 +1,4 @@
-"""TensorFlow: an array API namespace over tf.*, and one flat custom gradient with the closed form."""
+"""TensorFlow: an array API namespace over tf.*, custom gradients with the closed form, eager calls compiled by XLA."""
 
 from __future__ import annotations
 
@@ -182,34 +182,40 @@ def _is_eager(x: Array, operands: Operands) -> bool:
 REPEATED = 3
 LARGE = 1 << 22  # elements
 _calls: dict[Any, Any] = {}  # how often a call came, or what it was compiled to
-_compiling = threading.Lock()  # of several threads with the same call, one compiles it
+_counting = threading.Lock()  # of several threads with the same call, one compiles it
 
 
 def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *more: Array) -> Any:
     """The formula's result, in eager mode, where nothing but the logits' own gradient is asked for."""
     given = [(name, array) for name, array in operands._asdict().items() if array is not None]
-    arrays = (x, *(array for _, array in given), *more)
-    names = tuple(name for name, _ in given)
+    names, arrays = tuple(name for name, _ in given), (x, *(array for _, array in given), *more)
     key = (formula.__name__, loss.name, options, names, *((array.dtype, array.shape) for array in arrays))
-    compiled = _calls.get(key, 0)
     with record.stop_recording(), tf.device(x.device):
-        if not isinstance(compiled, int):
-            return compiled(*arrays)
-        if compiled < REPEATED and x.shape.num_elements() < LARGE:
-            if len(_calls) >= 1000:  # shapes that never come again
-                _calls.clear()
-            _calls[key] = compiled + 1
-            return formula(xp, loss, options, x, operands, *more)
+        program = _calls.get(key, 0)
+        if isinstance(program, int):
+            program = _counted(key, formula, loss, options, names, arrays)
+        return formula(xp, loss, options, x, operands, *more) if program is None else program(*arrays)
+
+
+def _counted(key: Any, formula: Any, loss: Loss, options: Options, names: tuple[str, ...], arrays: Any) -> Any:
+    """The program for a call that came before, or is for a large array; for another None, and it is counted."""
+    with _counting:
+        found = _calls.get(key, 0)
+        if not isinstance(found, int):
+            return found
+        if len(_calls) >= 1000:  # shapes that never come again
+            _calls.clear()
+        if found < REPEATED and arrays[0].shape.num_elements() < LARGE:
+            _calls[key] = found + 1
+            return None
 
         @tf.function(autograph=False, jit_compile=True)
         def run(x: Array, *arrays: Array) -> Any:
             operands = Operands(**dict(zip(names, arrays, strict=False)))
             return formula(xp, loss, options, x, operands, *arrays[len(names) :])
 
-        with _compiling:
-            if isinstance(_calls.get(key, 0), int):
-                _calls[key] = run.get_concrete_function(*arrays)
-        return _calls[key](*arrays)
+        program = _calls[key] = run.get_concrete_function(*arrays)
+        return program
 
 
 SMALL = 1 << 20  # elements
@@ -218,7 +224,9 @@ SMALL = 1 << 20  # elements
 def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The loss, with its gradient left on the tapes: of a small array computed with it, of a large one when needed."""
     gradient = None
-    if x.shape.num_elements() < SMALL and options.reduction != "none" and not options.half:  # to be rounded once
+    masked = operands.where is not None or options.ignore_index is not None  # 0 there, whatever the cotangent is
+    # Of half precision, the gradient is rounded once, with its cotangent.
+    if x.shape.num_elements() < SMALL and options.reduction != "none" and not masked and not options.half:
         value, gradient = _eagerly(formulas.value_and_gradient, loss, options, x, operands)
     else:
         value = _eagerly(formulas.value, loss, options, x, operands)

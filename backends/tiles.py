@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
         def one(rows: slice) -> Any:
             x = self.x[rows]
-            x = x if x.dtype == xp.float64 else xp.astype(x, xp.float32, copy=False)
+            x = x if x.dtype.itemsize == 8 else xp.astype(x, xp.float32, copy=False)
             operands = Operands(*(self._of(name, rows) for name in Operands._fields))
             more = () if cotangent is None else (cotangent[rows] if unreduced else cotangent,)
             return write(rows, formula(xp, self.loss, options, x, operands, *more))
@@ -89,7 +89,8 @@ def run(
 ) -> tuple[Any, Options]:
     """The result of `value`, `value_and_gradient`, … of `formulas`, and the options that it was computed with.
 
-    At first it is computed without care for infinite logits and wrong indices: if there are any, a loss comes out NaN.
+    At first it is computed without care for infinite logits and wrong indices: where one counts, a loss comes out as
+    infinite or NaN, or there is an IndexError.
     """
     if formula is not formulas.gradient_and_hessian:
         quick = options._replace(finite=True)
@@ -111,7 +112,7 @@ def gradient(machine: Machine, loss: Loss, options: Options, x: Array, operands:
     if options.reduction == "none":
         cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_row else None])
     else:
-        working = machine.xp.float64 if x.dtype == machine.xp.float64 else machine.xp.float32
+        working = machine.xp.float64 if x.dtype.itemsize == 8 else machine.xp.float32
         cotangent = call.divided(machine.xp.astype(cotangent, working, copy=False), x)
     call.each(formulas.gradient, flat.__setitem__, cotangent)
     return out

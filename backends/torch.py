@@ -1,4 +1,4 @@
-"""PyTorch: an autograd.Function with the closed-form gradient in eager mode, the plain expression everywhere else.
+"""PyTorch: an autograd.Function with the closed-form gradient, eager or compiled; the plain expression everywhere else.
 
 `MultilabelLogisticLoss` and `SoftmaxNLL` are the losses as modules.
 """
@@ -109,7 +109,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
         given, ctx.slopes = Operands(*operands), None
-        large = x.numel() >= machine.large or _is_sharded(x)
+        large = x.numel() >= machine.large or not _on_cpu(x)
         if large or given.where is not None or options.ignore_index is not None:
             value, options = _run(formulas.value, loss, options, x, given)
         else:
@@ -126,16 +126,14 @@ class _Loss(torch.autograd.Function):
             gradient = formulas.gradient(backend.namespace(x), *call, by_autodiff=True)
             # Derived from x even where it is constant.
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
-        elif torch._C._functorch.is_legacy_batchedtensor(cotangent):
+        elif not _on_cpu(x) or _is_batched(cotangent):
             gradient = formulas.gradient(_space(x), *call)
         elif ctx.slopes is not None:
             slopes, ctx.slopes = ctx.slopes, None  # written over: the next time, it is computed again
             scale = eager.astype(cotangent, slopes.dtype)
             gradient = slopes.mul_(formulas.factor(eager, ctx.loss, ctx.options, scale, ctx.divisor)).to(x.dtype)
-        elif _on_cpu(x):
-            gradient = tiles.gradient(machine, *call)
         else:
-            gradient = formulas.gradient(_space(x), *call)
+            gradient = tiles.gradient(machine, *call)
         return None, None, gradient, *(None for _ in operands)
 
 
@@ -160,6 +158,11 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
     if _on_cpu(x):
         return tiles.run(machine, formula, loss, options, x, operands)
     return formula(_space(x), loss, options, x, operands), options
+
+
+def _is_batched(cotangent: Array) -> bool:
+    """Whether the backward pass is for several cotangents at once: then nothing may be written into an array."""
+    return torch._C._functorch.is_legacy_batchedtensor(cotangent) or torch._C._are_functorch_transforms_active()
 
 
 def _on_cpu(x: Array) -> bool:
@@ -277,17 +280,27 @@ def _is_only_compiled(x: Array, operands: Operands) -> bool:
     """The same under torch.compile, where whatever else is to be done with the losses is in the program, too."""
     return (
         type(x) in ORDINARY
+        and torch.compiler.is_dynamo_compiling()
         and not torch.compiler.is_exporting()
+        and _goes_to_aot_autograd()
         and not _is_transformed()
         and not any(array is not None and (array.requires_grad or type(array) not in ORDINARY) for array in operands)
     )
+
+
+def _goes_to_aot_autograd() -> bool:
+    """Whether the backend of torch.compile refuses second derivatives. Others would leave those of _TracedLoss out."""
+    name = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.compiler_fn.__name__
+    return name == "inductor" or name.startswith("aot_")
 
 
 def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in unilabel/backend.py
+# Run when Dynamo comes to them, and not traced: as in unilabel/backend.py.
+_goes_to_aot_autograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocasts(device: str) -> bool:

@@ -1,5 +1,6 @@
 """TensorFlow: its tapes, functions, loops, devices, saved models and Keras' fit, on these losses as on its own."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -401,6 +402,15 @@ def test_options_as_python_scalars_retrace_and_no_more():
     for smoothing in (0.0, 0.1, 0.0, 0.1, 0.1):
         step(x, y, smoothing)
     assert traces == [0.0, 0.1]
+
+
+def test_no_more_than_a_thousand_calls_are_kept(monkeypatch):
+    module = importlib.import_module("unilabel.backends.tensorflow")
+    for limit in (module.LARGE, 1):
+        monkeypatch.setattr(module, "LARGE", limit)
+        monkeypatch.setattr(module, "_calls", dict.fromkeys(range(1000), 1))
+        ul.softmax_nll(tf.zeros((2, 3)), tf.constant([0, 1]))
+        assert len(module._calls) == 1
 
 
 def test_eager_calls_leave_no_functions_behind():

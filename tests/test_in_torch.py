@@ -168,6 +168,16 @@ def test_backward_twice(sample):
         values.backward(cotangent)
 
 
+@pytest.mark.capability("torch", "func.vmap over autograd.grad")
+def test_several_cotangents(sample):
+    x = logits(sample)
+    for values in (losses(sample)(x), total(sample)(x)):
+        cotangents = torch.arange(1.0, 3.0, dtype=x.dtype).reshape(2, *[1] * values.ndim) * torch.ones_like(values)
+        gradients = torch.func.vmap(lambda v: grad(values, x, v, retain_graph=True)[0])(cotangents)  # noqa: B023
+        for factor, gradient in zip((1, 2), gradients, strict=True):
+            check(gradient, factor * sample.gradient)
+
+
 @pytest.mark.capability("torch", "tensor hooks")
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_hooks(sample, create_graph):
@@ -314,14 +324,22 @@ def by_double_backward(function, x):
     return torch.stack([grad(slope, x, retain_graph=True)[0] for slope in gradient])
 
 
+def by_compiled_double_backward(function, x):
+    """With a backend that differentiates what it is given as if it were eager."""
+    return by_double_backward(torch.compile(function, backend="eager", fullgraph=True), x)
+
+
 def by_compiled_hessian(function, x):
     return torch.compile(hessian(function), backend="aot_eager", fullgraph=True)(x)
 
 
 @pytest.mark.capability("torch", "second derivatives of a sure model", losses=("softmax_nll",))
-@pytest.mark.parametrize("method", [by_double_backward, lambda f, x: hessian(f)(x), by_compiled_hessian])
+@pytest.mark.parametrize(
+    "method", [by_double_backward, by_compiled_double_backward, lambda f, x: hessian(f)(x), by_compiled_hessian]
+)
 def test_second_derivatives_keep_their_digits(method):
     for x in SURE[:1] if method is by_compiled_hessian else SURE:
+        torch.compiler.reset()
         for y in range(len(x)):
             target = torch.tensor(y)
             second = method(lambda x: ul.softmax_nll(x, target), torch.tensor(x, dtype=torch.float64))  # noqa: B023

@@ -393,6 +393,27 @@ def test_numpy_warns_of_nothing_and_raises_nothing():
         ul.log_sigmoid(x)
 
 
+def test_infinite_cotangent_reaches_no_masked_gradient(recorder):
+    """As a loss scale makes one that is too large."""
+    x = recorder.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    calls = [
+        lambda x: ul.softmax_nll(x, [0, -1], ignore_index=-1),
+        lambda x: ul.multilabel_logistic_loss(x, [[0, 0, 0]] * 2, where=[[True], [False]]),
+    ]
+    for call in calls:
+        assert recorder.gradient(call, x, cotangent=math.inf)[1].tolist() == [0, 0, 0]
+
+
+def test_weights_of_classes_that_are_not_there(framework):
+    """A class without examples, weighted by one over their number."""
+    x = framework.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]], "float64")
+    right = framework.numpy(ul.softmax_nll(x, [0, 2]))
+    for weight in ([1.0, math.inf, 1.0], [1.0, math.nan, 1.0]):
+        for options in ({}, {"where": True}):
+            got = framework.numpy(ul.softmax_nll(x, [0, 2], weight=weight, **options))
+            np.testing.assert_allclose(got, right, rtol=1e-15)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_masked_nan_reaches_no_gradient(recorder, dtype):
     nan, inf = math.nan, math.inf

@@ -120,6 +120,14 @@ def test_after_a_fork():
     )
 
 
+def test_byte_order_changes_no_number(small):
+    x = np.random.default_rng(20261121).normal(0, 5, (6, 3))
+    other = x.astype(x.dtype.newbyteorder("S"))
+    for loss, targets in ((ul.multilabel_logistic_loss, x > 0), (ul.softmax_nll, [0, 1, 2, 0, 1, 2])):
+        for a, b in zip(ul.value_and_grad(loss)(x, targets), ul.value_and_grad(loss)(other, targets), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_number_of_threads(monkeypatch):
     for given, threads in (("3", 3), ("1", None)):
         monkeypatch.setenv("UNILABEL_NUM_THREADS", given)

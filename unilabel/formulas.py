@@ -43,8 +43,8 @@ class Options(NamedTuple):
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
     by_autodiff: bool = False  # the framework will differentiate the very expression
-    finite: bool = False  # no care for infinite logits and wrong indices: where NaN or an IndexError comes out of it,
-    # the caller computes it again without this
+    finite: bool = False  # no care for infinite logits and wrong indices: where a loss that is not finite or an
+    # IndexError comes out of it, the caller computes it again without this
 
 
 class Masses(NamedTuple):
@@ -286,7 +286,7 @@ def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
     x, (t, mass) = masses.x, masses.mass
     if options.finite and _has(xp, "softmax"):
         d_t, e = None, xp.softmax(x)
-        e_t = _pick(xp, e, t)  # below the normal numbers it has no digits, and s / e_t is infinite
+        e_t = _pick(xp, e, t)  # where it has lost more digits than a logarithm can do without, s / e_t is infinite
     else:
         m, x_t = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(_pick(xp, x, t), axis=-1)
         if options.finite:
@@ -426,6 +426,8 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if weight is not None:
         weight = xp.astype(weight, x.dtype, copy=False)
         weight = weight if keep is None else xp.where(keep, weight, 0.0)
+        if options.indices and options.label_smoothing is None:  # an infinite weight of a class that is not there
+            weight = xp.where(named, weight, 0.0)
         parts = xp.sum(z * weight, axis=-1)
     if sample_weight is not None:
         sample_weight = xp.astype(sample_weight, x.dtype, copy=False)
