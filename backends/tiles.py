@@ -49,8 +49,7 @@ class Call(NamedTuple):
         options = self.options._replace(half=False, reduction="none" if unreduced else "sum")
 
         def one(rows: slice) -> Any:
-            x = self.x[rows]
-            x = x if x.dtype.itemsize == 8 else xp.astype(x, xp.float32, copy=False)
+            x = xp.astype(self.x[rows], _working(xp, self.x), copy=False)
             operands = Operands(*(self._of(name, rows) for name in Operands._fields))
             more = () if cotangent is None else (cotangent[rows] if unreduced else cotangent,)
             return write(rows, formula(xp, self.loss, options, x, operands, *more))
@@ -71,12 +70,16 @@ class Call(NamedTuple):
         xp, parts = self.machine.xp, [None]
         chosen = self.options.ignore_index is not None or any(array is not None for array in self.operands[1:])
         if self.options.reduction == "mean" and chosen:
-            parts = self.each(formulas.parts, lambda _, part: part)
+            parts = self.each(formulas.parts, lambda _, part: None if part is None else float(part))
         if parts[0] is None:  # a count
             return formulas.mean(
                 xp, total, formulas.divided_by(xp, self.loss, Masses(whole, None, None, None), self.options)
             )
-        return formulas.mean(xp, total, xp.sum(xp.stack(parts)))
+        return formulas.mean(xp, total, xp.asarray(sum(parts), dtype=_working(xp, whole)))
+
+    def summed(self, values: list[float], whole: Array) -> Array:
+        """The reduction of all, from the sums of the blocks: numbers, as arrays would keep apart the memory around them."""
+        return self.machine.xp.asarray(self.divided(sum(values), whole), dtype=whole.dtype)
 
     def memory(self, whole: Array, per_row: bool) -> tuple[Array, Array]:
         """For a result of the logits' shape, or with a number for each row: as it is returned, and as it is written."""
@@ -112,8 +115,7 @@ def gradient(machine: Machine, loss: Loss, options: Options, x: Array, operands:
     if options.reduction == "none":
         cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_row else None])
     else:
-        working = machine.xp.float64 if x.dtype.itemsize == 8 else machine.xp.float32
-        cotangent = call.divided(machine.xp.astype(cotangent, working, copy=False), x)
+        cotangent = call.divided(machine.xp.astype(cotangent, _working(machine.xp, x), copy=False), x)
     call.each(formulas.gradient, flat.__setitem__, cotangent)
     return out
 
@@ -130,28 +132,25 @@ def _value(call: Call, x: Array) -> Array:
         out, flat = call.memory(x, call.loss.per_row)
         call.each(formulas.value, flat.__setitem__)
         return out
-    xp = call.machine.xp
-    total = xp.sum(xp.stack(call.each(formulas.value, lambda _, part: part)))
-    return xp.astype(call.divided(total, x), x.dtype, copy=False)
+    return call.summed(call.each(formulas.value, lambda _, part: float(part)), x)
 
 
 def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     has_value = formula is formulas.value_and_gradient
-    xp, scale = call.machine.xp, call.divided(1.0, x)
+    scale = call.divided(1.0, x)
     second, flat_second = call.memory(x, False)
     unreduced = call.options.reduction == "none" or not has_value
     first, flat_first = call.memory(x, has_value and call.loss.per_row) if unreduced else (None, None)
 
-    def write(rows: slice, pair: tuple[Array, Array]) -> Array:
+    def write(rows: slice, pair: tuple[Array, Array]) -> float | None:
         flat_second[rows] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
         if flat_first is not None:
             flat_first[rows] = pair[0]
-        return pair[0]
+            return None
+        return float(pair[0])
 
     values = call.each(formula, write)
-    if first is None:
-        first = xp.astype(call.divided(xp.sum(xp.stack(values)), x), x.dtype, copy=False)
-    return first, second
+    return call.summed(values, x) if first is None else first, second
 
 
 def _in_blocks(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands) -> Call | None:
@@ -170,6 +169,11 @@ def _in_blocks(machine: Machine, loss: Loss, options: Options, x: Array, operand
     step = max(1, min(machine.block, size // 2) * x.shape[0] // size)
     blocks = [slice(start, start + step) for start in range(0, x.shape[0], step)]
     return Call(machine, loss, options, x, operands, blocks)
+
+
+def _working(xp: Namespace, x: Array) -> Any:
+    """The dtype to compute in. (NumPy's float64 may be of another byte order.)"""
+    return xp.float64 if x.dtype.itemsize == 8 else xp.float32
 
 
 def _by_rows(name: str, array: Array | None, x: Array) -> Array | None:

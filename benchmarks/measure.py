@@ -274,7 +274,7 @@ def machine() -> Record:
     packages = ("unilabel", "numpy", "torch", "jax", "jaxlib", "optax", "tensorflow")
     return {
         "versions": {"python": platform.python_version()} | {p: v for p in packages if (v := _version(p))},
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores(),
         "load": os.getloadavg()[0],  # what others do at the start; times beside much of it say little

@@ -112,7 +112,7 @@ def plot(file: Path, found: Record) -> None:
             low = [row["ratio"]["median"] - row["ratio"]["min"] for row in mine]
             high = [row["ratio"]["max"] - row["ratio"]["median"] for row in mine]
             sizes = [row["rows"] * row["classes"] for row in mine]
-            style = {"color": f"C{color}", "marker": marker, "linestyle": line, "capsize": 2}
+            style: dict[str, Any] = {"color": f"C{color}", "marker": marker, "linestyle": line, "capsize": 2}
             axes.errorbar(sizes, middle, yerr=(low, high), label=f"{' '.join(run)}, {loss}", **style)
     axes.axhline(1, color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="logits", ylabel="time, unilabel / peer")
