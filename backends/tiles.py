@@ -78,7 +78,7 @@ class Call(NamedTuple):
         return formulas.mean(xp, total, xp.asarray(sum(parts), dtype=_working(xp, whole)))
 
     def summed(self, values: list[float], whole: Array) -> Array:
-        """The reduction of all, from the sums of the blocks: numbers, as arrays would keep apart the memory around them."""
+        """The reduction of all, from the blocks' sums: numbers, as arrays would keep the memory around them apart."""
         return self.machine.xp.asarray(self.divided(sum(values), whole), dtype=whole.dtype)
 
     def memory(self, whole: Array, per_row: bool) -> tuple[Array, Array]:
