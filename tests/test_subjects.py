@@ -107,6 +107,11 @@ def test_one_that_hangs_is_ended(own):
     assert "numpy: 1 pass" in done.stdout
 
 
+def listen():
+    """A shell's background jobs, and so what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_it_reports_what_there_is(own, tmp_path):
     file = tmp_path / "results.json"
     call = [
@@ -120,6 +125,7 @@ def test_interrupted_it_reports_what_there_is(own, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "unilabel.conformance", *call, "--json", str(file)],
         cwd=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(own), "PATH": ""},
+        preexec_fn=listen,
     )  # fmt: skip
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("numpy: done"))
