@@ -539,13 +539,18 @@ def _shortest(xp: Namespace, loss: Loss, options: Options, operands: Operands) -
     return INDEX if loss == SOFTMAX and plain and not options.by_autodiff else loss
 
 
+def _prepared(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Loss, Masses]:
+    """The loss in its shortest form, and its masses, in the dtype that is computed in."""
+    loss = _shortest(xp, loss, options, operands)
+    return loss, loss.masses(xp, _working(xp, x, options), operands, options)
+
+
 def value(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, *, by_autodiff: bool = False
 ) -> Array:
     """The reduced loss. `by_autodiff`: the framework will differentiate this very expression by the logits."""
     options = options._replace(by_autodiff=by_autodiff)
-    loss = _shortest(xp, loss, options, operands)
-    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    loss, masses = _prepared(xp, loss, options, x, operands)
     values = loss.value(xp, loss.terms(xp, masses, options))
     return xp.astype(_reduced(xp, values, divided_by(xp, loss, masses, options), options), x.dtype, copy=False)
 
@@ -562,8 +567,7 @@ def gradient(
 ) -> Array:
     """The cotangent of the reduced loss times its derivative by the logits. `by_autodiff`: to differentiate again."""
     options = options._replace(by_autodiff=by_autodiff)
-    loss = _shortest(xp, loss, options, operands)
-    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    loss, masses = _prepared(xp, loss, options, x, operands)
     slopes = loss.gradient(xp, loss.terms(xp, masses, options))
     scale = xp.astype(cotangent, masses.x.dtype, copy=False)
     slopes = _scaled(xp, loss, options, slopes, scale, divided_by(xp, loss, masses, options), masses)
@@ -583,8 +587,7 @@ def value_and_slopes(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array, Any, Masses]:
     """The reduced loss, and slopes and a divisor, which are its gradient once multiplied with a `factor`."""
-    loss = _shortest(xp, loss, options, operands)
-    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    loss, masses = _prepared(xp, loss, options, x, operands)
     terms = loss.terms(xp, masses, options)
     divisor = divided_by(xp, loss, masses, options)
     total = _reduced(xp, loss.value(xp, terms), divisor, options)
@@ -610,8 +613,7 @@ def slopes(
 ) -> Array:
     """The derivative of each loss by its own logits, before the reduction. `by_autodiff`: to differentiate again."""
     options = options._replace(by_autodiff=by_autodiff)
-    loss = _shortest(xp, loss, options, operands)
-    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    loss, masses = _prepared(xp, loss, options, x, operands)
     return loss.gradient(xp, loss.terms(xp, masses, options))
 
 
@@ -619,8 +621,7 @@ def pushforward(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, slopes: Array, tangent: Array
 ) -> Array:
     """The derivative of the reduced loss in the direction of the logits' tangent."""
-    loss = _shortest(xp, loss, options, operands)
-    masses = loss.masses(xp, _working(xp, x, options), operands, options)
+    loss, masses = _prepared(xp, loss, options, x, operands)
     tangent = xp.astype(tangent, masses.x.dtype, copy=False)
     change = slopes * (tangent if masses.keep is None else xp.where(masses.keep, tangent, 0.0))
     change = xp.sum(change, axis=-1) if loss.per_row else change
@@ -629,9 +630,8 @@ def pushforward(
 
 def parts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array | None:
     """What the losses add to the divisor of reduction="mean"; None: 1 each."""
-    loss = _shortest(xp, loss, options, operands)
-    found = loss.masses(xp, _working(xp, x, options), operands, options).parts
-    return None if found is None else xp.sum(found)
+    _, masses = _prepared(xp, loss, options, x, operands)
+    return None if masses.parts is None else xp.sum(masses.parts)
 
 
 def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Array:
