@@ -24,6 +24,14 @@ def slow(logits, targets, *, reduction="mean"):
     time.sleep(60)
 """
 
+# The command, but listening to SIGINT: a shell's background jobs, and so what they start, ignore it.
+LISTENING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from unilabel.conformance import main
+main()
+"""
+
 
 @pytest.fixture
 def own(tmp_path):
@@ -107,11 +115,6 @@ def test_one_that_hangs_is_ended(own):
     assert "numpy: 1 pass" in done.stdout
 
 
-def listen():
-    """A shell's background jobs, and so what they start, ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_interrupted_it_reports_what_there_is(own, tmp_path):
     file = tmp_path / "results.json"
     call = [
@@ -123,9 +126,8 @@ def test_interrupted_it_reports_what_there_is(own, tmp_path):
         "--case=seed",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "unilabel.conformance", *call, "--json", str(file)],
+        [sys.executable, "-c", LISTENING, *call, "--json", str(file)],
         cwd=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={"PYTHONPATH": str(own), "PATH": ""},
-        preexec_fn=listen,
     )  # fmt: skip
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("numpy: done"))
