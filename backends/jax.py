@@ -56,6 +56,9 @@ xp = Extended(
     where=_where,
 )
 
+# Where all is summed: XLA's CPU compiler computes these on the way, and writes to memory what is compared or selected.
+summing = Extended(xp, softplus=lambda x: jnp.log1p(jnp.exp(x)), relu=lambda x: jnp.maximum(x, 0))
+
 
 def _broadcasting(function: Any) -> Any:
     """The formulas broadcast, and shapes were checked: whether JAX lets other code do so is no matter here."""
@@ -72,7 +75,30 @@ def _broadcasting(function: Any) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @_broadcasting
 def _value(loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Array:
-    return formulas.value(xp, loss, options._replace(label_smoothing=smoothing), x, operands)
+    options = options._replace(label_smoothing=smoothing)
+    if _is_large(loss, options, x):
+        return formulas.value(summing, loss, options, *_apart(x, operands))
+    return formulas.value(xp, loss, options, x, operands)
+
+
+LARGE = 1 << 20  # elements: from here on, memory takes more time than computing
+
+
+def _is_large(loss: Loss, options: Options, x: Array) -> bool:
+    """Whether value and gradient are faster apart: rows keep their exponentials in the gradient's memory."""
+    known = all(isinstance(n, int) for n in x.shape)
+    return known and x.size >= LARGE and options.reduction != "none" and not loss.per_row
+
+
+def _apart(*arrays: Any) -> Any:
+    """The same, apart from what the gradient is computed of: then XLA on a CPU keeps nothing in memory for both.
+
+    They are of another shape, too, as not even constants of that shape are to be kept.
+    """
+    arrays = jax.tree.map(lambda x: x[None], arrays)
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda *arrays: jax.lax.optimization_barrier(arrays), default=lambda *arrays: arrays
+    )
 
 
 @_broadcasting
@@ -133,7 +159,11 @@ _loss = jax.jit(_value, static_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @_broadcasting
 def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Any:
-    return formula(xp, loss, options._replace(label_smoothing=smoothing), x, operands)
+    options = options._replace(label_smoothing=smoothing)
+    if formula is formulas.value_and_gradient and _is_large(loss, options, x):
+        value = formulas.value(summing, loss, options, *_apart(x, operands))
+        return value, formulas.gradient(xp, loss, options, x, operands, jnp.ones_like(value))
+    return formula(xp, loss, options, x, operands)
 
 
 def _split(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands, Any]:

@@ -39,7 +39,7 @@ def _replace(x: Array, position: Array, values: Any) -> Array:
 
 
 def _softmax(x: Array) -> Array:
-    if x.shape[-1] >= 16:
+    if x.shape[-1] >= 16 or x.numel() < 1000:
         return torch.softmax(x, -1)
     e = torch.exp(x - torch.amax(x, -1, True))  # torch's own is slow where rows are shorter than its vectors
     return e.div_(torch.sum(e, -1, True))
@@ -131,7 +131,8 @@ class _Loss(torch.autograd.Function):
         elif ctx.slopes is not None:
             slopes, ctx.slopes = ctx.slopes, None  # written over: the next time, it is computed again
             scale = eager.astype(cotangent, slopes.dtype)
-            gradient = slopes.mul_(formulas.factor(eager, ctx.loss, ctx.options, scale, ctx.divisor)).to(x.dtype)
+            slopes.mul_(formulas.factor(eager, ctx.loss, ctx.options, scale, ctx.divisor))
+            gradient = eager.astype(slopes, x.dtype)
         else:
             gradient = tiles.gradient(machine, *call)
         return None, None, gradient, *(None for _ in operands)

@@ -533,6 +533,46 @@ def test_no_transfers(sample):
         losses_of(sample, weight=np.ones(3), label_smoothing=0.25)(x, sample.targets)  # plain data: explicitly too
 
 
+# --- Large arrays, whose value is computed apart from the gradient ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("logit", "target", "weight", "adds"),
+    [
+        (math.inf, 1, 1, 0),
+        (-math.inf, 0, 1, 0),
+        (math.inf, 0, 1, math.inf),
+        (-math.inf, 1, 1, math.inf),
+        (math.nan, 0, 1, math.nan),
+        (math.nan, 1, 0, math.nan),
+        (math.inf, 0, 0, 0),
+        (-math.inf, 1, 0, 0),
+        (math.inf, 0, -1, -math.inf),
+        (math.inf, 0, 1e-30, math.inf),
+        (3e38, 0, 1e-30, 3e8),
+        (3e38, 0, -1e-30, -3e8),
+    ],
+)
+def test_one_odd_logit_among_a_million(logit, target, weight, adds):
+    rng = np.random.default_rng(20261121)
+    x = rng.normal(0, 5, (1024, 1025)).astype("float32")
+    z, w = rng.integers(0, 2, x.shape), rng.uniform(0.5, 2, x.shape).astype("float32")
+    away = np.float64(np.where(z, -x, x))  # from the target
+    losses, slopes = w * np.logaddexp(0, away), w * np.where(z, -1, 1) / (1 + np.exp(-away))
+    place = tuple(rng.integers(0, x.shape))
+    x[place], z[place], w[place] = logit, target, weight
+    losses[place] = adds
+    slopes[place] = logit if math.isnan(logit) else weight * ((logit > 0) - target)
+
+    loss = functools.partial(ul.multilabel_logistic_loss, reduction="sum")
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x), z, weight=w)
+    also, slopes_too = ul.value_and_grad(ul.multilabel_logistic_loss)(jnp.asarray(x), z, weight=w, reduction="sum")
+    for total in (value, also, loss(jnp.asarray(x), z, weight=w)):
+        check(total, losses.sum(), "float32", ulp=24)
+    for pulled_back in (gradient, slopes_too):
+        check(pulled_back, slopes, "float32", ulp=4)
+
+
 # --- The compiled programs --------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Large arrays in blocks of rows: here small ones in smaller blocks, on NumPy's threads, after a fork."""
+"""What is done with large arrays, here with small ones: blocks of rows, NumPy's threads, after a fork."""
 
 import importlib
 import multiprocessing
@@ -59,6 +59,25 @@ def test_compiled_in_eager_tensorflow(right, request, monkeypatch):
             assert not verdict.failed, f"{case.id}, {what}: {verdict}"
     assert all(callable(call) for call in calls.values())
     assert {key[0] for key in calls} >= {"value", "gradient", "value_and_gradient", "gradient_and_hessian"}
+
+
+def test_summed_apart_in_jax(right, request, monkeypatch):
+    """The value of what is summed, where it is large: the same program at any size."""
+    if "jax" not in (request.config.getoption("--backend") or ("jax",)):
+        pytest.skip("jax is not asked for")
+    backend = ul.backend.backend_named("jax")
+    module = importlib.import_module("unilabel.backends.jax")
+    monkeypatch.setattr(module, "LARGE", 0)
+    losses = ("multilabel_logistic_loss", "binary_cross_entropy")
+    for program in (module._loss, module._closed_form):
+        program.clear_cache()  # what was compiled for arrays that were small
+    for case in CASES:
+        if case.loss in losses and case.dtype == "float32" and case.options.get("reduction") != "none":
+            numbers = answer(backend, backend.devices()[0], case)["numbers"]
+            for what, verdict in judge(case, right[case.id], numbers, "jax").items():
+                assert not verdict.failed, f"{case.id}, {what}: {verdict}"
+    for program in (module._loss, module._closed_form):
+        program.clear_cache()
 
 
 def large(rows=900, classes=500):

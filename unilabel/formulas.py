@@ -118,7 +118,7 @@ def logistic_hessian(xp: Namespace, t: LogisticTerms) -> Array:
 
 
 # The same for a namespace that has log(1 + exp x), 1 / (1 + exp -x), max(x, 0) and a (1 - t) + b t, right to the last
-# digits and each in one go.
+# digits and each in one go. (The first and the third will do for the value.)
 
 
 class FusedTerms(NamedTuple):
@@ -141,7 +141,7 @@ def fused_value(xp: Namespace, t: FusedTerms) -> Array:
     if t.negative is None and t.finite:
         return near + xp.lerp(above, below, t.positive)
     negative = 1 - t.positive if t.negative is None else t.negative
-    far = _product(xp, negative, above, t.finite) + _product(xp, t.positive, below, t.finite)
+    far = _arithmetic_product(xp, negative, above) + _arithmetic_product(xp, t.positive, below)
     return far + (near if t.both is None else near * t.both)
 
 
@@ -727,6 +727,15 @@ def _working(xp: Namespace, x: Array, options: Options) -> Array:
 def _product(xp: Namespace, mass: Array, size: Array, finite: bool = False) -> Array:
     """mass · size, and 0 where an infinite size carries no mass."""
     return xp.multiply(size if finite else xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
+
+
+def _arithmetic_product(xp: Namespace, mass: Array, size: Array) -> Array:
+    """The same with neither comparison nor select, which some compilers do not sum on the way; not to differentiate.
+
+    `abs` keeps compilers from multiplying the two constants, which makes infinity, and that times 0 is NaN.
+    """
+    large = float(xp.finfo(size.dtype).max)
+    return xp.minimum(size, xp.abs(mass * large) * large) * mass
 
 
 def _free(p: Array, mass: Array, eps: float) -> Array:
