@@ -76,7 +76,7 @@ def _broadcasting(function: Any) -> Any:
 @_broadcasting
 def _value(loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Array:
     options = options._replace(label_smoothing=smoothing)
-    if _is_large(loss, options, x):
+    if _is_large_sum(loss, options, x, operands):
         return formulas.value(summing, loss, options, *_apart(x, operands))
     return formulas.value(xp, loss, options, x, operands)
 
@@ -84,10 +84,10 @@ def _value(loss: Loss, options: Options, x: Array, operands: Operands, smoothing
 LARGE = 1 << 20  # elements: from here on, memory takes more time than computing
 
 
-def _is_large(loss: Loss, options: Options, x: Array) -> bool:
-    """Whether value and gradient are faster apart: rows keep their exponentials in the gradient's memory."""
-    known = all(isinstance(n, int) for n in x.shape)
-    return known and x.size >= LARGE and options.reduction != "none" and not loss.per_row
+def _is_large_sum(loss: Loss, options: Options, x: Array, operands: Operands) -> bool:
+    """Whether the value is one sum over many elements, none of them masked: faster apart from the gradient."""
+    summed = loss == formulas.LOGISTIC and options.reduction != "none" and operands.where is None
+    return summed and all(isinstance(n, int) for n in x.shape) and x.size >= LARGE
 
 
 def _apart(*arrays: Any) -> Any:
@@ -160,7 +160,7 @@ _loss = jax.jit(_value, static_argnums=(0, 1))
 @_broadcasting
 def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Any:
     options = options._replace(label_smoothing=smoothing)
-    if formula is formulas.value_and_gradient and _is_large(loss, options, x):
+    if formula is formulas.value_and_gradient and _is_large_sum(loss, options, x, operands):
         value = formulas.value(summing, loss, options, *_apart(x, operands))
         return value, formulas.gradient(xp, loss, options, x, operands, jnp.ones_like(value))
     return formula(xp, loss, options, x, operands)
