@@ -96,6 +96,42 @@ def results(x, z, y):
     ]
 
 
+def test_odd_rows_among_many(framework):
+    """Of long rows, which compilers sum in other ways than short ones."""
+    rng = np.random.default_rng(20261121)
+    x = rng.normal(0, 5, (300, 8192)).astype("float32")
+    y = rng.integers(8, 8192, len(x))
+    inf, nan, largest = np.inf, np.nan, np.finfo("float32").max
+    odd = [
+        ([inf, largest], 0, 0),
+        ([inf, largest], 1, inf),
+        ([inf, largest, inf], 2, np.log(2)),
+        ([inf, -inf], 1, inf),
+        ([largest, largest], 1, np.log(2)),
+        ([largest, -largest], 1, inf),
+        ([-inf], 0, inf),
+        ([nan], 1, nan),
+        ([nan, inf], 1, nan),
+        ([-inf] * 8192, 3, nan),
+        ([0.0], -1, nan),
+        ([0.0], 8192, nan),
+    ]
+    for row, (start, target, _) in enumerate(odd):
+        x[row, : len(start)], y[row] = start, target
+    usual = np.float64(x[len(odd) :])
+    targets = (np.arange(len(usual)), y[len(odd) :])
+    others = np.exp(usual)
+    others[targets] = 0
+    right = [*(loss for *_, loss in odd), *np.log1p(others.sum(axis=1) / np.exp(usual[targets]))]
+    logits = framework.array(x, "float32")
+    with np.errstate(all="ignore"):  # array-api-strict warns as NumPy does
+        alone = ul.softmax_nll(logits, y, reduction="none")
+        value, gradient = ul.value_and_grad(ul.softmax_nll)(logits, y, reduction="none")
+    for losses in (alone, value):
+        np.testing.assert_allclose(framework.numpy(losses), right, rtol=24 * 2.0**-23)
+    assert (np.isnan(framework.numpy(gradient)).any(axis=1) == np.isnan(right)).all()
+
+
 def test_threads_change_no_number(monkeypatch):
     data = large()
     with_threads = results(*data)
