@@ -9,7 +9,6 @@ import math
 import operator
 from typing import Any
 
-import array_api_compat.torch as compat
 import numpy as np
 import torch
 from torch.utils._device import DeviceContext
@@ -20,7 +19,8 @@ from ..formulas import Array, Loss, Namespace, Operands, Options
 from ..losses import multilabel_logistic_loss, softmax_nll
 from . import tiles
 
-xp = Extended(compat, stop_gradient=torch.Tensor.detach)
+COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call, and which eager ones can do without
+xp = Extended(COMPAT, stop_gradient=torch.Tensor.detach)
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -72,7 +72,7 @@ def _position(x: Array, t: Array) -> tuple[Array, Array]:
 
 # Where a compiler traces what has its derivative beside it.
 traced = Extended(
-    compat,
+    COMPAT,
     as_index=lambda t: t.to(torch.int64),
     pick=lambda x, position: x.gather(-1, position[0]).squeeze(-1),
     position=_position,
@@ -190,6 +190,8 @@ class TorchBackend(Backend):
         return _sharded_like(x) if _is_sharded(x) else xp
 
     def problem(self, x: Array) -> str | None:
+        if torch.compiler.is_compiling():
+            _load()
         if not isinstance(x, torch.Tensor):
             return f"torch {type(x).__name__}"
         return "a nested tensor" if x.is_nested else f"layout {x.layout}" if x.layout is not torch.strided else None
@@ -295,6 +297,11 @@ def _goes_to_aot_autograd() -> bool:
     return name == "inductor" or name.startswith("aot_")
 
 
+def _load() -> None:
+    xp.load()
+    traced.load()
+
+
 def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
@@ -302,6 +309,7 @@ def _is_transformed() -> bool:
 # Run when Dynamo comes to them, and not traced: as in unilabel/backend.py.
 _goes_to_aot_autograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocasts(device: str) -> bool:
@@ -350,8 +358,8 @@ def _sharded_like(x: Array) -> Namespace:
 
         return reduced
 
-    reductions = {name: at_once(getattr(compat, name)) for name in ("any", "max", "sum")}
-    return Extended(compat, stop_gradient=torch.Tensor.detach, arange=arange, **reductions)
+    reductions = {name: at_once(getattr(xp, name)) for name in ("any", "max", "sum")}
+    return Extended(xp, arange=arange, **reductions)
 
 
 class _Module(torch.nn.Module):

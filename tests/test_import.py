@@ -30,6 +30,13 @@ def test_numpy_arrays_bring_no_other_framework(tmp_path):
     assert not modules & (FRAMEWORKS | COMMAND)
 
 
+def test_an_eager_call_of_torch_needs_no_other_namespace(tmp_path):
+    call = "unilabel.softmax_nll(torch.zeros((1, 2), requires_grad=True), torch.tensor([0])).backward()"
+    modules = imported(f"import torch, unilabel; {call}", tmp_path)
+    assert "unilabel.backends.torch" in modules
+    assert "array_api_compat" not in modules
+
+
 def test_the_check_sees_what_a_module_imports(tmp_path):
     (tmp_path / "stand_in.py").write_text("import unilabel\nimport mpmath\n")
     assert imported("import stand_in", tmp_path) & (FRAMEWORKS | COMMAND) == {"mpmath"}

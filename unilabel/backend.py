@@ -109,14 +109,23 @@ class Backend:
 
 
 class Extended:
-    """An array API namespace with functions added to the standard's, or put in their place."""
+    """An array API namespace with functions added to the standard's, or put in their place.
 
+    It may be given by its name: then it is imported when it is asked for a function, or by `load`.
+    """
+
+    _base: Any
     pick = softmax = softplus = None  # the formulas ask for these each time; a search of the base takes long
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)
 
+    def load(self) -> None:
+        if isinstance(self._base, str):
+            self._base = importlib.import_module(self._base)
+
     def __getattr__(self, name: str) -> Any:
+        self.load()
         found = self.__dict__[name] = getattr(self._base, name)
         return found
 
