@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,28 +60,44 @@ xp = Extended(
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor | None:
-    """The threads for large arrays: UNILABEL_NUM_THREADS of them, or one for each core; None for one."""
+def _helpers() -> tuple[ThreadPoolExecutor, int] | None:
+    """Threads beside the caller's for large arrays, and how many: UNILABEL_NUM_THREADS in all, or one for each core."""
     from concurrent.futures import ThreadPoolExecutor
 
     count = int(os.environ.get("UNILABEL_NUM_THREADS", 0)) or (os.cpu_count() or 1)
-    return ThreadPoolExecutor(count, "unilabel") if count > 1 else None
+    return (ThreadPoolExecutor(count - 1, "unilabel"), count - 1) if count > 1 else None
 
 
 if hasattr(os, "register_at_fork"):  # threads are not forked
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
 
 
 def _each(function: Any, rows: list[slice]) -> Any:
-    pool = _pool()
-    if pool is None:
+    """Each thread takes what is next. The caller's begins at once, as others take a while to wake up."""
+    helpers = _helpers()
+    if helpers is None:
         return map(function, rows)
+    pool, count = helpers
+    left, done = deque(enumerate(rows)), [None] * len(rows)
 
-    def quietly(rows: slice) -> Any:
+    def work() -> None:
         with np.errstate(all="ignore"):  # which belongs to a thread
-            return function(rows)
+            while left:
+                try:
+                    i, some = left.popleft()
+                except IndexError:  # another thread has taken the last
+                    return
+                done[i] = function(some)
 
-    return pool.map(quietly, rows)
+    working = [pool.submit(work) for _ in range(min(count, len(rows) - 1))]
+    try:
+        work()
+    finally:
+        left.clear()
+        for helper in working:
+            if not helper.cancel():  # it has begun
+                helper.result()
+    return done
 
 
 machine = tiles.Machine(

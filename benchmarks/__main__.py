@@ -34,7 +34,7 @@ Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of r
 @click.option("--rows", default=8192, show_default=True, help="Of --memory.")
 @click.option("--classes", default=8192, show_default=True, help="Of --memory.")
 @click.option("--growth", is_flag=True, help="Not time: ns per element from a million elements up.")
-@click.option("--largest", default=1e8, show_default=True, help="Elements of --growth, if they fit into memory.")
+@click.option("--largest", default=1e9, show_default=True, help="Elements of --growth, if they fit into memory.")
 @click.option("--import", "imports", is_flag=True, help="Not time: `import unilabel`, and the first call.")
 @click.option("--seconds", default=5.0, show_default=True, help="For each case.")
 @click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
@@ -93,9 +93,11 @@ def main(
         big = [Case(loss, rows, classes) for loss in ("bce", "nll")]
         jobs += [("", "memory", measure.memory, (setup, case)) for setup in first for case in big]
     if growth:
-        sizes = measure.growth_sizes(1e3 if quick else 1e6, largest)
+        sizes = {name: measure.growth_sizes(1e3 if quick else 1e6, largest, name) for name in names}
         jobs += [
-            (s.backend, "growth", measure.growth, (s, loss, sizes, seconds)) for s in first for loss in ("bce", "nll")
+            (s.backend, "growth", measure.growth, (s, loss, sizes[s.backend], seconds))
+            for s in first
+            for loss in ("bce", "nll")
         ]
     if imports:
         jobs += [("", "import", measure.import_time, (3 if quick else 11,))]

@@ -203,9 +203,10 @@ def available_memory() -> float:
 # --- Growth -----------------------------------------------------------------------------------------------------------
 
 
-def growth_sizes(smallest: float, largest: float) -> list[int]:
+def growth_sizes(smallest: float, largest: float, backend: str) -> list[int]:
     """Two in each factor of 10, as far as inputs, gradient and a framework's temporaries fit into memory."""
-    fits = min(largest, available_memory() / 64)
+    bytes_each = 20 if backend in ("numpy", "torch") else 64  # those keep no temporaries of this size
+    fits = min(largest, available_memory() / bytes_each)
     count = math.floor(2 * math.log10(max(fits, smallest) / smallest) + 1e-9)
     return [round(smallest * 10 ** (i / 2)) for i in range(count + 1)]
 

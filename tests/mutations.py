@@ -38,20 +38,22 @@ ROW_IGNORED = "\n            ignored = targets == options.ignore_index"
 MUTATIONS = {
     # The multilabel logistic loss
     "logistic: value, masses swapped": Mutation(
-        "t.up * t.negative + t.down * t.positive", "t.up * t.positive + t.down * t.negative"
+        "t.up * t.negative - (1 - t.up) * t.positive", "t.up * t.positive - (1 - t.up) * t.negative"
     ),
+    "logistic: value, plain, targets as they are": Mutation("t.up - t.positive if", "t.up + t.positive if"),
+    "logistic: value, plain, without the side": Mutation("t.up - t.positive if", "0.5 - t.positive if"),
     "logistic: log1p written out": Mutation("near = xp.log1p(t.e)", "near = xp.log(1 + t.e)"),
     "logistic: masses of the logarithm left out": Mutation(
-        "t.size, t.finite)\n    return far + (near if t.both is None else near * t.both)",
-        "t.size, t.finite)\n    return far + near",
+        "t.x, t.finite)\n    return far + (near if t.both is None else near * t.both)",
+        "t.x, t.finite)\n    return far + near",
     ),
     "logistic: exponent clamped": Mutation("xp.exp(-size)", "xp.exp(-xp.minimum(size, xp.asarray(20.0)))"),
-    "logistic: gradient, sign": Mutation("- t.positive * t.e_down", "+ t.positive * t.e_down"),
+    "logistic: gradient, sign": Mutation("- t.positive * e_down", "+ t.positive * e_down"),
     "logistic: gradient as sigmoid - z": Mutation(
-        "(t.negative * t.e_up - t.positive * t.e_down) / (1 + t.e)",
-        "(t.negative + t.positive) * (t.e_up / (1 + t.e)) - t.positive",
+        "(negative * e_up - t.positive * e_down) / (1 + t.e)",
+        "(negative + t.positive) * (e_up / (1 + t.e)) - t.positive",
     ),
-    "logistic: gradient at 0": Mutation("(t.negative * t.e_up", "(t.negative * (t.size > 0) * t.e_up"),
+    "logistic: gradient at 0": Mutation("(negative * e_up", "(negative * (t.x != 0) * e_up"),
     "logistic: Hessian, square left out": Mutation("((1 + t.e) * (1 + t.e))", "(1 + t.e)"),
     "logistic: Hessian as p (1 - p)": Mutation(
         "t.e / ((1 + t.e) * (1 + t.e))", "(1 / (1 + t.e)) * (1 - 1 / (1 + t.e))"

@@ -135,7 +135,7 @@ def test_odd_rows_among_many(framework):
 def test_threads_change_no_number(monkeypatch):
     data = large()
     with_threads = results(*data)
-    monkeypatch.setattr(numpy_backend, "_pool", lambda: None)
+    monkeypatch.setattr(numpy_backend, "_helpers", lambda: None)
     for a, b in zip(with_threads, results(*data), strict=True):
         assert (a == b).all()
 
@@ -184,9 +184,26 @@ def test_byte_order_changes_no_number(small):
 
 
 def test_number_of_threads(monkeypatch):
-    for given, threads in (("3", 3), ("1", None)):
+    for given, others in (("3", 2), ("1", None)):
         monkeypatch.setenv("UNILABEL_NUM_THREADS", given)
-        numpy_backend._pool.cache_clear()
-        pool = numpy_backend._pool()
-        assert (pool and pool._max_workers) == threads
-    numpy_backend._pool.cache_clear()
+        numpy_backend._helpers.cache_clear()
+        helpers = numpy_backend._helpers()
+        assert (helpers and helpers[1]) == others
+    numpy_backend._helpers.cache_clear()
+
+
+@pytest.mark.parametrize("bad", [0, 7, 19])
+def test_an_error_in_any_block_is_the_callers(bad, monkeypatch):
+    """Wherever it was computed, and no block is lost to it the next time."""
+    monkeypatch.setenv("UNILABEL_NUM_THREADS", "4")
+    numpy_backend._helpers.cache_clear()
+
+    def double(block):
+        if block.start == bad:
+            raise ValueError(f"block {bad}")
+        return 2 * block.start
+
+    with pytest.raises(ValueError, match=f"block {bad}"):
+        numpy_backend._each(double, [slice(i, i + 1) for i in range(20)])
+    assert numpy_backend._each(double, [slice(i, i + 1) for i in range(100, 200)]) == [2 * i for i in range(100, 200)]
+    numpy_backend._helpers.cache_clear()

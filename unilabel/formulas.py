@@ -75,41 +75,43 @@ class Loss(NamedTuple):
 
 
 class LogisticTerms(NamedTuple):
+    x: Array
     up: Array  # 1 where x >= 0, else 0
-    down: Array
-    size: Array  # |x|
     e: Array  # exp -|x|
-    e_up: Array  # exp min(x, 0)
-    e_down: Array  # exp min(-x, 0)
-    negative: Array
+    negative: Array | None  # None: 1 less positive
     positive: Array
     both: Array | None  # the sum of the two; None: 1
+    by_autodiff: bool
     finite: bool
 
 
 def logistic_terms(xp: Namespace, masses: Masses, options: Options) -> LogisticTerms:
     x, (negative, positive, both) = masses.x, masses.mass
-    negative = 1 - positive if negative is None else negative
     up = xp.astype(x >= 0, x.dtype)
-    down = 1 - up
     # Arithmetic costs less than a select. It also differentiates right at x = 0, which the functions for it do not.
-    size = xp.multiply(x, up - down) if options.by_autodiff else xp.abs(x)
-    e = xp.exp(-size)
-    if options.by_autodiff:
-        e_up, e_down = up + down * e, up * e + down
-    else:
-        e_up, e_down = xp.maximum(up, e), xp.maximum(down, e)
-    return LogisticTerms(up, down, size, e, e_up, e_down, negative, positive, both, options.finite)
+    size = xp.multiply(x, 2 * up - 1) if options.by_autodiff else xp.abs(x)
+    return LogisticTerms(x, up, xp.exp(-size), negative, positive, both, options.by_autodiff, options.finite)
 
 
 def logistic_value(xp: Namespace, t: LogisticTerms) -> Array:
     near = xp.log1p(t.e)
-    far = _product(xp, t.up * t.negative + t.down * t.positive, t.size, t.finite)
+    share = t.up - t.positive if t.negative is None else t.up * t.negative - (1 - t.up) * t.positive
+    far = _product(xp, share, t.x, t.finite)
     return far + (near if t.both is None else near * t.both)
 
 
 def logistic_gradient(xp: Namespace, t: LogisticTerms) -> Array:
-    return (t.negative * t.e_up - t.positive * t.e_down) / (1 + t.e)
+    e_up, e_down = _sides(xp, t)
+    negative = 1 - t.positive if t.negative is None else t.negative
+    return (negative * e_up - t.positive * e_down) / (1 + t.e)
+
+
+def _sides(xp: Namespace, t: LogisticTerms) -> tuple[Array, Array]:
+    """exp min(x, 0) and exp min(-x, 0)."""
+    down = 1 - t.up
+    if t.by_autodiff:
+        return t.up + down * t.e, t.up * t.e + down
+    return xp.maximum(t.up, t.e), xp.maximum(down, t.e)
 
 
 def logistic_hessian(xp: Namespace, t: LogisticTerms) -> Array:
@@ -684,7 +686,7 @@ def sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
     if _has(xp, "softplus"):
         return xp.sigmoid(x)
     t = logistic_terms(xp, Masses(x, (0.0, 1.0, None), None, None), Options("none", by_autodiff=by_autodiff))
-    return t.e_up / (1 + t.e)
+    return _sides(xp, t)[0] / (1 + t.e)
 
 
 def log_sigmoid(xp: Namespace, x: Array, by_autodiff: bool) -> Array:
