@@ -334,6 +334,8 @@ def masked(make: Maker) -> Iterator[Case]:
     huge = min(1e10, LARGEST[make.dtype])
     yield make.case(SOFTMAX, [[-huge, 5.0, -huge]], [0], where=[True, False, True], flag="masked", reduction="none")
     yield make.case(SOFTMAX, [[nan, 1.0, 2.0]], [0], where=[True, False, True], flag="masked", reduction="none")
+    out: dict[str, Any] = {"flag": "masked", "where": [True, False, True], "weight": [0.5, inf, 2.0]}
+    yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.5]], **out)
 
 
 @family

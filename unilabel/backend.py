@@ -111,22 +111,27 @@ class Backend:
 class Extended:
     """An array API namespace with functions added to the standard's, or put in their place.
 
-    It may be given by its name: then it is imported when it is asked for a function, or by `load`.
+    It may be given by its name: then it is imported when it is first asked for a function, or by `load`.
     """
 
-    _base: Any
     pick = softmax = softplus = None  # the formulas ask for these each time; a search of the base takes long
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)
 
     def load(self) -> None:
+        """Take over all functions at once: a compiler that traces them may not write down one after the other."""
         if isinstance(self._base, str):
-            self._base = importlib.import_module(self._base)
+            base = importlib.import_module(self._base)
+            more = {name: found for name, found in vars(base).items() if not hasattr(Extended, name)}
+            self.__dict__.update(more | self.__dict__ | {"_base": base})
 
     def __getattr__(self, name: str) -> Any:
-        self.load()
-        found = self.__dict__[name] = getattr(self._base, name)
+        base = self.__dict__["_base"]
+        if isinstance(base, str):
+            self.load()
+            return getattr(self, name)
+        found = self.__dict__[name] = getattr(base, name)
         return found
 
 
