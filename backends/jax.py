@@ -56,7 +56,7 @@ xp = Extended(
     where=_where,
 )
 
-# Where all is summed: XLA's CPU compiler computes these on the way, and writes to memory what is compared or selected.
+# Where all is summed: XLA's CPU compiler does arithmetic on the way, and writes to memory what it compares or selects.
 summing = Extended(xp, softplus=lambda x: jnp.log1p(jnp.exp(x)), relu=lambda x: jnp.maximum(x, 0))
 
 

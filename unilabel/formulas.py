@@ -95,8 +95,9 @@ def logistic_terms(xp: Namespace, masses: Masses, options: Options) -> LogisticT
 
 def logistic_value(xp: Namespace, t: LogisticTerms) -> Array:
     near = xp.log1p(t.e)
-    share = t.up - t.positive if t.negative is None else t.up * t.negative - (1 - t.up) * t.positive
-    far = _product(xp, share, t.x, t.finite)
+    # What the loss grows by with x, far from 0: negative on the one side, less positive on the other.
+    slope = t.up - t.positive if t.negative is None else t.up * t.negative - (1 - t.up) * t.positive
+    far = _product(xp, slope, t.x, t.finite)
     return far + (near if t.both is None else near * t.both)
 
 
