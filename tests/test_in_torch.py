@@ -303,6 +303,13 @@ def test_gradients_of_each_example(sample):
     check(each["weight"], sample.gradient[:, :, None] * sample.x[:, None])
 
 
+def test_a_wrong_index_is_nan_where_the_clamp_counts_too():
+    """By plain autodiff: the clamp has no derivative of its own."""
+    probs, targets = torch.tensor([[0.0, 0.25, 0.75], [0.0, 0.25, 0.75]]), torch.tensor([3, 2])
+    gradient = torch.func.grad(lambda p: ul.cross_entropy(p, targets, reduction="sum"))(probs)
+    np.testing.assert_array_equal(gradient, [[np.nan] * 3, [0, 0, -1 / np.float32(0.75)]])
+
+
 # --- Second derivatives of a sure model -------------------------------------------------------------------------------
 
 SURE = [[17.0, 0.0], [60.0, 0.0, -3.0], [2.0, 1.9, -40.0], [0.0, 0.0, 0.0]]
