@@ -57,7 +57,7 @@ xp = Extended(
 )
 
 # Where all is summed: XLA's CPU compiler does arithmetic on the way, and writes to memory what it compares or selects.
-summing = Extended(xp, softplus=lambda x: jnp.log1p(jnp.exp(x)), relu=lambda x: jnp.maximum(x, 0))
+summing = Extended(xp, arithmetic=True, relu=lambda x: jnp.maximum(x, 0), softplus=lambda x: jnp.log1p(jnp.exp(x)))
 
 
 def _broadcasting(function: Any) -> Any:
@@ -96,8 +96,11 @@ def _apart(*arrays: Any) -> Any:
     They are of another shape, too, as not even constants of that shape are to be kept.
     """
     arrays = jax.tree.map(lambda x: x[None], arrays)
+    # One by one: together, shard_map would take them to differ between devices as soon as one of them does.
     return jax.lax.platform_dependent(
-        *arrays, cpu=lambda *arrays: jax.lax.optimization_barrier(arrays), default=lambda *arrays: arrays
+        *arrays,
+        cpu=lambda *arrays: jax.tree.map(jax.lax.optimization_barrier, arrays),
+        default=lambda *arrays: arrays,
     )
 
 

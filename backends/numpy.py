@@ -87,17 +87,31 @@ def _each(function: Any, rows: list[slice]) -> Any:
                     i, some = left.popleft()
                 except IndexError:  # another thread has taken the last
                     return
-                done[i] = function(some)
+                try:
+                    done[i] = function(some)
+                except BaseException:
+                    left.clear()  # the call fails: no more of it is needed
+                    raise
 
-    working = [pool.submit(work) for _ in range(min(count, len(rows) - 1))]
+    # By way of a list: a job that has come too late stays in the pool's queue for a while, and shall hold no arrays.
+    jobs = [work]
+    helping = [pool.submit(_do, jobs) for _ in range(min(count, len(rows) - 1))]
     try:
         work()
     finally:
         left.clear()
-        for helper in working:
-            if not helper.cancel():  # it has begun
-                helper.result()
+        jobs.clear()
+        helping = [helper for helper in helping if not helper.cancel()]  # have begun
+        for helper in helping:
+            helper.exception()  # waits, and leaves the caller's own exception alone
+    for helper in helping:
+        helper.result()
     return done
+
+
+def _do(jobs: list[Any]) -> None:
+    for job in list(jobs):
+        job()
 
 
 machine = tiles.Machine(

@@ -4,6 +4,7 @@ Eight CPU devices are asked for here, before JAX starts: all test modules are im
 """
 
 import functools
+import importlib
 import itertools
 import math
 import re
@@ -571,6 +572,21 @@ def test_one_odd_logit_among_a_million(logit, target, weight, adds):
         check(total, losses.sum(), "float32", ulp=24)
     for pulled_back in (gradient, slopes_too):
         check(pulled_back, slopes, "float32", ulp=4)
+
+
+def test_shard_map_with_weights_that_all_have(monkeypatch):
+    """Logits differ between the devices, and weights do not."""
+    module = importlib.import_module("unilabel.backends.jax")
+    monkeypatch.setattr(module, "LARGE", 0)
+    x, z, w = np.linspace(-5, 5, 104).reshape(8, 13), np.arange(104).reshape(8, 13) % 2, np.linspace(0.5, 2, 13)
+
+    def mean(x, z, w):
+        return jax.lax.pmean(ul.multilabel_logistic_loss(x, z, pos_weight=w, reduction="mean"), "rows")
+
+    eight = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    whole = jax.shard_map(mean, mesh=eight, in_specs=(P("rows"), P("rows"), P()), out_specs=P())
+    value = jax.jit(whole)(x, z, w)
+    check(value, np.where(z, w * np.logaddexp(0, -x), np.logaddexp(0, x)).mean())
 
 
 # --- The compiled programs --------------------------------------------------------------------------------------------

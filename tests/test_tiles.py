@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,26 @@ def test_number_of_threads(monkeypatch):
         numpy_backend._helpers.cache_clear()
         helpers = numpy_backend._helpers()
         assert (helpers and helpers[1]) == others
+    numpy_backend._helpers.cache_clear()
+
+
+def test_the_callers_own_exception_comes_first(monkeypatch):
+    """Ctrl-C must not get lost in an error of a helper's."""
+    monkeypatch.setenv("UNILABEL_NUM_THREADS", "4")
+    numpy_backend._helpers.cache_clear()
+    here, caller, helper = threading.get_ident(), threading.Event(), threading.Event()
+
+    def fail(block):
+        if threading.get_ident() == here:
+            caller.set()
+            assert helper.wait(60)
+            raise KeyboardInterrupt
+        assert caller.wait(60)
+        helper.set()
+        raise IndexError
+
+    with pytest.raises(KeyboardInterrupt):
+        numpy_backend._each(fail, [slice(i, i + 1) for i in range(20)])
     numpy_backend._helpers.cache_clear()
 
 

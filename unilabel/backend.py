@@ -114,16 +114,17 @@ class Extended:
     It may be given by its name: then it is imported when it is first asked for a function, or by `load`.
     """
 
-    pick = softmax = softplus = None  # the formulas ask for these each time; a search of the base takes long
+    arithmetic = pick = softmax = softplus = None  # the formulas ask for these each time; searching the base takes long
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)
 
     def load(self) -> None:
         """Take over all functions at once: a compiler that traces them may not write down one after the other."""
-        if isinstance(self._base, str):
-            base = importlib.import_module(self._base)
-            more = {name: found for name, found in vars(base).items() if not hasattr(Extended, name)}
+        name = self._base
+        if isinstance(name, str):
+            base = importlib.import_module(name)
+            more = {key: found for key, found in vars(base).items() if not hasattr(Extended, key)}
             self.__dict__.update(more | self.__dict__ | {"_base": base})
 
     def __getattr__(self, name: str) -> Any:

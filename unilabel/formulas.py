@@ -144,7 +144,7 @@ def fused_value(xp: Namespace, t: FusedTerms) -> Array:
     if t.negative is None and t.finite:
         return near + xp.lerp(above, below, t.positive)
     negative = 1 - t.positive if t.negative is None else t.negative
-    far = _arithmetic_product(xp, negative, above) + _arithmetic_product(xp, t.positive, below)
+    far = _product(xp, negative, above, t.finite) + _product(xp, t.positive, below, t.finite)
     return far + (near if t.both is None else near * t.both)
 
 
@@ -729,16 +729,11 @@ def _working(xp: Namespace, x: Array, options: Options) -> Array:
 
 def _product(xp: Namespace, mass: Array, size: Array, finite: bool = False) -> Array:
     """mass · size, and 0 where an infinite size carries no mass."""
+    if _has(xp, "arithmetic"):  # a namespace without comparisons and selections, and nothing to differentiate
+        # `abs` keeps compilers from multiplying the two constants, which makes infinity, and that times 0 is NaN.
+        large = float(xp.finfo(size.dtype).max)
+        return xp.minimum(size, xp.abs(mass * large) * large) * mass
     return xp.multiply(size if finite else xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
-
-
-def _arithmetic_product(xp: Namespace, mass: Array, size: Array) -> Array:
-    """The same with neither comparison nor select, which some compilers do not sum on the way; not to differentiate.
-
-    `abs` keeps compilers from multiplying the two constants, which makes infinity, and that times 0 is NaN.
-    """
-    large = float(xp.finfo(size.dtype).max)
-    return xp.minimum(size, xp.abs(mass * large) * large) * mass
 
 
 def _free(p: Array, mass: Array, eps: float) -> Array:
