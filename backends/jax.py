@@ -162,11 +162,11 @@ _loss = jax.jit(_value, static_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @_broadcasting
 def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Any:
-    options = options._replace(label_smoothing=smoothing)
+    settled = options._replace(label_smoothing=smoothing)
     if formula is formulas.value_and_gradient and _is_large_sum(loss, options, x, operands):
-        value = formulas.value(summing, loss, options, *_apart(x, operands))
-        return value, formulas.gradient(xp, loss, options, x, operands, jnp.ones_like(value))
-    return formula(xp, loss, options, x, operands)
+        value = _value(loss, options, x, operands, smoothing)
+        return value, formulas.gradient(xp, loss, settled, x, operands, jnp.ones_like(value))
+    return formula(xp, loss, settled, x, operands)
 
 
 def _split(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands, Any]:
