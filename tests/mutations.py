@@ -122,12 +122,11 @@ MUTATIONS = {
     "softmax: Hessian as p (1 - p)": Mutation("(p / total) * (q / total)", "(p / total) * (1 - p / total)"),
     "softmax: Hessian, mass left out": Mutation("xp.sum(t.z, axis=-1, keepdims=True) * (p / total)", "(p / total)"),
     # Softmax with class indices
-    "index: log1p written out": Mutation("values = xp.log1p(t.s / t.e_t)", "values = xp.log(1 + t.s / t.e_t)"),
+    "index: log1p written out": Mutation("xp.log1p(t.s + (t.e_t - 1))", "xp.log(t.s + t.e_t)"),
+    "index: log1p written out, of shares": Mutation("xp.log1p(t.s / t.e_t)", "xp.log(1 + t.s / t.e_t)", EAGER),
     "index: the target among the others": Mutation("e = _put(xp, e, t, 0.0)", "pass"),
-    "index: a quotient beyond the largest number": Mutation(
-        "xp.where(t.s <= t.e_t, values,", "xp.where(t.s >= 0, values,"
-    ),
-    "index: digits of a sure target": Mutation("xp.where(t.s <= t.e_t, values,", "xp.where(t.s < 0, values,"),
+    "index: the target not in the sum": Mutation("xp.log1p(t.s + (t.e_t - 1))", "xp.log1p(t.s)"),
+    "index: the target's distance left out": Mutation("(t.e_t - 1)) - t.d_t", "(t.e_t - 1))"),
     "index: infinity less infinity": Mutation(
         "xp.where(x == math.inf, 0.0, x - m), xp.where(x_t == math.inf, 0.0, x_t - m)", "x - m, x_t - m"
     ),

@@ -304,9 +304,10 @@ def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
 
 
 def index_value(xp: Namespace, t: IndexTerms) -> Array:
-    values = xp.log1p(t.s / t.e_t)
-    if t.d_t is not None:
-        values = xp.where(t.s <= t.e_t, values, xp.log(t.s + t.e_t) - t.d_t)
+    if t.d_t is None:
+        values = xp.log1p(t.s / t.e_t)
+    else:  # log(s + e_t) - d_t, where e_t is 1 and d_t is 0 if t is the largest, and s is 1 or more if it is not
+        values = xp.log1p(t.s + (t.e_t - 1)) - t.d_t
     return values if t.mass is None else _product(xp, t.mass, values, t.finite)
 
 
