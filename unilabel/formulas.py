@@ -304,10 +304,8 @@ def index_terms(xp: Namespace, masses: Masses, options: Options) -> IndexTerms:
 
 
 def index_value(xp: Namespace, t: IndexTerms) -> Array:
-    if t.d_t is None:
-        values = xp.log1p(t.s / t.e_t)
-    else:  # log(s + e_t) - d_t, where e_t is 1 and d_t is 0 if t is the largest, and s is 1 or more if it is not
-        values = xp.log1p(t.s + (t.e_t - 1)) - t.d_t
+    # Of e: log(s + e_t) - d_t. If t is the largest, e_t is 1 and d_t is 0; if not, s is 1 or more.
+    values = xp.log1p(t.s / t.e_t) if t.d_t is None else xp.log1p(t.s + (t.e_t - 1)) - t.d_t
     return values if t.mass is None else _product(xp, t.mass, values, t.finite)
 
 
