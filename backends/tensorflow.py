@@ -214,7 +214,13 @@ def _counted(key: Any, formula: Any, loss: Loss, options: Options, names: tuple[
             operands = Operands(**dict(zip(names, arrays, strict=False)))
             return formula(xp, loss, options, x, operands, *arrays[len(names) :])
 
-        program = _calls[key] = run.get_concrete_function(*arrays)
+        traced = run.get_concrete_function(*arrays)
+
+        def program(*arrays: Array) -> Any:
+            # Past its __call__, which fits arguments to a signature: for longer than a small program runs.
+            return traced.inference_fn.call_preflattened([*arrays, *traced.captured_inputs])
+
+        _calls[key] = program
         return program
 
 
@@ -236,7 +242,7 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
             return [formulas.gradient(xp, loss, options, x, operands, cotangent, by_autodiff=True)]
         if gradient is not None:
             with tf.device(x.device):
-                return [gradient * cotangent]
+                return [tf.multiply(gradient, cotangent)]
         return [_eagerly(formulas.gradient, loss, options, x, operands, cotangent)]
 
     record.record_operation("unilabel", [value], [x], pullback)
@@ -310,7 +316,8 @@ class TensorflowBackend(Backend):
                 return tf.identity(tf.convert_to_tensor(data))
         x = tf.convert_to_tensor(data)
         # TensorFlow compares and casts few of the integer types.
-        return tf.cast(x, tf.int64) if like is not None and x.dtype.is_integer else x
+        odd = x.dtype.is_integer and x.dtype not in (tf.int32, tf.int64)
+        return tf.cast(x, tf.int64) if like is not None and odd else x
 
     def cast(self, x: Array, dtype: str) -> Array:
         return tf.cast(x, dtype)

@@ -114,7 +114,7 @@ class Extended:
     It may be given by its name: then it is imported when it is first asked for a function, or by `load`.
     """
 
-    arithmetic = pick = softmax = softplus = None  # the formulas ask for these each time; searching the base takes long
+    pick = softmax = softplus = step = None  # the formulas ask for these each time; searching the base takes long
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)

@@ -87,7 +87,7 @@ class LogisticTerms(NamedTuple):
 
 def logistic_terms(xp: Namespace, masses: Masses, options: Options) -> LogisticTerms:
     x, (negative, positive, both) = masses.x, masses.mass
-    up = xp.astype(x >= 0, x.dtype)
+    up = xp.step(x) if _has(xp, "step") else xp.astype(x >= 0, x.dtype)
     # Arithmetic costs less than a select. It also differentiates right at x = 0, which the functions for it do not.
     size = xp.multiply(x, 2 * up - 1) if options.by_autodiff else xp.abs(x)
     return LogisticTerms(x, up, xp.exp(-size), negative, positive, both, options.by_autodiff, options.finite)
@@ -728,10 +728,11 @@ def _working(xp: Namespace, x: Array, options: Options) -> Array:
 
 def _product(xp: Namespace, mass: Array, size: Array, finite: bool = False) -> Array:
     """mass · size, and 0 where an infinite size carries no mass."""
-    if _has(xp, "arithmetic"):  # a namespace without comparisons and selections, and nothing to differentiate
+    if _has(xp, "step"):  # of arithmetic alone, without comparisons and selections, and nothing to differentiate
         # `abs` keeps compilers from multiplying the two constants, which makes infinity, and that times 0 is NaN.
         large = float(xp.finfo(size.dtype).max)
-        return xp.minimum(size, xp.abs(mass * large) * large) * mass
+        most = xp.abs(mass * large) * large
+        return xp.maximum(xp.minimum(size, most), -most) * mass
     return xp.multiply(size if finite else xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
 
 
