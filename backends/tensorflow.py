@@ -139,6 +139,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     @tf.custom_gradient
     def gradient(x: Array, cotangent: Array, *arrays: Array) -> tuple[Array, Any]:
         def pullback(second: Array) -> list[Array]:
+            second = tf.convert_to_tensor(second)
             with _on_device_of(x), tf.GradientTape() as tape:
                 copies = [tf.identity(array) for array in (x, cotangent, *arrays)]
                 tape.watch(copies)
@@ -152,6 +153,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     @tf.custom_gradient
     def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
         def pullback(cotangent: Array) -> list[Array]:
+            cotangent = tf.convert_to_tensor(cotangent)  # of gathered losses it is tf.IndexedSlices
             with _on_device_of(x):
                 gradients = [gradient(x, cotangent, *arrays)]
                 if arrays:  # targets and weights: by the plain expression
@@ -238,6 +240,7 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
         value = _eagerly(formulas.value, loss, options, x, operands)
 
     def pullback(cotangent: Array) -> list[Array]:
+        cotangent = tf.convert_to_tensor(cotangent)
         if not tf.executing_eagerly() or record.could_possibly_record() or tf.is_symbolic_tensor(cotangent):
             return [formulas.gradient(xp, loss, options, x, operands, cotangent, by_autodiff=True)]
         if gradient is not None:

@@ -118,6 +118,36 @@ def test_batch_jacobian(sample, pfor):
     close(np.einsum("ncc->nc", jacobian), sample.hessian)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cotangents_of_gathered_rows(sample, compiled):
+    """They are tf.IndexedSlices. The fourth of equal eager calls is compiled, and takes tensors alone."""
+
+    @tf.function(autograph=False) if compiled else lambda function: function
+    def derivatives(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                some = tf.gather(sample(x, reduction="none"), [0, 2])
+            gradient = tape.gradient(some, x)
+            column = tf.gather(gradient, [0, 2])[:, 0]
+        return gradient, outer.gradient(column, x, unconnected_gradients="zero")
+
+    def first(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            some = tf.gather(sample(x, reduction="none"), [0, 2])
+        return tape.gradient(some, x)
+
+    x, right = tf.constant(sample.x), np.zeros_like(sample.x)
+    right[[0, 2]] = sample.gradient[[0, 2]]
+    for _ in range(5):
+        close(first(x), right)
+        gradient, second = derivatives(x)
+        close(gradient, right)
+        close(second.numpy()[[0, 2], 0], sample.hessian[[0, 2], 0])
+
+
 @pytest.mark.capability("tensorflow", "gradient by float targets")
 @two_losses
 def test_gradient_by_targets(sample):
