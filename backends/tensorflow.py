@@ -139,7 +139,6 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     @tf.custom_gradient
     def gradient(x: Array, cotangent: Array, *arrays: Array) -> tuple[Array, Any]:
         def pullback(second: Array) -> list[Array]:
-            second = tf.convert_to_tensor(second)
             with _on_device_of(x), tf.GradientTape() as tape:
                 copies = [tf.identity(array) for array in (x, cotangent, *arrays)]
                 tape.watch(copies)

@@ -122,27 +122,21 @@ def test_batch_jacobian(sample, pfor):
 def test_cotangents_of_gathered_rows(sample, compiled):
     """They are tf.IndexedSlices. The fourth of equal eager calls is compiled, and takes tensors alone."""
 
+    def gathered(x, **options):
+        return tf.gather(sample(x, **options), [0, 2])
+
     @tf.function(autograph=False) if compiled else lambda function: function
     def derivatives(x):
         with tf.GradientTape() as outer:
             outer.watch(x)
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                some = tf.gather(sample(x, reduction="none"), [0, 2])
-            gradient = tape.gradient(some, x)
+            gradient = gradient_of_sum(gathered, x)
             column = tf.gather(gradient, [0, 2])[:, 0]
         return gradient, outer.gradient(column, x, unconnected_gradients="zero")
-
-    def first(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            some = tf.gather(sample(x, reduction="none"), [0, 2])
-        return tape.gradient(some, x)
 
     x, right = tf.constant(sample.x), np.zeros_like(sample.x)
     right[[0, 2]] = sample.gradient[[0, 2]]
     for _ in range(5):
-        close(first(x), right)
+        close(gradient_of_sum(gathered, x), right)
         gradient, second = derivatives(x)
         close(gradient, right)
         close(second.numpy()[[0, 2], 0], sample.hessian[[0, 2], 0])

@@ -184,19 +184,28 @@ def test_byte_order_changes_no_number(small):
             np.testing.assert_array_equal(a, b)
 
 
-def test_number_of_threads(monkeypatch):
-    for given, others in (("3", 2), ("1", None)):
-        monkeypatch.setenv("UNILABEL_NUM_THREADS", given)
+@pytest.fixture
+def set_threads(monkeypatch):
+    """Sets how many threads there are, until the test ends."""
+
+    def set_them(count):
+        monkeypatch.setenv("UNILABEL_NUM_THREADS", str(count))
         numpy_backend._helpers.cache_clear()
+
+    yield set_them
+    numpy_backend._helpers.cache_clear()
+
+
+def test_number_of_threads(set_threads):
+    for given, others in ((3, 2), (1, None)):
+        set_threads(given)
         helpers = numpy_backend._helpers()
         assert (helpers and helpers[1]) == others
-    numpy_backend._helpers.cache_clear()
 
 
-def test_the_callers_own_exception_comes_first(monkeypatch):
+def test_the_callers_own_exception_comes_first(set_threads):
     """Ctrl-C must not get lost in an error of a helper's."""
-    monkeypatch.setenv("UNILABEL_NUM_THREADS", "4")
-    numpy_backend._helpers.cache_clear()
+    set_threads(4)
     here, caller, helper = threading.get_ident(), threading.Event(), threading.Event()
 
     def fail(block):
@@ -210,14 +219,12 @@ def test_the_callers_own_exception_comes_first(monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         numpy_backend._each(fail, [slice(i, i + 1) for i in range(20)])
-    numpy_backend._helpers.cache_clear()
 
 
 @pytest.mark.parametrize("bad", [0, 7, 19])
-def test_an_error_in_any_block_is_the_callers(bad, monkeypatch):
+def test_an_error_in_any_block_is_the_callers(bad, set_threads):
     """Wherever it was computed, and no block is lost to it the next time."""
-    monkeypatch.setenv("UNILABEL_NUM_THREADS", "4")
-    numpy_backend._helpers.cache_clear()
+    set_threads(4)
 
     def double(block):
         if block.start == bad:
@@ -227,4 +234,3 @@ def test_an_error_in_any_block_is_the_callers(bad, monkeypatch):
     with pytest.raises(ValueError, match=f"block {bad}"):
         numpy_backend._each(double, [slice(i, i + 1) for i in range(20)])
     assert numpy_backend._each(double, [slice(i, i + 1) for i in range(100, 200)]) == [2 * i for i in range(100, 200)]
-    numpy_backend._helpers.cache_clear()
