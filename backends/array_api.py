@@ -40,7 +40,7 @@ class ArrayAPIBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return self.library if self.name == "dask" else array_api_compat.array_namespace(x)
 
-    def problem(self, x: Array) -> str | None:
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if array_api_compat.is_array_api_obj(x) else f"{self.name} {type(x).__name__}"
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:

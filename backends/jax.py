@@ -71,11 +71,9 @@ def _broadcasting(function: Any) -> Any:
     return traced
 
 
-# Label smoothing is an operand: a schedule of it must not compile a program for each number.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @_broadcasting
-def _value(loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Array:
-    options = options._replace(label_smoothing=smoothing)
+def _value(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     if _is_large_sum(loss, options, x, operands):
         return formulas.value(summing, loss, options, *_apart(x, operands))
     return formulas.value(xp, loss, options, x, operands)
@@ -106,12 +104,11 @@ def _apart(*arrays: Any) -> Any:
 
 @_broadcasting
 def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    x, operands, smoothing = primals
+    x, operands = primals
     value, change = _value(loss, options, *primals), None
     if not _is_zero(tangents[0]):
         slopes = _slopes(loss, options, *primals)
-        settled = options._replace(label_smoothing=smoothing)
-        change = formulas.pushforward(xp, loss, settled, x, operands, slopes, tangents[0])
+        change = formulas.pushforward(xp, loss, options, x, operands, slopes, tangents[0])
     # Targets and weights are seldom differentiated: the plain expression is good enough for them, for those alone.
     more = _by_autodiff(formulas.value, loss, options, primals, (None, *tangents[1:]))
     if more is not None:
@@ -121,8 +118,8 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @_broadcasting
-def _slopes(loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Array:
-    return formulas.slopes(xp, loss, options._replace(label_smoothing=smoothing), x, operands)
+def _slopes(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+    return formulas.slopes(xp, loss, options, x, operands)
 
 
 @_broadcasting
@@ -136,15 +133,14 @@ def _slopes_jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents
 
 def _by_autodiff(formula: Any, loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
     """A formula in the form for autodiff, and its derivative by what has a tangent; None if nothing has."""
-    x, operands, smoothing = primals
+    x, operands = primals
     given = {"x": x, **operands._asdict()}
     dots = {"x": tangents[0], **tangents[1]._asdict()}
     moving = {name: dot for name, dot in dots.items() if dot is not None and not _is_zero(dot)}
 
     def run(some: dict[str, Array]) -> Array:
         arrays = given | some
-        options_ = options._replace(label_smoothing=smoothing)
-        return formula(xp, loss, options_, arrays.pop("x"), Operands(**arrays), by_autodiff=True)
+        return formula(xp, loss, options, arrays.pop("x"), Operands(**arrays), by_autodiff=True)
 
     return jax.jvp(run, ({name: given[name] for name in moving},), (moving,)) if moving else None
 
@@ -161,22 +157,21 @@ _loss = jax.jit(_value, static_argnums=(0, 1))
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 @_broadcasting
-def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, smoothing: Any) -> Any:
-    settled = options._replace(label_smoothing=smoothing)
+def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
     if formula is formulas.value_and_gradient and _is_large_sum(loss, options, x, operands):
-        value = _value(loss, options, x, operands, smoothing)
-        return value, formulas.gradient(xp, loss, settled, x, operands, jnp.ones_like(value))
-    return formula(xp, loss, settled, x, operands)
+        value = _value(loss, options, x, operands)
+        return value, formulas.gradient(xp, loss, options, x, operands, jnp.ones_like(value))
+    return formula(xp, loss, options, x, operands)
 
 
-def _split(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands, Any]:
-    """A compiled function's arguments: the options that it is compiled for, and apart, the number that is traced."""
+def _traced(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands]:
+    """A compiled function's arguments. Smoothing is an operand: a schedule of it compiles no program for each number."""
     smoothing = options.label_smoothing
     if smoothing is None:
-        return options, x, operands, None
-    if not isinstance(x, jax.core.Tracer):  # explicitly, so that a transfer guard lets it pass
-        smoothing = jax.device_put(smoothing, _place(x))
-    return options._replace(label_smoothing=None), x, operands, smoothing
+        return options, x, operands
+    place = None if isinstance(x, jax.core.Tracer) else _place(x)
+    smoothing = jax.device_put(smoothing, place)  # explicitly, so that a transfer guard lets it pass
+    return options._replace(label_smoothing=None), x, operands._replace(label_smoothing=smoothing)
 
 
 def _place(x: Array) -> Any:
@@ -203,7 +198,7 @@ class JaxBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return xp
 
-    def problem(self, x: Array) -> str | None:
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if isinstance(x, jax.Array) else f"jax {type(x).__name__}"
 
     def dtype(self, x: Array) -> str:
@@ -231,10 +226,10 @@ class JaxBackend(Backend):
         return np.asarray(x)
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        return _loss(loss, *_split(options, x, operands))
+        return _loss(loss, *_traced(options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-        return _closed_form(formula, loss, *_split(options, x, operands))
+        return _closed_form(formula, loss, *_traced(options, x, operands))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return _activation(function, x, half)

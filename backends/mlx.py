@@ -83,7 +83,7 @@ class MlxBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return xp
 
-    def problem(self, x: Array) -> str | None:
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if isinstance(x, mx.array) else f"mlx {type(x).__name__}"
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:

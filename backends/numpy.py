@@ -132,7 +132,7 @@ class NumpyBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return xp
 
-    def problem(self, x: Array) -> str | None:
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
         ma = sys.modules.get("numpy.ma")  # importing it takes longer than the first loss
         other = isinstance(x, np.matrix) or (ma is not None and isinstance(x, ma.MaskedArray))
         return None if isinstance(x, (np.ndarray, np.generic)) and not other else f"numpy {type(x).__name__}"

@@ -265,7 +265,7 @@ class TensorflowBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return xp
 
-    def problem(self, x: Array) -> str | None:
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if not isinstance(x, (tf.Tensor, tf.Variable)):
             return f"a tensorflow {type(x).__name__}"
         if tf.is_symbolic_tensor(x) and not tf.compat.v1.executing_eagerly_outside_functions():

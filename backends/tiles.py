@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import formulas
-from ..formulas import Array, Loss, Masses, Namespace, Operands, Options
+from ..formulas import Array, Divisor, Loss, Namespace, Operands, Options
 
 # The C library gives memory from 128 kB up back to the system when it is freed, and the system clears it each time that
 # it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc keeps such.
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
     def _of(self, name: str, rows: slice) -> Array | None:
         array = getattr(self.operands, name)
-        if array is None or (self.loss.per_row and name == "weight"):
+        if array is None or array.ndim == 0 or (self.loss.per_row and name == "weight"):
             return array
         broadcasts = not self.loss.per_row and (array.ndim < self.x.ndim or array.shape[0] == 1)
         return array if broadcasts else array[rows]
@@ -71,11 +71,11 @@ class Call(NamedTuple):
         chosen = self.options.ignore_index is not None or any(array is not None for array in self.operands[1:])
         if self.options.reduction == "mean" and chosen:
             parts = self.each(formulas.parts, lambda _, part: None if part is None else float(part))
-        if parts[0] is None:  # a count
-            return formulas.mean(
-                xp, total, formulas.divided_by(xp, self.loss, Masses(whole, None, None, None), self.options)
-            )
-        return formulas.mean(xp, total, xp.asarray(sum(parts), dtype=_working(xp, whole)))
+        if parts[0] is None:
+            divisor = formulas.counted(xp, self.loss, whole, self.options)
+        else:
+            divisor = Divisor(None, xp.asarray(sum(parts), dtype=_working(xp, whole)))
+        return formulas.mean(xp, total, divisor)
 
     def summed(self, values: list[float], whole: Array) -> Array:
         """The reduction of all, from the blocks' sums: numbers, as arrays would keep the memory around them apart."""
@@ -177,6 +177,6 @@ def _working(xp: Namespace, x: Array) -> Any:
 
 
 def _by_rows(name: str, array: Array | None, x: Array) -> Array | None:
-    if array is None or name == "weight":
+    if array is None or array.ndim == 0 or name == "weight":
         return array
     return array.reshape(-1) if array.ndim < x.ndim else array.reshape(-1, x.shape[-1])

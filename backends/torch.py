@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._device import DeviceContext
 
 from .. import formulas
 from ..backend import Backend, Extended
+from ..compilers import constant_in_dynamo
 from ..formulas import Array, Loss, Namespace, Operands, Options
 from ..losses import multilabel_logistic_loss, softmax_nll
 from . import tiles
+from .torch_internals import internals
 
 COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call, and which eager ones can do without
-xp = Extended(COMPAT, stop_gradient=torch.Tensor.detach)
+xp = Extended(COMPAT, stop_gradient=torch.Tensor.detach, sym_max=torch.sym_max)
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -79,6 +80,7 @@ traced = Extended(
     replace=lambda x, position, values: xp.where(
         position[1], values if isinstance(values, float) else values.unsqueeze(-1), x
     ),
+    sym_max=torch.sym_max,
     take=operator.getitem,
 )
 
@@ -126,13 +128,13 @@ class _Loss(torch.autograd.Function):
             gradient = formulas.gradient(backend.namespace(x), *call, by_autodiff=True)
             # Derived from x even where it is constant.
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
-        elif not _on_cpu(x) or _is_batched(cotangent):
+        elif not _on_cpu(x) or internals.is_batched(cotangent):
             gradient = formulas.gradient(_space(x), *call)
         elif ctx.slopes is not None:
             slopes, ctx.slopes = ctx.slopes, None  # written over: the next time, it is computed again
-            scale = eager.astype(cotangent, slopes.dtype)
-            slopes.mul_(formulas.factor(eager, ctx.loss, ctx.options, scale, ctx.divisor))
-            gradient = eager.astype(slopes, x.dtype)
+            scale = eager.astype(cotangent, slopes.array.dtype)
+            slopes.array.mul_(formulas.factor(eager, ctx.loss, ctx.options, slopes, scale, ctx.divisor))
+            gradient = eager.astype(slopes.array, x.dtype)
         else:
             gradient = tiles.gradient(machine, *call)
         return None, None, gradient, *(None for _ in operands)
@@ -161,11 +163,6 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
     return formula(_space(x), loss, options, x, operands), options
 
 
-def _is_batched(cotangent: Array) -> bool:
-    """Whether the backward pass is for several cotangents at once: then nothing may be written into an array."""
-    return torch._C._functorch.is_legacy_batchedtensor(cotangent) or torch._C._are_functorch_transforms_active()
-
-
 def _on_cpu(x: Array) -> bool:
     """Whether blocks are faster, and looking at the values keeps nobody waiting. (A DTensor is on a device too.)"""
     return x.device.type == "cpu" and not _is_sharded(x)
@@ -189,17 +186,27 @@ class TorchBackend(Backend):
     def namespace(self, x: Array) -> Namespace:
         return _sharded_like(x) if _is_sharded(x) else xp
 
-    def problem(self, x: Array) -> str | None:
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if torch.compiler.is_compiling():
             _load()
         if not isinstance(x, torch.Tensor):
             return f"torch {type(x).__name__}"
-        return "a nested tensor" if x.is_nested else f"layout {x.layout}" if x.layout is not torch.strided else None
+        if type(x).__name__ == "MaskedTensor":
+            return "a torch MaskedTensor (give its data, and its mask as where)"
+        if x.is_nested:
+            return "a nested tensor"
+        if x.layout is not torch.strided:
+            return f"layout {x.layout}"
+        if beside is not None and _is_sharded(x) and not _is_sharded(beside):
+            return "a DTensor beside logits that are none (its .full_tensor() or .to_local() is a plain one)"
+        if beside is not None and x.is_meta and not beside.is_meta:
+            return "a tensor on the meta device, which has no values, beside logits that have"
+        return None
 
     def settled(self, x: Array, targets: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):
             return None
-        if x.is_nested or targets.is_nested or torch._C._get_tracing_state() or x.device != targets.device:
+        if x.is_nested or targets.is_nested or torch.jit.is_tracing() or x.device != targets.device:
             return None
         return x.dtype, targets.dtype, x.layout, targets.layout
 
@@ -224,16 +231,17 @@ class TorchBackend(Backend):
         return _replicated(data, like) if _is_sharded(like) and not _is_sharded(data) else data
 
     def to_numpy(self, x: Array) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _is_transformed():
             raise ValueError("Expected values to read. Received: a tensor that torch traces, which has none yet.")
-        x = x.detach().cpu()
-        return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
+        try:
+            x = (x.full_tensor() if _is_sharded(x) else x).detach().cpu()
+            return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            text = f"Expected values to read. Received: a {type(x).__name__} on {x.device}, which has none yet."
+            raise ValueError(text) from error
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        if options.half and _autocasts(x.device.type):
-            # Autocast runs cross_entropy, nll_loss, binary_cross_entropy and binary_cross_entropy_with_logits in
-            # float32: of bfloat16 and float16 logits their result is float32, and of float64 still float64.
-            x, options = x.to(torch.float32), options._replace(half=False)
+        x, options = _autocast(x, options)
         if torch.compiler.is_compiling() and _is_only_compiled(x, operands):
             if torch.is_grad_enabled() and x.requires_grad:
                 return _TracedLoss.apply(loss, options, x, *operands)
@@ -250,6 +258,7 @@ class TorchBackend(Backend):
         return formulas.activation(space, function, x, half, by_autodiff=not constant)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
+        x, options = _autocast(x, options)
         with torch.no_grad():
             if not torch.compiler.is_compiling() and _plain(x, operands):
                 return _run(formula, loss, options, x, operands)[0]
@@ -267,11 +276,10 @@ def _plain(x: Array, operands: Operands) -> bool:
     """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
     return (
         (type(x) in ORDINARY or _is_sharded(x))
-        and not torch._C._are_functorch_transforms_active()
-        and not (torch._C._len_torch_dispatch_stack() and _is_traced())
-        and not (torch._C._len_torch_function_stack() and _is_overridden())
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch._C._get_tracing_state()
+        and not internals.is_transformed()
+        and not internals.is_traced()
+        and not internals.is_overridden()
+        and not torch.jit.is_tracing()
         and not any(
             array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array)))
             for array in operands
@@ -291,40 +299,30 @@ def _is_only_compiled(x: Array, operands: Operands) -> bool:
     )
 
 
+@constant_in_dynamo
 def _goes_to_aot_autograd() -> bool:
     """Whether the backend of torch.compile refuses second derivatives. Others would leave those of _TracedLoss out."""
-    name = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.compiler_fn.__name__
+    name = internals.compiler()
     return name == "inductor" or name.startswith("aot_")
 
 
+@constant_in_dynamo
 def _load() -> None:
     xp.load()
     traced.load()
 
 
+@constant_in_dynamo
 def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return internals.is_transformed()
 
 
-# Run when Dynamo comes to them, and not traced: as in unilabel/backend.py.
-_goes_to_aot_autograd._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not available: "meta"
-
-
-def _is_traced() -> bool:
-    """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs without them."""
-    key = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (key.PROXY, key.FAKE, key.FUNCTIONAL))
-
-
-def _is_overridden() -> bool:
-    """Whether a function mode may change what runs. A default device is a function mode too, and does not."""
-    return any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+def _autocast(x: Array, options: Options) -> tuple[Array, Options]:
+    """Half-precision logits in float32 under autocast, which so runs PyTorch's own losses, whose result is float32."""
+    device = x.device.type
+    if options.half and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not: "meta"
+        return x.to(torch.float32), options._replace(half=False)
+    return x, options
 
 
 def _is_sharded(x: Array) -> bool:

@@ -11,8 +11,9 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
-from .backend import Backend, backend_of, is_plain
+from .backend import Backend, backend_of, is_number, is_plain
 from .formulas import BINARY, CATEGORICAL, NLL, Array, Loss, Namespace, Operands, Options
+from .lengths import Shape, extent, product, same
 
 HALVES = ("float16", "bfloat16")
 FLOATS = (*HALVES, "float32", "float64")
@@ -20,8 +21,6 @@ INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uin
 NUMBERS = (*INTEGERS, *FLOATS, "bool")
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-
-Shape = tuple[Any, ...]  # of ints; None where a framework does not know a length before it runs
 
 
 class Arranged(NamedTuple):
@@ -51,12 +50,13 @@ def arrange(
     sample_weight: Any = None,
     where: Any = None,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
     eps: float | None = None,
     validate: bool = False,
 ) -> Arranged:
     """Check a call of a loss and bring it into canonical form."""
-    backend = backend_of(logits, targets, weight, pos_weight, sample_weight, where)
+    smoothing = None if is_number(label_smoothing) else label_smoothing  # an array, traced or to be learned
+    backend = backend_of(logits, targets, weight, pos_weight, sample_weight, where, smoothing)
     key = None
     if (
         weight is pos_weight is sample_weight is where is eps is None
@@ -82,13 +82,13 @@ def arrange(
         arranged = arrange(loss, logits, reduction=reduction, validate=validate, **given._asdict() | options_given)
         return arranged._replace(restore=restore, finish=finish if reduction == "none" else None)
     shape: Shape = tuple(logits.shape)
-    axes = class_axes(axis, len(shape), what)
+    axes = class_axes(axis, len(shape), what, loss.per_row)
     if reduction not in REDUCTIONS:
         _fail(ValueError, "reduction", _choices(map(repr, REDUCTIONS)), repr(reduction))
     options = Options(
         reduction=reduction,
         axes=(-1,) if loss.per_row else axes,
-        label_smoothing=_fraction("label_smoothing", label_smoothing, 1.0) or None,
+        label_smoothing=(_fraction("label_smoothing", label_smoothing, 1.0) or None) if smoothing is None else None,
         eps=EPSILON[name] if eps is None else _fraction("eps", eps, 0.5),
         half=name in HALVES,
     )
@@ -107,7 +107,9 @@ def arrange(
         operand("pos_weight", pos_weight),
         operand("sample_weight", sample_weight),
         operand("where", where, ("bool",)),
+        operand("label_smoothing", smoothing, (*INTEGERS, *FLOATS)),
     )
+    _has_shape("label_smoothing", operands.label_smoothing, (), lambda: "a number, or an array of no dimensions")
     _broadcasts("where", operands.where, shape, what)
     if not loss.per_row:
         _has_shape("targets", z, shape, lambda: f"the shape of the {what}, {_text(shape)}")
@@ -118,7 +120,7 @@ def arrange(
         return _settle(key, targets, Arranged(backend, loss, options, logits, operands, _as_it_is))
 
     batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
-    classes = _product(shape[i] for i in axes)
+    classes = product(shape[i] for i in axes)
     if classes == 0:
         _fail(ValueError, what, "at least one class", f"shape {_text(shape)} with class axis {axis}")
 
@@ -182,8 +184,8 @@ def arrange_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Ba
         _only_last(axis, "x")
         x, _, restore, _ = backend.rows(True, x, Operands(None))
         return backend, half, x, restore
-    axes = class_axes(axis, len(x.shape), "x")
-    classes = _product(x.shape[i] for i in axes)
+    axes = class_axes(axis, len(x.shape), "x", True)
+    classes = product(x.shape[i] for i in axes)
     if classes == 0:
         _fail(ValueError, "x", "at least one class", f"shape {_text(x.shape)} with class axis {axis}")
     last, restore = _class_axis_last(backend.namespace(x), axes, x)
@@ -204,10 +206,12 @@ def check_array(backend: Backend, x: Array, label: str) -> str:
     return name
 
 
-def class_axes(axis: Any, ndim: int, what: str) -> tuple[int, ...]:
-    """The class axes, negative and in the order given."""
+def class_axes(axis: Any, ndim: int, what: str, per_row: bool) -> tuple[int, ...]:
+    """The class axes, negative and in the order given. One element of a loss per element has none."""
     given = axis if isinstance(axis, tuple) else (axis,)
     axes = tuple(_index("axis", i) for i in given)
+    if ndim == 0 and not per_row and axes in ((-1,), (0,)):
+        return ()
     if not axes or not all(-ndim <= i < ndim for i in axes):
         choices = f"one of the {what}' axes, {-ndim} to {ndim - 1}" if ndim else f"{what} that have an axis"
         _fail(ValueError, "axis", f"{choices}, or a tuple of them", f"{axis} for {ndim} dimensions")
@@ -232,12 +236,13 @@ def _operand(
     import numpy
 
     if not is_plain(data):
-        problem = backend_of(data).problem(data)
+        own = backend_of(data)
+        problem = own.problem(data, logits if own is backend else None)
         if problem is not None:
             _fail(TypeError, label, "a plain array", problem)
     try:
         array = backend.read(data)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever the objects in a list raise
         _fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
     plain = isinstance(array, numpy.ndarray)
     dtype = array.dtype.name if plain else backend.dtype(array)
@@ -254,7 +259,7 @@ def _operand(
 
 def _has_shape(label: str, array: Array | None, shape: Shape, expected: Callable[[], str]) -> None:
     """`expected` is called on failure only: compilers trace what is called, and cannot make text of a length."""
-    if array is not None and not _same(array.shape, shape):
+    if array is not None and not same(array.shape, shape):
         _fail(ValueError, label, expected(), f"shape {_text(array.shape)}")
 
 
@@ -263,22 +268,23 @@ def _broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> Non
         return
     own = tuple(array.shape)
     tail = shape[len(shape) - len(own) :]
-    if len(own) > len(shape) or not _same([n if n != 1 else m for n, m in zip(own, tail, strict=True)], tail):
+    if len(own) > len(shape) or not same([n if n != 1 else m for n, m in zip(own, tail, strict=True)], tail):
         _fail(ValueError, label, f"a shape that broadcasts to that of the {what}, {_text(shape)}", _text(own))
-
-
-def _same(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(n is None or m is None or n == m for n, m in zip(a, b, strict=True))
 
 
 def _fraction(label: str, number: Any, high: float) -> float:
     try:
-        converted = float(number)
+        converted = -1.0 if isinstance(number, str) or _is_bool(number) else float(number)
     except (TypeError, ValueError):
         converted = -1.0
-    if not 0 <= converted <= high or isinstance(number, str):
+    if not 0 <= converted <= high:
         _fail(ValueError, label, f"a number from 0 to {high}", repr(number))
     return converted
+
+
+def _is_bool(number: Any) -> bool:
+    # A compiler's open number is a float to isinstance, and not to be asked for its attributes.
+    return isinstance(number, bool) or (not isinstance(number, (int, float)) and getattr(number, "dtype", 0) == bool)
 
 
 def _index(label: str, number: Any) -> int:
@@ -304,6 +310,9 @@ def _validate(
     import numpy as np
 
     x = np.asarray(backend.to_numpy(logits), dtype="float64")
+    if operands.label_smoothing is not None:
+        smoothing = np.asarray(backend.to_numpy(operands.label_smoothing), dtype="float64")
+        _first(smoothing, ~((smoothing >= 0) & (smoothing <= 1)), "label_smoothing", "a number from 0 to 1")
     z = backend.to_numpy(operands.targets)
     keep = np.broadcast_to(True if operands.where is None else backend.to_numpy(operands.where), x.shape)
     if options.indices:
@@ -333,8 +342,10 @@ def _validate(
 
 
 def _first(values: Any, wrong: Any, label: str, expected: str) -> None:
+    import numpy
+
     if wrong.any():
-        position = tuple(int(i) for i in zip(*wrong.nonzero(), strict=True).__next__())
+        position = tuple(int(i) for i in numpy.argwhere(wrong)[0])
         _fail(ValueError, label, expected, f"{values[position]} at {_text(position)}")
 
 
@@ -350,7 +361,7 @@ def _class_axis_last(
         return _as_it_is, _as_it_is
     order = [i for i in range(ndim) if i - ndim not in axes] + [i + ndim for i in axes]
     back = [order.index(i) for i in range(ndim)]
-    moved = [xp.extent(x, i) if x.shape[i] is None else x.shape[i] for i in order]
+    moved = [extent(xp, x, i) for i in order]
     flat = [*moved[: ndim - len(axes)], math.prod(moved[ndim - len(axes) :])]
 
     def last(array: Array) -> Array:
@@ -362,16 +373,6 @@ def _class_axis_last(
         return xp.permute_dims(array, tuple(back))
 
     return last, restore
-
-
-def _product(lengths: Any) -> Any:
-    """The product of lengths; None if one of them is unknown."""
-    result = 1
-    for n in lengths:
-        if n is None:
-            return None
-        result = result * n
-    return result
 
 
 # --- Error texts ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import types
 from typing import Any
 
 from . import formulas
+from .compilers import constant_in_dynamo
 from .formulas import Array, Loss, Namespace, Operands, Options
 
 ENTRY_POINTS = "unilabel.backends"
@@ -47,8 +48,11 @@ class Backend:
         """The array API namespace that the formulas run in."""
         return x.__array_namespace__()
 
-    def problem(self, x: Array) -> str | None:
-        """What keeps an object of this framework from being an array to compute with; None if nothing does."""
+    def problem(self, x: Array, beside: Array | None = None) -> str | None:
+        """What keeps an object of this framework from being an array to compute with; None if nothing does.
+
+        `beside`: the logits, if they are of this framework too and the object is another operand.
+        """
         return None
 
     def settled(self, x: Array, targets: Any) -> Any:
@@ -76,6 +80,9 @@ class Backend:
             return data
         import numpy
 
+        ma = sys.modules.get("numpy.ma")  # without it nobody has such an array
+        if ma is not None and _holds(data, ma.MaskedArray):
+            raise TypeError("it holds a numpy MaskedArray, whose mask would be lost")
         return numpy.asarray(data)
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
@@ -114,7 +121,7 @@ class Extended:
     It may be given by its name: then it is imported when it is first asked for a function, or by `load`.
     """
 
-    pick = softmax = softplus = step = None  # the formulas ask for these each time; searching the base takes long
+    pick = softmax = softplus = step = sym_max = None  # the formulas ask for these each time; searching the base takes long
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)
@@ -164,6 +171,18 @@ def is_plain(data: Any) -> bool:
     return type(data) in (bool, int, float, list, tuple, range) or (type(data).__module__ == "numpy" and data.ndim == 0)
 
 
+def _holds(data: Any, kind: type) -> bool:
+    return isinstance(data, (list, tuple)) and any(isinstance(item, kind) or _holds(item, kind) for item in data)
+
+
+def is_number(option: Any) -> bool:
+    """Whether an option is for Python to read: no array of a framework that traces or differentiates."""
+    if type(option) is float or option is None or is_plain(option):
+        return True
+    backend = _of_type(type(option))
+    return backend is None or backend.name == "numpy"
+
+
 def backend_named(name: str) -> Backend:
     """The backend of that name, its framework imported: ModuleNotFoundError if it is not installed.
 
@@ -186,8 +205,9 @@ def _of_type(kind: type) -> Backend | None:
     return found
 
 
+@constant_in_dynamo  # it could not trace an import
 def _name_of(kind: type) -> str:
-    """Where in _loaded the backend of a type is; it is there by then."""
+    """Where in _loaded the backend of a type is; it is there by then. (A name, as a constant has to be a plain one.)"""
     name = _names.get(kind)
     if name is None:
         backend = _search(kind)
@@ -195,11 +215,6 @@ def _name_of(kind: type) -> str:
         setattr(_loaded, name, backend)
         _names[kind] = name  # last: another thread that finds it here looks into _loaded
     return name
-
-
-# torch.compile takes what this returns for a constant and does not trace into it: it could not trace an import. The
-# mark is that of `torch.compiler.assume_constant_result`, which works for plain constants only: hence a name.
-_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _search(kind: type) -> Backend | None:

@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from . import lengths
+
 Array = Any
 Namespace = Any
 
@@ -30,6 +32,7 @@ class Operands(NamedTuple):
     pos_weight: Array | None = None
     sample_weight: Array | None = None
     where: Array | None = None
+    label_smoothing: Array | None = None  # of no dimensions: traced, or to be learned; a plain number is an option
 
 
 class Options(NamedTuple):
@@ -39,7 +42,7 @@ class Options(NamedTuple):
     axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for losses per element
     indices: bool = False  # the targets are class indices, not a distribution
     ignore_index: int | None = None
-    label_smoothing: Any = None  # a number; a backend that compiles may put an array of no dimensions in its place
+    label_smoothing: float | None = None  # None: none, or an operand
     eps: float = 0.0
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
     by_autodiff: bool = False  # the framework will differentiate the very expression
@@ -65,8 +68,9 @@ class Loss(NamedTuple):
     masses: Callable[[Namespace, Array, Operands, Options], Masses]
     terms: Callable[[Namespace, Masses, Options], Any]
     value: Callable[[Namespace, Any], Array]
-    gradient: Callable[[Namespace, Any], Array]
+    gradient: Callable[[Namespace, Any], Array]  # less a factor for each row, if there is `scale`
     hessian: Callable[[Namespace, Any], Array]  # its diagonal
+    scale: Callable[[Namespace, Any], Array] | None = None  # that factor: rows are multiplied once, with all there is
 
 
 # --- The multilabel logistic loss -------------------------------------------------------------------------------------
@@ -310,10 +314,12 @@ def index_value(xp: Namespace, t: IndexTerms) -> Array:
 
 
 def index_gradient(xp: Namespace, t: IndexTerms) -> Array:
-    slopes, scale = _put(xp, t.e, t.t, -t.s), t.mass
-    if t.d_t is not None:
-        scale = (1 if scale is None else scale) / (t.s + t.e_t)
-    return slopes if scale is None else slopes * xp.expand_dims(scale, axis=-1)
+    return _put(xp, t.e, t.t, -t.s)
+
+
+def index_scale(xp: Namespace, t: IndexTerms) -> Array:
+    # Probabilities add up to 1 but for the digits that a native softmax loses in long rows: these are put right, too.
+    return (1 if t.mass is None else t.mass) / (t.s + t.e_t)
 
 
 def _pick(xp: Namespace, x: Array, t: Array) -> Array:
@@ -378,8 +384,8 @@ def nll_hessian(xp: Namespace, t: Masses) -> Array:
 
 def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
     """Independent classes: each element's share of the loss of label 0 and of label 1."""
-    targets, weight, pos_weight, _, keep = operands
-    z = xp.astype(targets, x.dtype, copy=False)
+    targets, weight, pos_weight, _, keep, _ = operands
+    z, smoothing = xp.astype(targets, x.dtype, copy=False), _smoothing(xp, x, operands, options)
     weight = None if weight is None else xp.astype(weight, x.dtype, copy=False)
     pos_weight = None if pos_weight is None else xp.astype(pos_weight, x.dtype, copy=False)
     parts = None
@@ -389,12 +395,12 @@ def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options
         x, z = xp.where(keep, x, 0.0), xp.where(keep, z, 0.0)
         weight = parts if weight is None else xp.where(keep, weight, 0.0)
         pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
-    if weight is None and pos_weight is None and options.label_smoothing is None:
+    if weight is None and pos_weight is None and smoothing is None:
         return Masses(x, (None, z, None), keep, parts)
     negative, positive = 1 - z, z
-    if options.label_smoothing is not None:
-        negative = negative * (1 - options.label_smoothing) + options.label_smoothing / 2
-        positive = positive * (1 - options.label_smoothing) + options.label_smoothing / 2
+    if smoothing is not None:
+        negative = negative * (1 - smoothing) + smoothing / 2
+        positive = positive * (1 - smoothing) + smoothing / 2
     if pos_weight is not None:
         positive = positive * pos_weight
     if weight is not None:
@@ -405,7 +411,8 @@ def element_masses(xp: Namespace, x: Array, operands: Operands, options: Options
 
 def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, masked: float) -> Masses:
     """Classes that exclude each other: each class's share of the row's loss. A masked input is set to `masked`."""
-    targets, weight, _, sample_weight, keep = operands
+    targets, weight, _, sample_weight, keep, _ = operands
+    smoothing = _smoothing(xp, x, operands, options)
     ignored = wrong = None
     if options.indices:
         classes = _classes(xp, x)
@@ -428,7 +435,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if weight is not None:
         weight = xp.astype(weight, x.dtype, copy=False)
         weight = weight if keep is None else xp.where(keep, weight, 0.0)
-        if options.indices and options.label_smoothing is None:  # an infinite weight of a class that is not there
+        if options.indices and smoothing is None:  # an infinite weight of a class that is not there
             weight = xp.where(named, weight, 0.0)
         parts = xp.sum(z * weight, axis=-1)
     if sample_weight is not None:
@@ -439,13 +446,13 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if ignored is not None:
         parts = xp.astype(~ignored, x.dtype) if parts is None else xp.where(ignored, 0.0, parts)
 
-    if options.label_smoothing is not None:
+    if smoothing is not None:
         if keep is None:
-            z = z * (1 - options.label_smoothing) + options.label_smoothing / _length(xp, x)
+            z = z * (1 - smoothing) + smoothing / lengths.count(xp, x, (-1,))
         else:
             count = xp.sum(xp.astype(keep, x.dtype), axis=-1, keepdims=True)
-            uniform = xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)
-            z = z * (1 - options.label_smoothing) + uniform
+            uniform = xp.where(keep, smoothing / xp.where(count == 0, 1.0, count), 0.0)
+            z = z * (1 - smoothing) + uniform
     if weight is not None:
         z = z * weight
     if sample_weight is not None:
@@ -463,12 +470,12 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
 
 def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) -> Masses:
     """The class that carries a row's loss, and how much; for indices with neither smoothing nor masked classes."""
-    targets, weight, _, sample_weight, _ = operands
+    targets, weight, _, sample_weight, _, _ = operands
     direct = _has(xp, "pick")
     classes: Any = None if direct else _classes(xp, x)
     targets = xp.as_index(targets) if direct else xp.astype(targets, classes.dtype, copy=False)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
-    wrong = None if options.finite else (targets < 0) | (targets >= _extent(xp, x, -1))  # else `pick` raises
+    wrong = None if options.finite else (targets < 0) | (targets >= lengths.extent(xp, x, -1))  # else `pick` raises
     off = ignored if wrong is None else wrong
     index = targets if off is None else xp.where(off, 0, targets)
     t = xp.position(x, index) if direct else classes == xp.expand_dims(index, axis=-1)
@@ -517,7 +524,7 @@ BINARY = Loss(
     "binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient, binary_hessian
 )
 SOFTMAX = Loss("softmax_nll", True, softmax_masses, softmax_terms, softmax_value, softmax_gradient, softmax_hessian)
-INDEX = SOFTMAX._replace(masses=index_masses, terms=index_terms, value=index_value, gradient=index_gradient)
+INDEX = SOFTMAX._replace(masses=index_masses, terms=index_terms, value=index_value, gradient=index_gradient, scale=index_scale)
 CATEGORICAL = Loss(
     "cross_entropy",
     True,
@@ -537,7 +544,8 @@ def _shortest(xp: Namespace, loss: Loss, options: Options, operands: Operands) -
     """The loss in the form whose value and gradient take the least work. (Only the first has a Hessian.)"""
     if loss == LOGISTIC and _has(xp, "softplus"):
         return FUSED
-    plain = options.indices and options.label_smoothing is None and operands.where is None
+    smoothed = options.label_smoothing is not None or operands.label_smoothing is not None
+    plain = options.indices and not smoothed and operands.where is None
     return INDEX if loss == SOFTMAX and plain and not options.by_autodiff else loss
 
 
@@ -570,7 +578,7 @@ def gradient(
     """The cotangent of the reduced loss times its derivative by the logits. `by_autodiff`: to differentiate again."""
     options = options._replace(by_autodiff=by_autodiff)
     loss, masses = _prepared(xp, loss, options, x, operands)
-    slopes = loss.gradient(xp, loss.terms(xp, masses, options))
+    slopes = _slopes(xp, loss, loss.terms(xp, masses, options))
     scale = xp.astype(cotangent, masses.x.dtype, copy=False)
     slopes = _scaled(xp, loss, options, slopes, scale, divided_by(xp, loss, masses, options), masses)
     return xp.astype(slopes, x.dtype, copy=False)
@@ -587,13 +595,13 @@ def value_and_gradient(
 
 def value_and_slopes(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
-) -> tuple[Array, Array, Any, Masses]:
+) -> tuple[Array, Slopes, Divisor | None, Masses]:
     """The reduced loss, and slopes and a divisor, which are its gradient once multiplied with a `factor`."""
     loss, masses = _prepared(xp, loss, options, x, operands)
     terms = loss.terms(xp, masses, options)
     divisor = divided_by(xp, loss, masses, options)
     total = _reduced(xp, loss.value(xp, terms), divisor, options)
-    return xp.astype(total, x.dtype, copy=False), loss.gradient(xp, terms), divisor, masses
+    return xp.astype(total, x.dtype, copy=False), _slopes(xp, loss, terms), divisor, masses
 
 
 def gradient_and_hessian(
@@ -604,7 +612,7 @@ def gradient_and_hessian(
     terms = loss.terms(xp, masses, options)
     divisor = divided_by(xp, loss, masses, options)
     slopes, curvatures = (
-        _scaled(xp, loss, options, derivative(xp, terms), None, divisor, masses)
+        _scaled(xp, loss, options, Slopes(derivative(xp, terms)), None, divisor, masses)
         for derivative in (loss.gradient, loss.hessian)
     )
     return xp.astype(slopes, x.dtype, copy=False), xp.astype(curvatures, x.dtype, copy=False)
@@ -616,7 +624,8 @@ def slopes(
     """The derivative of each loss by its own logits, before the reduction. `by_autodiff`: to differentiate again."""
     options = options._replace(by_autodiff=by_autodiff)
     loss, masses = _prepared(xp, loss, options, x, operands)
-    return loss.gradient(xp, loss.terms(xp, masses, options))
+    found, scale = _slopes(xp, loss, loss.terms(xp, masses, options))
+    return found if scale is None else found * xp.expand_dims(scale, axis=-1)
 
 
 def pushforward(
@@ -642,41 +651,76 @@ def _reduced(xp: Namespace, values: Array, divisor: Any, options: Options) -> Ar
     return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)
 
 
-def factor(xp: Namespace, loss: Loss, options: Options, cotangent: Array | None, divisor: Any) -> Any:
+class Slopes(NamedTuple):
+    """The derivative of each loss by its own logits, once each row is multiplied with the scale (None: 1)."""
+
+    array: Array
+    scale: Array | None = None
+
+
+def _slopes(xp: Namespace, loss: Loss, terms: Any) -> Slopes:
+    # The scale first: the gradient may be written over the terms.
+    scale = None if loss.scale is None else loss.scale(xp, terms)
+    return Slopes(loss.gradient(xp, terms), scale)
+
+
+def factor(
+    xp: Namespace, loss: Loss, options: Options, slopes: Slopes, cotangent: Array | None, divisor: Divisor | None
+) -> Any:
     """What slopes are multiplied with: the cotangent (None: 1) over the divisor; None: nothing."""
     scale = cotangent
     if divisor is not None:
         scale = mean(xp, 1.0 if scale is None else scale, divisor)
-    return (
-        xp.expand_dims(scale, axis=-1) if loss.per_row and options.reduction == "none" and scale is not None else scale
-    )
+    if slopes.scale is not None:
+        scale = slopes.scale if scale is None else slopes.scale * scale
+    elif scale is None or not (loss.per_row and options.reduction == "none"):
+        return scale
+    return xp.expand_dims(scale, axis=-1)
 
 
 def _scaled(
-    xp: Namespace, loss: Loss, options: Options, slopes: Array, cotangent: Array | None, divisor: Any, masses: Masses
+    xp: Namespace,
+    loss: Loss,
+    options: Options,
+    slopes: Slopes,
+    cotangent: Array | None,
+    divisor: Divisor | None,
+    masses: Masses,
 ) -> Array:
-    scale = factor(xp, loss, options, cotangent, divisor)
-    slopes = slopes if scale is None else slopes * scale
+    scale = factor(xp, loss, options, slopes, cotangent, divisor)
+    scaled = slopes.array if scale is None else slopes.array * scale
     # Masked here as well: the cotangent may be anything there.
-    return slopes if masses.keep is None else xp.where(masses.keep, slopes, 0.0)
+    return scaled if masses.keep is None else xp.where(masses.keep, scaled, 0.0)
 
 
-def divided_by(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Any:
-    """What the sum is divided by: a number, or an array where it is not known before it runs. None: by nothing."""
+class Divisor(NamedTuple):
+    """What a sum is divided by to be a mean: how many take part, 1 for none, or else the sum of their parts, an array."""
+
+    count: Any
+    parts: Array | None = None
+
+
+def divided_by(xp: Namespace, loss: Loss, masses: Masses, options: Options) -> Divisor | None:
+    """None: by nothing."""
     if options.reduction not in ("mean", "batchmean"):
         return None
     if options.reduction == "mean" and masses.parts is not None:
-        return xp.sum(masses.parts)
+        return Divisor(None, xp.sum(masses.parts))
+    return counted(xp, loss, masses.x, options)
+
+
+def counted(xp: Namespace, loss: Loss, x: Array, options: Options) -> Divisor:
+    """All examples, or for the mean of a loss per element all elements."""
     out = options.axes if loss.per_row or options.reduction == "batchmean" else ()
-    return _count(xp, masses.x, out)
+    return Divisor(lengths.count(xp, x, [axis for axis in range(-x.ndim, 0) if axis not in out]))
 
 
-def mean(xp: Namespace, total: Any, divisor: Any) -> Any:
+def mean(xp: Namespace, total: Any, divisor: Divisor) -> Any:
     """total / divisor, and 0 where nothing takes part (NaN if the total is)."""
-    if isinstance(divisor, int):
-        return total / (divisor or 1)
-    nothing = divisor == 0
-    return xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor))
+    if divisor.parts is None:
+        return total / divisor.count
+    nothing = divisor.parts == 0
+    return xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor.parts))
 
 
 # --- Activations ------------------------------------------------------------------------------------------------------
@@ -722,6 +766,15 @@ def _has(xp: Namespace, function: str) -> bool:
     return getattr(xp, function, None) is not None
 
 
+def _smoothing(xp: Namespace, x: Array, operands: Operands, options: Options) -> Any:
+    """ε: None, a number, or an array, which nobody has checked: NaN where it is not from 0 to 1."""
+    smoothing = operands.label_smoothing
+    if smoothing is None:
+        return options.label_smoothing
+    smoothing = xp.astype(smoothing, x.dtype, copy=False)
+    return xp.where((smoothing < 0) | (smoothing > 1), math.nan, smoothing)
+
+
 def _working(xp: Namespace, x: Array, options: Options) -> Array:
     return xp.astype(x, xp.float32) if options.half else x
 
@@ -762,24 +815,4 @@ def _constant(xp: Namespace, x: Array) -> Array:
 
 
 def _classes(xp: Namespace, x: Array) -> Array:
-    return xp.arange(_extent(xp, x, -1), device=getattr(x, "device", None))
-
-
-def _extent(xp: Namespace, x: Array, axis: int) -> Any:
-    """The length of an axis: an int, or what the namespace's `extent` gives where it is not known before it runs."""
-    n = x.shape[axis]
-    return xp.extent(x, axis) if n is None else n
-
-
-def _count(xp: Namespace, x: Array, out: tuple[int, ...]) -> Any:
-    """The product of all axes' lengths but these, to divide by: an int, or a scalar array in the dtype of x."""
-    if None not in x.shape:
-        return math.prod([n for axis, n in enumerate(x.shape, -x.ndim) if axis not in out])
-    lengths = [_extent(xp, x, axis) for axis in range(-x.ndim, 0) if axis not in out]
-    return math.prod(xp.astype(n, x.dtype) if hasattr(n, "dtype") else n for n in lengths)
-
-
-def _length(xp: Namespace, x: Array) -> Any:
-    """How many classes there are, to divide by."""
-    n = _extent(xp, x, -1)
-    return xp.astype(n, x.dtype) if hasattr(n, "dtype") else n
+    return xp.arange(lengths.extent(xp, x, -1), device=getattr(x, "device", None))

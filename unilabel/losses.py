@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from . import formulas
 from .arrange import Arranged, arrange, arrange_activation
+from .compilers import as_it_is_in_autograph
 from .formulas import Loss
 
 Array = TypeVar("Array")
@@ -411,7 +412,7 @@ def _called_like(
     logits, *_ = inspect.signature(called).parameters.values()
     called.__signature__ = inspect.Signature([logits, *others])  # type: ignore[attr-defined]
     globals()[called.__name__] = called  # where pickle looks for it
-    _leave_as_it_is(called)
+    as_it_is_in_autograph(called)
     return called
 
 
@@ -506,14 +507,6 @@ def _activation(function: Any, x: Any, axis: Any) -> Any:
     return restore(backend.activation(function, x, half))
 
 
-def _leave_as_it_is(function: Any) -> None:
-    """Keep TensorFlow's AutoGraph from rewriting a function, with the mark that its own `do_not_convert` sets.
-
-    It would go on and rewrite all that the function calls, the import system among it, slowly and with warnings.
-    """
-    function.autograph_info__ = {}
-
-
 _FORMULAS: dict[Any, Loss] = {
     multilabel_logistic_loss: formulas.LOGISTIC,
     softmax_nll: formulas.SOFTMAX,
@@ -523,7 +516,7 @@ _FORMULAS: dict[Any, Loss] = {
 }
 
 for _public in (*_FORMULAS, sigmoid, log_sigmoid, softmax, log_softmax):
-    _leave_as_it_is(_public)
+    as_it_is_in_autograph(_public)
 
 # Made once: the same function each time, so that compilers that key on it do not compile again.
 _WITH_GRADIENT = {loss: _with_gradient(loss, formula) for loss, formula in _FORMULAS.items()}

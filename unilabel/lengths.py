@@ -1,0 +1,47 @@
+"""Lengths of axes: the one place that knows their kinds, and all that is ever asked of them.
+
+A length is an int; or an int that a compiler or exporter leaves open (torch.SymInt, a dimension of jax.export), which
+takes part in arithmetic, but whose type and attributes must not be asked for: that breaks the compiler's graph, or
+closes what was to stay open; or None, where TensorFlow does not know it before it runs: then the namespace's `extent`
+gives it as an array.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+Length = Any
+Shape = tuple[Length, ...]
+
+
+def same(a: Shape, b: Shape) -> bool:
+    """Whether two shapes are equal, as far as their lengths are known."""
+    return len(a) == len(b) and all(n is None or m is None or n == m for n, m in zip(a, b, strict=True))
+
+
+def product(lengths: Iterable[Length]) -> Length:
+    """The product of lengths; None if one of them is unknown."""
+    result: Length = 1
+    for n in lengths:
+        if n is None:
+            return None
+        result = result * n
+    return result
+
+
+def extent(xp: Any, x: Any, axis: int) -> Any:
+    """The length of an axis: a number, or an array of no dimensions where it is not known before it runs."""
+    n = x.shape[axis]
+    return xp.extent(x, axis) if n is None else n
+
+
+def count(xp: Any, x: Any, axes: Iterable[int]) -> Any:
+    """How many elements there are along these axes, 1 for none: a number to divide by, or an array in the dtype of x."""
+    axes = tuple(axes)
+    known = product([x.shape[axis] for axis in axes if x.shape[axis] is not None])
+    unknown = [xp.astype(xp.extent(x, axis), x.dtype) for axis in axes if x.shape[axis] is None]
+    if unknown:
+        return xp.maximum(math.prod(unknown, start=known), 1)
+    return xp.sym_max(known, 1) if getattr(xp, "sym_max", None) else max(known, 1)
