@@ -1,112 +1,116 @@
 """The table of docs/transforms.md, made of the tests' results: what each framework can do with each loss.
 
-A test marked `capability("torch", "vmap")` fills a cell for the loss that it takes by the fixture `sample`, or for
-those that the mark names: `losses=(...)`. The framework None is the one of the fixture `framework`. A run of all tests
-compares the page with what it saw, or writes it: `pytest -m "capability and not slow and not cuda" --write-transforms`.
+A test marked `capability("torch", "vmap")` fills a row of it. It takes the fixture `sample`, and is run with each call
+that `crossed.py` plans for that row: one of them in a quick run, the others under the marker `full`. The mark may name
+the losses that it is about (`losses=(...)`), and levels that the transform cannot do without (`fixed={"reduction":
+"none"}`), which then stand in the cell. A test that loops over `samples(...)` itself is marked `looped=True`. The
+framework None is the one of the fixture `framework`.
+
+A run of all of them compares the page with what it saw, or writes it:
+`pytest -m "capability and not slow and not cuda" --write-transforms`, with `-n 2` on two cores.
 """
 
+from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import pytest
-from unilabel.conformance.cases import Maker
-from unilabel.conformance.oracle import expected
-
-import unilabel as ul
+from crossed import LOSSES, Row, Sample, factors, planned
 
 PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
-LOSSES = ("multilabel_logistic_loss", "softmax_nll", "binary_cross_entropy", "cross_entropy", "nll")
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "array API": "Array API"}
 LIBRARIES = {"array_api_strict": ("array API", "array-api-strict: "), "mlx": ("array API", "MLX: ")}
-SEED = 20261121
 
 
-class Sample:
-    """A loss with float64 inputs, and what is right for them by the oracle, as NumPy arrays."""
-
-    def __init__(self, name, rows=4, classes=3, **options):
-        self.name, self.loss, self.options = name, getattr(ul, name), options
-        maker = Maker("transforms", "float64", SEED)
-        per_row = name in ("softmax_nll", "cross_entropy", "nll")
-        ranges = {"multilabel_logistic_loss": (-6, 6), "softmax_nll": (-6, 6), "nll": (-6, -0.01)}
-        low, high = ranges.get(name, (0.01, 0.99))
-        shape = (rows, classes)
-        case = maker.case(
-            name,
-            maker.numbers(shape, low, high),
-            maker.chosen((rows,), *range(classes)) if per_row else maker.chosen(shape, 0, 1),
-            reduction="none",
-            **options,
-        )
-        answer = expected(case)
-        self.x = np.array(case.logits.values).reshape(shape)
-        self.targets = np.array(case.targets.values).reshape(case.targets.shape)
-        self.distributions = (
-            np.eye(classes)[self.targets] if per_row else self.targets.astype(float)
-        )  # the same targets
-        self.cotangent = np.array(case.cotangent.values).reshape(case.cotangent.shape)
-        self.values, self.gradient, self.pulled_back, self.hessian = (
-            np.array([float(number.value) for number in numbers])
-            for numbers in (answer.value, answer.gradient_of_sum, answer.gradient, answer.hessian)
-        )  # of reduction="none": gradient and Hessian diagonal of the sum, and the gradient times the cotangent
-        self.values = self.values.reshape(self.cotangent.shape)
-        self.gradient, self.pulled_back, self.hessian = (
-            numbers.reshape(shape) for numbers in (self.gradient, self.pulled_back, self.hessian)
-        )
-
-    def __call__(self, x, targets=None, **options):
-        return self.loss(x, self.targets if targets is None else targets, **self.options | options)
+def plain(loss):
+    """A call with all defaults, unreduced."""
+    return Row(loss, {factor: levels[0] for factor, levels in factors(loss).items()} | {"reduction": "none"})
 
 
-def close(got, right, dtype="float64", ulp=16):
-    """Equal but for rounding, in units of the dtype's precision."""
-    got, right = np.asarray(got, "float64"), np.asarray(right, "float64")
-    assert got.shape == right.shape
-    eps = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
-    np.testing.assert_allclose(got, right, rtol=ulp * eps, atol=0)
-
-
-@pytest.fixture(params=LOSSES)
+@pytest.fixture
 def sample(request):
-    return Sample(request.param)
+    return Sample(request.param if isinstance(request.param, Row) else plain(request.param))
+
+
+def samples(framework, transform, losses=LOSSES, fixed=None):
+    """What a test marked with `looped=True` has to try."""
+    return [Sample(row) for row in planned(framework, transform, losses, fixed)[0]]
+
+
+def pytest_generate_tests(metafunc):
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "sample" not in metafunc.fixturenames or "sample" in given:
+        return
+    mark = metafunc.definition.get_closest_marker("capability")
+    if mark is None:
+        metafunc.parametrize("sample", LOSSES, indirect=True)
+        return
+    plan, quick = planned(*mark.args, mark.kwargs.get("losses", LOSSES), mark.kwargs.get("fixed"))
+    calls = [pytest.param(row, id=str(row), marks=() if row is quick else pytest.mark.full) for row in plan]
+    metafunc.parametrize("sample", calls, indirect=True)
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
 
 START, END = "<!-- table: written by pytest --write-transforms -->\n", "<!-- end of table -->\n"
-RANK = ("✓", "no", "not run", "✗")  # the worst result of a cell's tests counts
+RANK = ("✓", "no", "✗")  # the worst result of a cell's tests counts
 
 
 class Table:
-    """(framework, transform, loss) -> what came of the tests that are about it."""
+    """What came of the tests of each cell (framework, transform, loss), and the page that says so. A plugin of pytest."""
 
     def __init__(self, page):
-        self.page, self.cells, self.ran, self.left_out = page, {}, set(), False
+        self.page, self.results = page, {}
+        self.planned = {}  # test -> the cells that it is about, as they were collected, before any is left out
 
-    def collected(self, items):
-        """All that there are, before any is left out."""
-        for item in items:
-            for cell in cells(item):
-                marker = next((name for name in ("cuda", "slow") if item.get_closest_marker(name)), "")
-                self.cells[cell] = f"`pytest -m {marker}`" if marker else "not run"
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config, items):
+        self.planned = {item.nodeid: found for item in items if (found := cells(item))}
+        if hasattr(config, "workeroutput"):  # pytest-xdist: its workers collect, and here is what they tell
+            config.workeroutput["cells"] = self.planned
 
-    def ended(self, item, report):
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        self.planned = self.planned or getattr(node, "workeroutput", {}).get("cells", {})
+
+    def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.failed:
             links = [word for word in getattr(report, "wasxfail", "").split() if word.startswith("http")]
-            result = f"[no]({links[0]})" if links else "✓" if report.passed else "✗"
-            for cell in cells(item):
-                before = self.cells.get(cell, "")
-                self.cells[cell] = result if cell not in self.ran or rank(result) > rank(before) else before
-                self.ran.add(cell)
+            self.results[report.nodeid] = f"[no]({links[0]})" if links else "✓" if report.passed else "✗"
+
+    def whole(self, config):
+        """Whether all tests of the table were run that any machine can run."""
+        everywhere = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("--backend")
+        return everywhere and all(test in self.results or found[0][2] for test, found in self.planned.items())
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "workeroutput") or not self.planned or not self.whole(session.config):
+            return
+        page, right = self.with_page()
+        if session.config.getoption("--write-transforms"):
+            self.page.write_text(right)
+        elif page != right and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter, config):
+        if self.planned and self.whole(config):
+            page, right = self.with_page()
+            if page != right:
+                text = f"{self.page} is not what the tests saw: --write-transforms writes it"
+                terminalreporter.write_line(text, red=True)
 
     def text(self):
+        tests = defaultdict(list)
+        for test, found in self.planned.items():
+            for cell, levels, marker in found:
+                tests[tuple(cell)].append((self.results.get(test, "not run"), levels, marker))
         lines = []
         for framework, title in TITLES.items():
-            rows = dict.fromkeys(transform for of, transform, _ in self.cells if of == framework)
-            if rows:
+            transforms = dict.fromkeys(transform for of, transform, _ in tests if of == framework)
+            if transforms:
                 lines += [f"## {title}", "", f"| | {' | '.join(f'`{loss}`' for loss in LOSSES)} |", "|---" * 6 + "|"]
-                for row in rows:
-                    lines.append(f"| {row} | {' | '.join(self.cells.get((framework, row, x), '') for x in LOSSES)} |")
+                for row in transforms:
+                    found = [entry(loss, tests.get((framework, row, loss), [])) for loss in LOSSES]
+                    lines.append(f"| {row} | {' | '.join(found)} |")
                 lines.append("")
         return "\n".join(lines)
 
@@ -117,22 +121,42 @@ class Table:
         return page, before + START + "\n" + self.text() + END + rest.split(END)[1]
 
 
+def entry(loss, tests):
+    """A cell: its worst result; after a tick, the only levels that it was tried with, where there are others."""
+    if not tests:
+        return ""
+    markers = [marker for _, _, marker in tests if marker]
+    if len(markers) == len(tests):
+        return f"`pytest -m {markers[0]}`"
+    result = max((result for result, _, marker in tests if not marker), key=rank)
+    only = []
+    for factor, levels in factors(loss).items():
+        seen = {seen[factor] for _, seen, marker in tests if not marker and factor in seen}
+        if seen != set(levels) and not any("all" in found for _, found, _ in tests):
+            only.append(f"{factor.replace('_', ' ')} {' or '.join(level for level in levels if level in seen)}")
+    return " ".join([result, *([f"({', '.join(only)})"] if only and result == "✓" else [])])
+
+
 def cells(item):
+    """The cells that a test is about, the levels that it tries there, and the marker of one that not all can run."""
     mark = item.get_closest_marker("capability")
     if mark is None:
         return []
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    losses = mark.kwargs.get("losses") or [parameters["sample"]]
     framework, transform = mark.args
     if framework is None:  # the one of the fixture `framework`
         framework = parameters["framework"]
         framework, library = LIBRARIES.get(framework, (framework, ""))
         transform = library + transform
-    return [(framework, transform, loss) for loss in losses]
+    marker = next((name for name in ("cuda", "slow") if item.get_closest_marker(name)), "")
+    if mark.kwargs.get("looped"):
+        return [([framework, transform, loss], {"all": "all"}, marker) for loss in mark.kwargs.get("losses", LOSSES)]
+    row = parameters["sample"]
+    return [([framework, transform, row.loss], row.levels, marker)]
 
 
 def rank(result):
-    return next(i for i, kind in enumerate(RANK) if kind in result)
+    return next(i for i, kind in enumerate(RANK) if kind in result) if result != "not run" else len(RANK)
 
 
 def pytest_addoption(parser):
@@ -140,48 +164,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "capability(framework, transform, losses): a row of docs/transforms.md")
-    config.stash[TABLE] = Table(PAGE)
-
-
-TABLE = pytest.StashKey[Table]()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    config.stash[TABLE].collected(items)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item):
-    report = yield
-    item.config.stash[TABLE].ended(item, report)
-    return report
-
-
-def whole(config):
-    """Whether all files were run, and nothing of the table left out."""
-    all_files = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    all_backends = not config.getoption("--backend")
-    return all_files and all_backends and "not run" not in config.stash[TABLE].cells.values()
-
-
-def pytest_sessionfinish(session):
-    table = session.config.stash[TABLE]
-    if not whole(session.config):
-        return
-    page, right = table.with_page()
-    if session.config.getoption("--write-transforms"):
-        table.page.write_text(right)
-    elif page != right and session.exitstatus == 0:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    table = config.stash[TABLE]
-    if whole(config):
-        page, right = table.with_page()
-        if page != right:
-            terminalreporter.write_line(
-                f"{table.page} is not what the tests saw: --write-transforms writes it", red=True
-            )
+    config.addinivalue_line(
+        "markers", "capability(framework, transform, losses, fixed, looped): a row of docs/transforms.md"
+    )
+    config.pluginmanager.register(Table(PAGE))

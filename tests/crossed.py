@@ -1,0 +1,228 @@
+"""What every transform is crossed with: each loss with each reduction, kind of targets, option and place of the class axis.
+
+`rows(framework, transform, loss)` plans the calls of one cell of docs/transforms.md: the first has all defaults; the
+others hold every level of every factor at least once, the default reduction with options among them. They are drawn
+for each cell anew, so that the rows of a framework together hold every pair of levels (test_crossed.py looks).
+`Sample` makes such a call, with what is right for it by the oracle.
+"""
+
+import random
+
+import numpy as np
+from unilabel.conformance.cases import Maker, Tensor
+from unilabel.conformance.oracle import expected
+
+import unilabel as ul
+
+SEED = 20261125
+LOSSES = ("multilabel_logistic_loss", "softmax_nll", "binary_cross_entropy", "cross_entropy", "nll")
+PER_EXAMPLE = ("softmax_nll", "cross_entropy", "nll")
+RANGES = {"multilabel_logistic_loss": (-6, 6), "softmax_nll": (-6, 6), "nll": (-6, -0.01)}
+
+# The levels of each factor. The first is what a call without options has.
+COMMON = {
+    "reduction": ("default", "none", "sum", "mean", "batchmean"),
+    "label_smoothing": ("no", "number", "array"),
+    "weight": ("no", "yes"),
+    "where": ("no", "of classes", "of each"),
+    "axis": ("last", "middle", "two"),
+}
+FACTORS = {
+    True: COMMON | {"targets": ("indices", "distribution"), "sample_weight": ("no", "yes"), "ignore_index": ("no", "yes")},
+    False: COMMON | {"targets": ("integer", "bool", "float"), "pos_weight": ("no", "yes")},
+}  # fmt: skip
+
+
+class Row:
+    """One planned call: a loss, and a level of each factor."""
+
+    def __init__(self, loss, levels):
+        self.loss, self.levels = loss, levels
+
+    def __getitem__(self, factor):
+        return self.levels.get(factor, "no")
+
+    def __str__(self):
+        """What is not as in a call without options."""
+        first = {factor: levels[0] for factor, levels in factors(self.loss).items()}
+        named = [f"{factor} {level}" for factor, level in self.levels.items() if level != first[factor]]
+        return ", ".join([self.loss, *named]).replace(" yes", "")
+
+
+def factors(loss):
+    return FACTORS[loss in PER_EXAMPLE]
+
+
+def possible(levels):
+    return (levels["targets"], levels.get("ignore_index")) != ("distribution", "yes")
+
+
+def rows(framework, transform, loss, fixed=None):
+    """The calls of one cell. `fixed` holds the levels that the transform cannot do without: {"reduction": "none"}."""
+    fixed = {factor: level for factor, level in (fixed or {}).items() if factor in factors(loss)}
+    choices = {factor: (fixed[factor],) if factor in fixed else levels for factor, levels in factors(loss).items()}
+    drawn = random.Random(f"{SEED} {framework} {transform} {loss}")
+    plan = [{factor: levels[0] for factor, levels in choices.items()}]
+    missing = {(factor, level) for factor, levels in choices.items() for level in levels[1:]}
+    missing.add(("reduction", choices["reduction"][0]))
+    while missing:
+        candidates = [{factor: drawn.choice(levels) for factor, levels in choices.items()} for _ in range(50)]
+        best = max(filter(possible, candidates), key=lambda levels: len(missing & levels.items()))
+        missing -= best.items()
+        plan.append(best)
+    return [Row(loss, levels) for levels in plan]
+
+
+def planned(framework, transform, losses=LOSSES, fixed=None):
+    """The calls of all cells of a transform, and which of them a quick run makes: one, another kind for each transform."""
+    drawn = random.Random(f"quick {SEED} {framework} {transform}")
+    plan = [row for loss in losses for row in rows(framework, transform, loss, fixed)]
+    return plan, drawn.choice(plan)
+
+
+class Exact(np.ndarray):
+    """What is right, and beside each number the sum of the sizes of what it was added up from: cancelling costs digits."""
+
+    terms = None
+
+    @classmethod
+    def of(cls, numbers, shape):
+        found = np.array([float(number.value) for number in numbers]).reshape(shape).view(cls)
+        found.terms = np.array([float(number.terms) for number in numbers]).reshape(shape)
+        return found
+
+    def scaled(self, factor):
+        found = (np.asarray(self) * factor).view(Exact)
+        found.terms = self.terms * np.abs(factor)
+        return found
+
+
+class Sample:
+    """A planned call in float64, of 4 examples with 3 classes (4 on two axes), as NumPy arrays, and what is right for it.
+
+    The first axis is always one of examples. `arrays` are the operands beside logits and targets, by name; `options`
+    all else. Right by the oracle: `value`; `gradient`, of the value's sum by the logits; `pulled_back`, the same with
+    the value's `cotangent`; `hessian`, the diagonal of the second derivative of the value's sum.
+    """
+
+    def __init__(self, row, rows=4, classes=3, seed=0):
+        self.row, self.name, self.loss = row, row.loss, getattr(ul, row.loss)
+        self.per_example = row.loss in PER_EXAMPLE
+        drawn = np.random.default_rng((SEED, seed))
+        two, middle = row["axis"] == "two", row["axis"] == "middle"
+        classes = 2 * ((classes + 1) // 2) if two else classes
+        batch = (rows, 2) if middle else (rows,)
+        shape = (rows, 2, classes // 2) if two else (rows, classes, 2) if middle else (rows, classes)
+
+        def placed(array):
+            """An array with its classes last, as the logits have theirs."""
+            return np.moveaxis(array, -1, 1) if middle else array.reshape(shape)
+
+        keep, arrays = np.ones((*batch, classes), bool), {}
+        if row["where"] == "of classes":
+            keep[..., drawn.integers(classes)] = False
+        elif row["where"] == "of each":
+            keep = drawn.uniform(size=keep.shape) < 0.7
+            keep[..., drawn.integers(classes)] = True  # each example has a class
+        options = {"axis": {"middle": 1, "two": (1, 2)}[row["axis"]]} if two or middle else {}
+        if row["reduction"] != "default":
+            options["reduction"] = row["reduction"]
+        of_each = drawn.uniform(0.05, 1, keep.shape)
+        if row["targets"] == "indices":
+            targets = np.argmax(keep * of_each, -1)
+            if row["ignore_index"] == "yes":
+                targets.flat[-1] = options["ignore_index"] = -100
+        elif row["targets"] == "distribution":
+            targets = placed(of_each / of_each.sum(-1, keepdims=True))
+        else:
+            kind = {"integer": lambda z: (z < 0.5).astype("int64"), "bool": lambda z: z < 0.5, "float": lambda z: z}
+            targets = kind[row["targets"]](placed(of_each))
+        of_classes = (2, classes // 2) if two and not self.per_example else (classes,)
+        of_classes += (1,) if middle and not self.per_example else ()
+        sizes = {"weight": of_classes, "sample_weight": batch, "pos_weight": shape}
+        arrays = {name: drawn.uniform(0.5, 2, size) for name, size in sizes.items() if row[name] == "yes"}
+        if row["where"] != "no":
+            arrays["where"] = placed(keep) if row["where"] == "of each" else placed(keep)[:1]
+        low, high = RANGES.get(row.loss, (0.01, 0.99))
+        x = drawn.uniform(low, high, shape)
+        smoothing = {} if row["label_smoothing"] == "no" else {"label_smoothing": 0.1}
+
+        case = Maker("crossed", "float64", SEED + seed).case(
+            row.loss, tensor(x), tensor(targets), **options, **smoothing,
+            **{name: tensor(array) for name, array in arrays.items()},
+        )  # fmt: skip
+        right = expected(case)
+        self.cotangent = np.array(case.cotangent.values).reshape(case.cotangent.shape)
+        self.value = Exact.of(right.value, self.cotangent.shape)
+        self.gradient, self.pulled_back = (Exact.of(found, shape) for found in (right.gradient_of_sum, right.gradient))
+        summed = expected(case._replace(options=case.options | {"reduction": "sum"}, cotangent=tensor(1.0)))
+        largest = np.argmax(np.abs(of_sum := Exact.of(summed.gradient, shape)))
+        divided = float(self.gradient.flat[largest] / of_sum.flat[largest])
+        self.hessian = Exact.of(right.hessian, shape).scaled(divided)
+
+        if row["label_smoothing"] == "array":
+            arrays["label_smoothing"] = np.array(0.1)
+            smoothing = {}
+        self.x, self.targets, self.arrays, self.options = x, targets, arrays, options | smoothing
+
+    @property
+    def owners(self):
+        """For each logit, the number of the loss that it belongs to, if each had its own (reduction="none")."""
+        if not self.per_example:
+            return np.arange(self.x.size).reshape(self.x.shape)
+        examples = np.arange(len(self.x) * (2 if self.row["axis"] == "middle" else 1))
+        if self.row["axis"] == "middle":
+            return np.broadcast_to(examples.reshape(-1, 1, 2), self.x.shape)
+        return np.broadcast_to(examples.reshape(-1, *[1] * (self.x.ndim - 1)), self.x.shape)
+
+    @property
+    def jacobian(self):
+        """The derivative of the value by the logits, in full: no loss has a part in another's."""
+        if self.value.ndim == 0:
+            return self.gradient
+        own = np.arange(self.value.size).reshape(*self.value.shape, *[1] * self.x.ndim) == self.owners
+        full = (np.asarray(self.gradient) * own).view(Exact)
+        full.terms = self.gradient.terms * own
+        return full
+
+    def check_hessian(self, got, ulp=16):
+        """The second derivative of the value's sum, in full: its diagonal, and 0 where there is no mixed derivative."""
+        got, size = np.asarray(got), self.x.size
+        assert got.shape == self.x.shape * 2
+        got = got.reshape(size, size)
+        close(np.diag(got).reshape(self.x.shape), self.hessian, ulp=ulp)
+        owners = self.owners.ravel()
+        assert (got[owners[:, None] != owners] == 0).all()
+        if self.name == "softmax_nll":  # moving all logits of an example moves nothing
+            np.testing.assert_allclose(got.sum(1), 0, atol=1e-15)
+        else:
+            assert (got[~np.eye(size, dtype=bool)] == 0).all()
+
+    def of(self, rows=4, classes=3, seed=1):
+        """The same call with other lengths and numbers."""
+        return Sample(self.row, rows, classes, seed)
+
+    def beside(self, convert):
+        """The same call with its operands, but logits and targets, converted to the framework's arrays."""
+        found = object.__new__(Sample)
+        found.__dict__ = self.__dict__ | {"arrays": {name: convert(array) for name, array in self.arrays.items()}}
+        return found
+
+    def __call__(self, x, targets=None, **more):
+        return self.loss(x, self.targets if targets is None else targets, **self.arrays | self.options | more)
+
+
+def tensor(array):
+    return Tensor(np.shape(array), np.ravel(array).tolist())
+
+
+def close(got, right, dtype="float64", ulp=16):
+    """Equal but for rounding, in units of the dtype's precision, of the number or of what it was added up from."""
+    got, terms = np.asarray(got, "float64"), getattr(right, "terms", None)
+    right = np.asarray(right, "float64")
+    assert got.shape == right.shape
+    eps = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
+    scale = np.abs(right) if terms is None else np.maximum(np.abs(right), terms)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(right))
+    error = np.abs(got - right) / np.where(scale > 0, scale, 1) / eps
+    assert (error <= ulp).all(), f"off by {error.max():.3g} ULP, {ulp} allowed:\ngot {got}\nright {right}"
