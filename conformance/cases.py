@@ -63,6 +63,7 @@ class Case(NamedTuple):
 Family = Callable[["Maker"], Iterator[Case]]
 FAMILIES: dict[str, Family] = {}
 FULL: set[str] = set()  # families of large cases, which only a full run has
+LONG: set[str] = set()  # families of cases that are too long for the files of vectors
 
 
 def family(make: Family) -> Family:
@@ -72,6 +73,11 @@ def family(make: Family) -> Family:
 
 def full(make: Family) -> Family:
     FULL.add(make.__name__)
+    return make
+
+
+def long(make: Family) -> Family:
+    LONG.add(make.__name__)
     return make
 
 
@@ -115,7 +121,7 @@ class Maker:
         shape: tuple[int, ...] = ()
         if options.get("reduction") == "none":
             axis = options.get("axis", -1)
-            axes = [i % len(logits.shape) for i in (axis if isinstance(axis, tuple) else (axis,))]
+            axes = [i % max(1, len(logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
             shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
             shape = logits.shape if loss in (MULTILABEL, "binary_cross_entropy") else shape
         cotangent = self.numbers(shape, 0.5, 2.0)
@@ -423,6 +429,7 @@ def shapes(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((2, 4), 0, 1, 2), axis=1)
         yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((4,), *range(6)), axis=(0, 1))
         yield make.case(SOFTMAX, make.numbers((3,), -4, 4), 1, reduction=reduction)
+        yield make.case(MULTILABEL, make.numbers((), -4, 4), Tensor((), [1]), reduction=reduction)
         empty = "nothing takes part"
         yield make.case(SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), flag=empty, reduction=reduction)
         yield make.case(MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), flag=empty, reduction=reduction)
@@ -472,12 +479,34 @@ def sums(make: Maker) -> Iterator[Case]:
 
 
 @family
+@long
+def flat(make: Maker) -> Iterator[Case]:
+    """Long rows of equal numbers, where every rounding of a sum is in one direction: small ones beside a 1, too."""
+    if make.dtype in ("float16", "bfloat16"):
+        return  # computed in float32
+    classes, flag = 6_000, "long sum"
+    for low in (-17.3, -0.3):  # of all classes but the first
+        row = make.tensor([[0.0] + [low] * (classes - 1)])
+        yield make.case(SOFTMAX, row, [0], flag=flag, reduction="none")
+        yield make.case(SOFTMAX, row, [classes - 1], flag=flag)
+        yield make.case(SOFTMAX, row, [0], flag=flag, label_smoothing=0.1)
+        yield make.case(SOFTMAX, row, Tensor(row.shape, [nearest(1 / classes, make.dtype)] * classes), flag=flag)
+    share = make.tensor(1 / classes).values * classes
+    yield make.case(MULTILABEL, Tensor((classes,), make.tensor(0.3).values * classes), Tensor((classes,), [1] * classes), flag=flag)
+    yield make.case("cross_entropy", Tensor((1, classes), share), Tensor((1, classes), share), flag=flag)
+    log_p = make.tensor(math.log(1 / classes)).values * classes
+    yield make.case("nll", Tensor((1, classes), log_p), Tensor((1, classes), share), flag=flag)
+
+
+@family
 @full
 def large(make: Maker) -> Iterator[Case]:
     """Rows of 100,000 classes, and sums of a million."""
     row = make.numbers((1, 100_000), -8, 8)
     yield make.case(SOFTMAX, row, [77], reduction="none")
     yield make.case(SOFTMAX, Tensor((1, 100_000), [0.0] * 100_000), [0], reduction="none")
+    flat = make.tensor([[0.0] + [-17.3] * 999_999])
+    yield make.case(SOFTMAX, flat, [0], flag="long sum", reduction="none")
     for shape in ((1 << 20, 1), (1 << 18, 4)):
         same = Tensor(shape, [0.5] * (1 << 20)), Tensor(shape, [1] * (1 << 20))
         yield make.case(MULTILABEL, *same, flag="half sum, long sum", reduction="mean")

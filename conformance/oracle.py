@@ -123,15 +123,20 @@ def softmax_of_row(x: list[Number], z: list[Number]) -> Parts:
     in_total = average * rest / total
     terms = [times(w, log_total - v) for w, v in zip(z, d, strict=True)]
     loss = Exact(mp.fsum(terms), mp.fsum(map(abs, terms)), average)
-    slopes, curvatures = [], []
+    slopes, curvatures, labels = [], [], []
+    done: dict[Any, tuple[Exact, Exact, Exact]] = {}  # long rows are made of few different numbers
     for i in range(len(x)):
-        up, down = e[i] / total * others_z[i], z[i] * others_e[i] / total
-        own = -d[i] / 2 if mp.isfinite(d[i]) else mp.mpf(0)
-        left = average if i == largest else mp.mpf(0)
-        slopes.append(Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total))
-        curvature = mass * e[i] / total * others_e[i] / total
-        curvatures.append(Exact(curvature, abs(curvature), own + left + 2 * in_total))
-    labels = [_label(log_total - v, w, average) for w, v in zip(z, d, strict=True)]
+        same = d[i], z[i], others_e[i], others_z[i], i == largest
+        if same not in done:
+            up, down = e[i] / total * others_z[i], z[i] * others_e[i] / total
+            own = -d[i] / 2 if mp.isfinite(d[i]) else mp.mpf(0)
+            left = average if i == largest else mp.mpf(0)
+            slope = Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total)
+            curvature = mass * e[i] / total * others_e[i] / total
+            bent = Exact(curvature, abs(curvature), own + left + 2 * in_total)
+            done[same] = slope, bent, _label(log_total - d[i], z[i], average)
+        for found, exact in zip((slopes, curvatures, labels), done[same], strict=True):
+            found.append(exact)
     return Parts(loss, slopes, curvatures, labels)
 
 
@@ -151,13 +156,13 @@ def categorical_on_probabilities(p: list[Number], z: list[Number], eps: Number) 
     slopes = [_quotient(-w, v) if f else 0 * w for v, w, f in zip(p, z, free, strict=True)]
     curvatures = [_quotient(-slope, v) if f else slope for slope, v, f in zip(slopes, p, free, strict=True)]
     labels = [_label(loss, w) for w, loss in zip(z, losses, strict=True)]
-    return Parts(value, [_sum([slope]) for slope in slopes], [_sum([curvature]) for curvature in curvatures], labels)
+    return Parts(value, _each_once(slopes), _each_once(curvatures), labels)
 
 
 def nll_of_row(log_p: list[Number], z: list[Number]) -> Parts:
     value = _sum(times(w, -v) for v, w in zip(log_p, z, strict=True))
     labels = [_label(-v, w) for v, w in zip(log_p, z, strict=True)]
-    return Parts(value, [_sum([-w]) for w in z], [_sum([0 * w]) for w in z], labels)
+    return Parts(value, _each_once([-w for w in z]), _each_once([0 * w for w in z]), labels)
 
 
 def _label(loss: Number, mass: Number, shift: Number = 0) -> Exact:
@@ -246,7 +251,8 @@ def _rows(case: Case) -> Expected:
         divisor += sample_weight * (
             mp.fsum(w * v for w, v, k in zip(weights, z, keep, strict=True) if k) if "weight" in options else 1
         )
-        z = [v * (1 - smoothing) + smoothing / sum(keep) for v in z]
+        uniform = smoothing / sum(keep)
+        z = [v * (1 - smoothing) + uniform for v in z]
         chosen = [i for i, k in enumerate(keep) if k]
         x = [mp.mpf(_at(case.logits, places[i])) for i in chosen]
         mass = [mp.nan if wrong else sample_weight * weights[i] * z[i] for i in chosen]
@@ -257,10 +263,12 @@ def _rows(case: Case) -> Expected:
         else:
             value, *parts = nll_of_row(x, mass)
         values.append(value)
+        scaled: dict[Any, Exact] = {}
         for i, slope, curvature, label in zip(chosen, *parts, strict=True):
-            at = flat[places[i]]
-            slopes[at], curvatures[at] = slope, curvature
-            by_target[at] = _scaled(label, sample_weight * weights[i] * (1 - smoothing))
+            at, same = flat[places[i]], (id(label), weights[i])
+            if same not in scaled:
+                scaled[same] = _scaled(label, sample_weight * weights[i] * (1 - smoothing))
+            slopes[at], curvatures[at], by_target[at] = slope, curvature, scaled[same]
             share[at] = sample_weight * weights[i]
     reduction = options.get("reduction", "mean")
     if reduction == "mean" and "weight" in options and divisor:  # of sum / divisor, which both change
@@ -289,7 +297,11 @@ def _reduced(
     def pulled_back(numbers: list[Exact]) -> list[Exact]:
         if reduction != "none":
             return _all_scaled(numbers, mp.mpf(case.cotangent.values[0]))
-        return [_scaled(x, mp.mpf(case.cotangent.values[owner[i]])) for i, x in enumerate(numbers)]
+        scaled: dict[Any, Exact] = {}
+        for x, i in zip(numbers, owner[: len(numbers)], strict=True):
+            if (id(x), i) not in scaled:
+                scaled[id(x), i] = _scaled(x, mp.mpf(case.cotangent.values[i]))
+        return [scaled[id(x), i] for x, i in zip(numbers, owner[: len(numbers)], strict=True)]
 
     if reduction == "none":
         return Expected(values, pulled_back(slopes), slopes, curvatures, pulled_back(by_target), 1)
@@ -305,6 +317,12 @@ def _reduced(
 def _sum(terms: Any) -> Exact:
     terms = list(terms)
     return Exact(mp.fsum(terms), mp.fsum(map(abs, terms)))
+
+
+def _each_once(numbers: list[Number]) -> list[Exact]:
+    """Each number by itself: equal ones are the same object, as long rows are made of few different numbers."""
+    done = {x: _sum([x]) for x in numbers if not mp.isnan(x)}
+    return [done[x] if x in done else _sum([x]) for x in numbers]
 
 
 def _total(values: list[Exact]) -> Exact:
@@ -344,7 +362,7 @@ def _log(p: Number) -> Number:
 
 def _axes(case: Case) -> list[int]:
     axis = case.options.get("axis", -1)
-    return [i % len(case.logits.shape) for i in (axis if isinstance(axis, tuple) else (axis,))]
+    return [i % max(1, len(case.logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
 
 
 def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -3,8 +3,9 @@
 A test marked `capability("torch", "vmap")` fills a row of it. It takes the fixture `sample`, and is run with each call
 that `crossed.py` plans for that row: one of them in a quick run, the others under the marker `full`. The mark may name
 the losses that it is about (`losses=(...)`), and levels that the transform cannot do without (`fixed={"reduction":
-"none"}`), which then stand in the cell. A test that loops over `samples(...)` itself is marked `looped=True`. The
-framework None is the one of the fixture `framework`.
+"none"}`), which then stand in the cell. Where each call takes seconds, `brief=True` has the losses share out the levels.
+A test that loops over `samples(...)` itself is marked `looped=True`. The framework None is the one of the fixture
+`framework`.
 
 A run of all of them compares the page with what it saw, or writes it:
 `pytest -m "capability and not slow and not cuda" --write-transforms`, with `-n 2` on two cores.
@@ -14,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from crossed import LOSSES, Row, Sample, factors, planned
+from crossed import LOSSES, PER_EXAMPLE, Row, Sample, factors, planned
 
 PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "array API": "Array API"}
@@ -31,9 +32,9 @@ def sample(request):
     return Sample(request.param if isinstance(request.param, Row) else plain(request.param))
 
 
-def samples(framework, transform, losses=LOSSES, fixed=None):
+def samples(framework, transform, **options):
     """What a test marked with `looped=True` has to try."""
-    return [Sample(row) for row in planned(framework, transform, losses, fixed)[0]]
+    return [Sample(row) for row in planned(framework, transform, **options)[0]]
 
 
 def pytest_generate_tests(metafunc):
@@ -44,7 +45,7 @@ def pytest_generate_tests(metafunc):
     if mark is None:
         metafunc.parametrize("sample", LOSSES, indirect=True)
         return
-    plan, quick = planned(*mark.args, mark.kwargs.get("losses", LOSSES), mark.kwargs.get("fixed"))
+    plan, quick = planned(*mark.args, **mark.kwargs)
     calls = [pytest.param(row, id=str(row), marks=() if row is quick else pytest.mark.full) for row in plan]
     metafunc.parametrize("sample", calls, indirect=True)
 
@@ -109,7 +110,10 @@ class Table:
             if transforms:
                 lines += [f"## {title}", "", f"| | {' | '.join(f'`{loss}`' for loss in LOSSES)} |", "|---" * 6 + "|"]
                 for row in transforms:
-                    found = [entry(loss, tests.get((framework, row, loss), [])) for loss in LOSSES]
+                    of = {loss: tests.get((framework, row, loss), []) for loss in LOSSES}
+                    kinds = [[loss for loss in LOSSES if (loss in PER_EXAMPLE) == kind] for kind in (False, True)]
+                    together = [[test for loss in kind for test in of[loss]] for kind in kinds]
+                    found = [entry(loss, of[loss], together[loss in PER_EXAMPLE]) for loss in LOSSES]
                     lines.append(f"| {row} | {' | '.join(found)} |")
                 lines.append("")
         return "\n".join(lines)
@@ -121,8 +125,11 @@ class Table:
         return page, before + START + "\n" + self.text() + END + rest.split(END)[1]
 
 
-def entry(loss, tests):
-    """A cell: its worst result; after a tick, the only levels that it was tried with, where there are others."""
+def entry(loss, tests, row):
+    """A cell: its worst result; after a tick, the only levels that its row was tried with, where there are others.
+
+    `row`: the tests of losses of the same kind in that row.
+    """
     if not tests:
         return ""
     markers = [marker for _, _, marker in tests if marker]
@@ -131,8 +138,8 @@ def entry(loss, tests):
     result = max((result for result, _, marker in tests if not marker), key=rank)
     only = []
     for factor, levels in factors(loss).items():
-        seen = {seen[factor] for _, seen, marker in tests if not marker and factor in seen}
-        if seen != set(levels) and not any("all" in found for _, found, _ in tests):
+        seen = {tried[factor] for _, tried, marker in row if not marker}
+        if seen != set(levels):
             only.append(f"{factor.replace('_', ' ')} {' or '.join(level for level in levels if level in seen)}")
     return " ".join([result, *([f"({', '.join(only)})"] if only and result == "✓" else [])])
 
@@ -149,10 +156,9 @@ def cells(item):
         framework, library = LIBRARIES.get(framework, (framework, ""))
         transform = library + transform
     marker = next((name for name in ("cuda", "slow") if item.get_closest_marker(name)), "")
-    if mark.kwargs.get("looped"):
-        return [([framework, transform, loss], {"all": "all"}, marker) for loss in mark.kwargs.get("losses", LOSSES)]
-    row = parameters["sample"]
-    return [([framework, transform, row.loss], row.levels, marker)]
+    options = {name: given for name, given in mark.kwargs.items() if name != "looped"}
+    looped = planned(*mark.args, **options)[0] if "looped" in mark.kwargs else [parameters["sample"]]
+    return [([framework, transform, row.loss], row.levels, marker) for row in looped]
 
 
 def rank(result):
@@ -165,6 +171,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "capability(framework, transform, losses, fixed, looped): a row of docs/transforms.md"
+        "markers", "capability(framework, transform, losses, fixed, brief, looped): a row of docs/transforms.md"
     )
     config.pluginmanager.register(Table(PAGE))

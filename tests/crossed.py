@@ -1,11 +1,12 @@
 """What every transform is crossed with: each loss with each reduction, kind of targets, option and place of the class axis.
 
-`rows(framework, transform, loss)` plans the calls of one cell of docs/transforms.md: the first has all defaults; the
-others hold every level of every factor at least once, the default reduction with options among them. They are drawn
-for each cell anew, so that the rows of a framework together hold every pair of levels (test_crossed.py looks).
+`planned(framework, transform)` lists the calls of one row of docs/transforms.md: one with all defaults for each loss,
+and others that hold every level of every factor at least once, the default reduction with options among them. They are
+drawn for each row anew, so that those of a framework together hold every pair of levels (test_crossed.py looks).
 `Sample` makes such a call, with what is right for it by the oracle.
 """
 
+import itertools
 import random
 
 import numpy as np
@@ -57,27 +58,35 @@ def possible(levels):
     return (levels["targets"], levels.get("ignore_index")) != ("distribution", "yes")
 
 
-def rows(framework, transform, loss, fixed=None):
-    """The calls of one cell. `fixed` holds the levels that the transform cannot do without: {"reduction": "none"}."""
-    fixed = {factor: level for factor, level in (fixed or {}).items() if factor in factors(loss)}
-    choices = {factor: (fixed[factor],) if factor in fixed else levels for factor, levels in factors(loss).items()}
-    drawn = random.Random(f"{SEED} {framework} {transform} {loss}")
-    plan = [{factor: levels[0] for factor, levels in choices.items()}]
+def rows(framework, transform, losses, fixed=None):
+    """The calls that a transform is tried with, for losses of one kind: all levels, and for each loss the defaults.
+
+    `fixed` holds the levels that the transform cannot do without: {"reduction": "none"}.
+    """
+    fixed = {factor: level for factor, level in (fixed or {}).items() if factor in factors(losses[0])}
+    choices = factors(losses[0]) | {factor: (level,) for factor, level in fixed.items()}
+    plan = [Row(loss, {factor: levels[0] for factor, levels in choices.items()}) for loss in losses]
+    drawn = random.Random(f"{SEED} {framework} {transform} {losses}")
     missing = {(factor, level) for factor, levels in choices.items() for level in levels[1:]}
-    missing.add(("reduction", choices["reduction"][0]))
-    while missing:
+    missing.add(("reduction", choices["reduction"][0]))  # with options, too
+    turn = itertools.cycle(losses)
+    while missing or len(plan) < 2 * len(losses):
         candidates = [{factor: drawn.choice(levels) for factor, levels in choices.items()} for _ in range(50)]
         best = max(filter(possible, candidates), key=lambda levels: len(missing & levels.items()))
         missing -= best.items()
-        plan.append(best)
-    return [Row(loss, levels) for levels in plan]
+        plan.append(Row(next(turn), best))
+    return plan
 
 
-def planned(framework, transform, losses=LOSSES, fixed=None):
-    """The calls of all cells of a transform, and which of them a quick run makes: one, another kind for each transform."""
-    drawn = random.Random(f"quick {SEED} {framework} {transform}")
-    plan = [row for loss in losses for row in rows(framework, transform, loss, fixed)]
-    return plan, drawn.choice(plan)
+def planned(framework, transform, losses=LOSSES, fixed=None, brief=False):
+    """The calls that a transform is tried with, and which of them a quick run makes: another kind for each transform.
+
+    Each loss is tried with every level; where a call takes seconds (`brief`), the losses of one kind share them out.
+    """
+    kinds = [[loss for loss in losses if (loss in PER_EXAMPLE) == kind] for kind in (True, False)]
+    groups = [kind for kind in kinds if kind] if brief else [[loss] for loss in losses]
+    plan = [row for group in groups for row in rows(framework, transform, group, fixed)]
+    return plan, random.Random(f"quick {SEED} {framework} {transform}").choice(plan)
 
 
 class Exact(np.ndarray):
@@ -98,11 +107,12 @@ class Exact(np.ndarray):
 
 
 class Sample:
-    """A planned call in float64, of 4 examples with 3 classes (4 on two axes), as NumPy arrays, and what is right for it.
+    """A planned call in float64, of 4 examples with 3 classes (6 on two axes), as NumPy arrays, and what is right for it.
 
     The first axis is always one of examples. `arrays` are the operands beside logits and targets, by name; `options`
     all else. Right by the oracle: `value`; `gradient`, of the value's sum by the logits; `pulled_back`, the same with
-    the value's `cotangent`; `hessian`, the diagonal of the second derivative of the value's sum.
+    the value's `cotangent`; `hessian`, the diagonal of the second derivative of the value's sum; and
+    `gradient_of_sum`, the gradient if the reduction were "sum".
     """
 
     def __init__(self, row, rows=4, classes=3, seed=0):
@@ -110,7 +120,7 @@ class Sample:
         self.per_example = row.loss in PER_EXAMPLE
         drawn = np.random.default_rng((SEED, seed))
         two, middle = row["axis"] == "two", row["axis"] == "middle"
-        classes = 2 * ((classes + 1) // 2) if two else classes
+        classes = 2 * classes if two else classes
         batch = (rows, 2) if middle else (rows,)
         shape = (rows, 2, classes // 2) if two else (rows, classes, 2) if middle else (rows, classes)
 
@@ -156,8 +166,9 @@ class Sample:
         self.value = Exact.of(right.value, self.cotangent.shape)
         self.gradient, self.pulled_back = (Exact.of(found, shape) for found in (right.gradient_of_sum, right.gradient))
         summed = expected(case._replace(options=case.options | {"reduction": "sum"}, cotangent=tensor(1.0)))
-        largest = np.argmax(np.abs(of_sum := Exact.of(summed.gradient, shape)))
-        divided = float(self.gradient.flat[largest] / of_sum.flat[largest])
+        self.gradient_of_sum = Exact.of(summed.gradient, shape)
+        largest = np.argmax(np.abs(self.gradient_of_sum))
+        divided = float(self.gradient.flat[largest] / self.gradient_of_sum.flat[largest])
         self.hessian = Exact.of(right.hessian, shape).scaled(divided)
 
         if row["label_smoothing"] == "array":
@@ -210,6 +221,12 @@ class Sample:
 
     def __call__(self, x, targets=None, **more):
         return self.loss(x, self.targets if targets is None else targets, **self.arrays | self.options | more)
+
+    def closed(self, form):
+        """The call of `ul.value_and_grad` or `ul.grad_and_hess` of the loss."""
+        return lambda x, targets=None, **more: form(self.loss)(
+            x, self.targets if targets is None else targets, **self.arrays | self.options | more
+        )
 
 
 def tensor(array):

@@ -1,9 +1,9 @@
-"""Small bugs, planted in formulas.py one at a time: the conformance suite has to see every one of them.
+"""Small bugs, planted in formulas.py or beside it one at a time: the conformance suite has to see every one of them.
 
 python tests/mutations.py          all, two at a time (a few minutes)
 python tests/mutations.py NAME …   these
 
-Exits with 1 if one is not seen, or its text is not in formulas.py exactly once. The activations, and second derivatives
+Exits with 1 if one is not seen, or its text is not in the file exactly once. The activations, and second derivatives
 of a softmax, are for other tests: the suite calls the losses, and differentiates once.
 """
 
@@ -25,6 +25,7 @@ class Mutation(NamedTuple):
     right: str
     wrong: str
     arguments: tuple[str, ...] = ("--backend", "numpy", "--dtype", "float32")
+    file: str = "formulas.py"
 
 
 HALF = ("--backend", "numpy", "--dtype", "float16", "--dtype", "bfloat16")
@@ -137,8 +138,11 @@ MUTATIONS = {
     ),
     "index: value, mass left out": Mutation("return values if t.mass is None else", "return values if True else"),
     "index: gradient, sign": Mutation("t.t, -t.s)", "t.t, t.s)"),
-    "index: gradient, mass left out": Mutation("(1 if scale is None else scale) / (t.s", "1 / (t.s"),
-    "index: gradient, the target not in the sum": Mutation("scale) / (t.s + t.e_t)", "scale) / t.s"),
+    "index: gradient, mass left out": Mutation("(1 if t.mass is None else t.mass) / (t.s", "1 / (t.s"),
+    "index: gradient, the target not in the sum": Mutation("t.mass) / (t.s + t.e_t)", "t.mass) / t.s"),
+    "index: gradient, shares that add up to less": Mutation(
+        "t.mass) / (t.s + t.e_t)", "t.mass) / (t.s + t.e_t) ** (t.d_t is not None)", EAGER
+    ),
     "index: ignore_index, the others": Mutation(
         "is None else targets == options.ignore_index", "is None else targets != options.ignore_index"
     ),
@@ -157,7 +161,7 @@ MUTATIONS = {
     ),
     "index: a wrong index in the divisor": Mutation("parts = xp.where(wrong, 0.0, parts)", "pass"),
     "index: a wrong index is ignored": Mutation("wrong if ignored is None else wrong & ~ignored", "wrong & False"),
-    "index: of a mask, above the classes": Mutation(" | (targets >= _extent(xp, x, -1))", "", STRICT),
+    "index: of a mask, above the classes": Mutation(" | (targets >= lengths.extent(xp, x, -1))", "", STRICT),
     "index: of a mask, negative": Mutation("(targets < 0) | ", "", STRICT),
     "index: of a mask, weight": Mutation(
         "xp.sum(xp.where(t, weight, 0.0)", "xp.sum(xp.where(t, 0 * weight + 1, 0.0)", STRICT
@@ -165,12 +169,10 @@ MUTATIONS = {
     # Masses of elements
     "element: labels swapped": Mutation("negative, positive = 1 - z, z", "negative, positive = z, 1 - z"),
     "element: smoothing ε/K": Mutation(
-        "positive * (1 - options.label_smoothing) + options.label_smoothing / 2",
-        "positive * (1 - options.label_smoothing) + options.label_smoothing / x.shape[-1]",
+        "positive * (1 - smoothing) + smoothing / 2",
+        "positive * (1 - smoothing) + smoothing / x.shape[-1]",
     ),
-    "element: smoothing of positives only": Mutation(
-        "negative * (1 - options.label_smoothing) + options.label_smoothing / 2", "negative"
-    ),
+    "element: smoothing of positives only": Mutation("negative * (1 - smoothing) + smoothing / 2", "negative"),
     "element: pos_weight left out": Mutation("positive * pos_weight", "positive"),
     "element: pos_weight of negatives": Mutation(
         "positive = positive * pos_weight", "negative = negative * pos_weight"
@@ -228,13 +230,13 @@ MUTATIONS = {
         "xp.astype(~ignored, x.dtype) if parts is None", "None if parts is None"
     ),
     "row: the ignored's weight in the divisor": Mutation("xp.where(ignored, 0.0, parts)", "parts"),
-    "row: smoothing ε/2": Mutation("options.label_smoothing / _length(xp, x)", "options.label_smoothing / 2"),
+    "row: smoothing ε/2": Mutation("smoothing / lengths.count(xp, x, (-1,))", "smoothing / 2"),
     "row: smoothing ε/K, masked classes counted": Mutation("xp.where(count == 0, 1.0, count)", "x.shape[-1]"),
     "row: smoothing of masked classes": Mutation(
-        "xp.where(keep, options.label_smoothing / xp.where(count == 0, 1.0, count), 0.0)",
-        "options.label_smoothing / xp.where(count == 0, 1.0, count)",
+        "xp.where(keep, smoothing / xp.where(count == 0, 1.0, count), 0.0)",
+        "smoothing / xp.where(count == 0, 1.0, count)",
     ),
-    "row: smoothing adds": Mutation("z * (1 - options.label_smoothing) + uniform", "z + uniform"),
+    "row: smoothing adds": Mutation("z * (1 - smoothing) + uniform", "z + uniform"),
     "row: weight left out": Mutation("z = z * weight\n", "pass\n"),
     "row: sample_weight left out": Mutation("z = z * xp.expand_dims(sample_weight, axis=-1)", "pass"),
     "row: a masked logit leaks": Mutation("x = xp.where(keep, x, masked)", "pass"),
@@ -257,12 +259,12 @@ MUTATIONS = {
         "options.axes if loss.per_row else ()",
     ),
     "batchmean, the class axis last": Mutation("out = options.axes if", "out = (-1,) if"),
-    "mean of no rows": Mutation("total / (divisor or 1)", "xp.asarray(total) / divisor"),
+    "mean of no rows": Mutation("else max(known, 1)", "else (known or math.nan)", file="lengths.py"),
     "mean of nothing": Mutation(
-        "xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor))", "total / divisor"
+        "xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor.parts))", "total / divisor.parts"
     ),
     "mean of nothing, a wrong index among it": Mutation("nothing, 0 * total,", "nothing, 0.0,"),
-    "gradient outside the mask": Mutation("slopes if masses.keep is None else xp", "slopes if True else xp"),
+    "gradient outside the mask": Mutation("scaled if masses.keep is None else xp", "scaled if True else xp"),
     "Hessian for gradient": Mutation(
         "for derivative in (loss.gradient, loss.hessian)", "for derivative in (loss.hessian, loss.gradient)"
     ),
@@ -281,16 +283,16 @@ MUTATIONS = {
         HALF,
     ),
     "half: gradient rounded before the mean": Mutation(
-        "loss.gradient(xp, terms), divisor, masses",
-        "xp.astype(xp.astype(loss.gradient(xp, terms), x.dtype), masses.x.dtype), divisor, masses",
+        "return Slopes(loss.gradient(xp, terms),",
+        "return Slopes(xp.astype(xp.astype(loss.gradient(xp, terms), xp.float16), xp.float32),",
         HALF,
     ),
     # Incoming gradients
     "cotangent left out": Mutation("scale = xp.astype(cotangent, masses.x.dtype, copy=False)", "scale = None", TORCH),
     "cotangent of a mean left out": Mutation("1.0 if scale is None else scale, divisor)", "1.0, divisor)", TORCH),
     "by targets: the divisor is constant": Mutation(
-        "return xp.sum(masses.parts)",
-        "return _constant(xp, xp.sum(masses.parts))",
+        "return Divisor(None, xp.sum(masses.parts))",
+        "return Divisor(None, _constant(xp, xp.sum(masses.parts)))",
         ("--backend", "torch", "--dtype", "float32", "--case", "weighted"),
     ),
     "tangent: divisor left out": Mutation(
@@ -305,7 +307,7 @@ MUTATIONS = {
 def mutate(text: str, mutation: Mutation) -> str:
     count = text.count(mutation.right)
     if count != 1:
-        raise ValueError(f"expected once in formulas.py, found {count} times: {mutation.right!r}")
+        raise ValueError(f"expected once in {mutation.file}, found {count} times: {mutation.right!r}")
     return text.replace(mutation.right, mutation.wrong)
 
 
@@ -318,8 +320,8 @@ def failing(mutation: Mutation, tree: Path) -> list[str]:
             dirs_exist_ok=True,
             ignore=shutil.ignore_patterns("__pycache__", "vectors"),
         )
-    formulas = tree / "unilabel" / "formulas.py"
-    formulas.write_text(mutate(formulas.read_text(), mutation))
+    mutated = tree / "unilabel" / mutation.file
+    mutated.write_text(mutate(mutated.read_text(), mutation))
     report = tree / "report.json"
     done = subprocess.run(
         [sys.executable, "-m", "unilabel.conformance", "conformance", "--json", str(report), *mutation.arguments],

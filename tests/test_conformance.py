@@ -35,12 +35,14 @@ def test_all_match(framework):
     assert f"cases on {framework.name}: all match the oracle" in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("device", ["CPU_DEVICE", "device1", "device2", "no_float64", "no_x64"])
 def test_every_device_of_the_strict_namespace(device):
     done = command("conformance", "--backend", "array_api_strict", "--device", device, "--dtype", "float32")
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.full
 def test_modes(recorder):
     """Traced and compiled, every way to have a number; here of a few cases."""
     cases = ("float32/seed/1", "float32/confident/38", "float32/masked/5", "float32/invalid/4")
@@ -74,7 +76,7 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", [bug if bug == "sign" else pytest.param(bug, marks=pytest.mark.full) for bug in BUGS])
 def test_planted_bug(tmp_path, bug):
     """A bug in formulas.py makes the command exit with 1 and name the case."""
     right, wrong, family = BUGS[bug]

@@ -2,7 +2,6 @@
 
 import datetime
 import functools
-import itertools
 import os
 import sys
 import time
@@ -11,11 +10,14 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from capabilities import LOSSES, Sample, close
+from capabilities import samples
+from crossed import close
+from functorch.compile import aot_function, nop
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,20 +26,17 @@ from torch.utils.checkpoint import checkpoint
 
 import unilabel as ul
 
-ELEMENTWISE = ("multilabel_logistic_loss", "binary_cross_entropy")
+UNREDUCED = {"reduction": "none"}
+
+
+@pytest.fixture
+def sample(sample):
+    """With operands that are tensors."""
+    return sample.beside(torch.tensor)
 
 
 def logits(sample):
     return torch.tensor(sample.x, requires_grad=True)
-
-
-def losses(sample, **options):
-    """The loss of each example or element, as a function."""
-    return functools.partial(sample, reduction="none", **options)
-
-
-def total(sample, **options):
-    return functools.partial(sample, reduction="sum", **options)
 
 
 def check(got, right, ulp=16):
@@ -48,27 +47,29 @@ def check(got, right, ulp=16):
     close(got.detach(), right, ulp=ulp)
 
 
-def jacobian(sample):
-    """The derivative of the losses by the logits, in full: an example's loss has no part in another's."""
-    rows, classes = sample.x.shape
-    if sample.name in ELEMENTWISE:
-        return np.diag(sample.gradient.ravel()).reshape(sample.x.shape * 2)
-    full = np.zeros((rows, rows, classes))
-    full[range(rows), range(rows)] = sample.gradient
-    return full
+def called(sample, loss=None):
+    """The call as a function of all its arrays, as compilers and exporters want it."""
+    loss = loss or sample.loss
+    return lambda x, targets, arrays: loss(x, targets, **arrays, **sample.options)
 
 
-def check_hessian(got, sample, ulp=16):
-    """Of the sum of the losses: the diagonal, 0 where there is no mixed derivative, and 0 in sum where it moves all."""
-    assert got.shape == sample.x.shape * 2
-    check(torch.einsum("ijij->ij", got).contiguous(), sample.hessian, ulp)
-    across = torch.einsum("iajb->ijab", got).detach().numpy()
-    rows, classes = sample.x.shape
-    assert (across[~np.eye(rows, dtype=bool)] == 0).all()
-    if sample.name == "softmax_nll":
-        np.testing.assert_allclose(across.sum(-1), 0, atol=1e-15)
-    else:
-        assert (across[:, :, ~np.eye(classes, dtype=bool)] == 0).all()
+def arrays_of(sample):
+    """What that function is called with."""
+    return logits(sample), torch.tensor(sample.targets), sample.arrays
+
+
+def check_called(function, sample):
+    """Value and gradient of what was made of `called(sample)`."""
+    x, targets, arrays = arrays_of(sample)
+    value = function(x, targets, arrays)
+    value.backward(torch.tensor(sample.cotangent))
+    check(value, sample.value)
+    check(x.grad, sample.pulled_back)
+
+
+def other(sample, **lengths):
+    """The same call with other lengths and numbers."""
+    return sample.of(**lengths).beside(torch.tensor)
 
 
 def identity(classes):
@@ -85,36 +86,41 @@ def identity(classes):
 @pytest.mark.capability("torch", "backward")
 def test_backward(sample):
     x = logits(sample)
-    values = losses(sample)(x)
-    values.backward(torch.tensor(sample.cotangent))
-    check(values, sample.values)
+    value = sample(x)
+    value.backward(torch.tensor(sample.cotangent))
+    check(value, sample.value)
     check(x.grad, sample.pulled_back)
 
 
-def weights(sample):
-    """Each weight that the loss takes, and its shape."""
-    rows, classes = sample.x.shape
-    if sample.name in ELEMENTWISE:
-        return {"weight": (classes,), "pos_weight": (rows, classes)}
-    return {"weight": (classes,), "sample_weight": (rows,)}
+@pytest.mark.capability("torch", "value_and_grad, grad_and_hess")
+def test_closed_forms(sample):
+    value, gradient = sample.closed(ul.value_and_grad)(torch.tensor(sample.x))
+    check(value, sample.value)
+    check(gradient, sample.gradient)
+    if sample.row["reduction"] == "sum":
+        gradient, curvature = sample.closed(ul.grad_and_hess)(torch.tensor(sample.x))
+        check(gradient, sample.gradient)
+        check(curvature, sample.hessian)
 
 
 def float_inputs(sample):
-    """A function of all that is a float (logits, targets, weights), and where it is differentiated."""
-    names, drawn = weights(sample), np.random.default_rng(1)
-    inputs = sample.x, 0.1 + 0.8 * sample.distributions, *(drawn.uniform(0.5, 2, shape) for shape in names.values())
+    """A function of all that is a float (logits, targets, weights, smoothing), and where it is differentiated."""
+    given = {name: array for name, array in sample.arrays.items() if array.is_floating_point()}
+    soft = sample.row["targets"] in ("float", "distribution")
+    inputs = [torch.tensor(sample.x), *([torch.tensor(sample.targets)] if soft else []), *given.values()]
 
-    def function(x, targets, *given):
-        return losses(sample)(x, targets, **dict(zip(names, given, strict=True)))
+    def function(x, *inputs):
+        targets, inputs = (inputs[0], inputs[1:]) if soft else (sample.targets, inputs)
+        return sample(x, targets, **dict(zip(given, inputs, strict=True)))
 
-    return function, tuple(torch.tensor(array, requires_grad=True) for array in inputs)
+    return function, tuple(array.clone().requires_grad_() for array in inputs)
 
 
 @pytest.mark.capability("torch", "gradcheck, forward, reverse and batched")
 def test_gradcheck(sample):
     modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
     function, inputs = float_inputs(sample)
-    assert gradcheck(losses(sample), inputs[:1], **modes)  # of the logits alone: the fast path
+    assert gradcheck(sample, inputs[:1], **modes)  # of the logits alone: the fast path
     assert gradcheck(function, inputs, **modes)
 
 
@@ -122,60 +128,61 @@ def test_gradcheck(sample):
 def test_gradgradcheck(sample):
     modes = {"check_fwd_over_rev": True, "check_batched_grad": True, "gen_non_contig_grad_outputs": True}
     function, inputs = float_inputs(sample)
-    assert gradgradcheck(losses(sample), inputs[:1], **modes)
+    assert gradgradcheck(sample, inputs[:1], **modes)
     assert gradgradcheck(function, inputs, **modes)
 
 
 @pytest.mark.capability("torch", "autograd.grad with is_grads_batched")
 def test_batched_cotangents(sample):
     x = logits(sample)
-    values = losses(sample)(x)
-    units = torch.eye(values.numel(), dtype=torch.float64).reshape(-1, *values.shape)
-    (rows,) = grad(values, x, units, is_grads_batched=True)
-    check(rows.reshape(*values.shape, *x.shape), jacobian(sample))
+    value = sample(x)
+    units = torch.eye(value.numel(), dtype=torch.float64).reshape(-1, *value.shape)
+    (rows,) = grad(value, x, units, is_grads_batched=True)
+    check(rows.reshape(*value.shape, *x.shape), sample.jacobian)
 
 
 @pytest.mark.capability("torch", "double backward (create_graph)")
 @pytest.mark.parametrize("is_grads_batched", [False, True])
 def test_double_backward(sample, is_grads_batched):
     x, cotangent = logits(sample), torch.tensor(sample.cotangent, requires_grad=True)
-    (pulled,) = grad(losses(sample)(x), x, cotangent, create_graph=True)
+    (pulled,) = grad(sample(x), x, cotangent, create_graph=True)
     check(pulled, sample.pulled_back)
     direction = np.random.default_rng(1).uniform(0.5, 2, sample.x.shape)
     (pushed,) = grad(pulled, cotangent, torch.tensor(direction))  # the other way: what the losses change by
-    right = sample.gradient * direction
-    np.testing.assert_allclose(pushed, right if sample.name in ELEMENTWISE else right.sum(-1), rtol=1e-14, atol=1e-15)
+    right = sample.jacobian.reshape(-1, direction.size) @ direction.ravel()
+    np.testing.assert_allclose(pushed.ravel(), right, rtol=1e-13, atol=1e-14)
 
-    (gradient,) = grad(total(sample)(x), x, create_graph=True)
+    (gradient,) = grad(sample(x).sum(), x, create_graph=True)
     check(gradient, sample.gradient)
     units = torch.eye(x.numel(), dtype=torch.float64).reshape(-1, *x.shape)
     if is_grads_batched:
         (second,) = grad(gradient, x, units, is_grads_batched=True)
     else:
         second = torch.stack([grad(gradient, x, unit, retain_graph=True)[0] for unit in units])
-    check_hessian(second.reshape(*x.shape, *x.shape), sample)
+    sample.check_hessian(second.reshape(*x.shape, *x.shape))
 
 
 @pytest.mark.capability("torch", "backward twice (retain_graph)")
 def test_backward_twice(sample):
     x = logits(sample)
-    values = losses(sample)(x)
+    value = sample(x)
     cotangent = torch.tensor(sample.cotangent)
-    values.backward(cotangent, retain_graph=True)
-    values.backward(cotangent)
-    check(x.grad, 2 * sample.pulled_back)
-    with pytest.raises(RuntimeError, match="a second time"):
-        values.backward(cotangent)
+    value.backward(cotangent, retain_graph=True)
+    value.backward(cotangent)
+    check(x.grad, sample.pulled_back.scaled(2))
+    if value.grad_fn.name() == "_LossBackward":
+        with pytest.raises(RuntimeError, match="a second time"):
+            value.backward(cotangent)
 
 
 @pytest.mark.capability("torch", "func.vmap over autograd.grad")
 def test_several_cotangents(sample):
     x = logits(sample)
-    for values in (losses(sample)(x), total(sample)(x)):
-        cotangents = torch.arange(1.0, 3.0, dtype=x.dtype).reshape(2, *[1] * values.ndim) * torch.ones_like(values)
-        gradients = torch.func.vmap(lambda v: grad(values, x, v, retain_graph=True)[0])(cotangents)  # noqa: B023
-        for factor, gradient in zip((1, 2), gradients, strict=True):
-            check(gradient, factor * sample.gradient)
+    value = sample(x)
+    cotangents = torch.arange(1.0, 3.0, dtype=x.dtype).reshape(2, *[1] * value.ndim) * torch.tensor(sample.cotangent)
+    gradients = vmap(lambda cotangent: grad(value, x, cotangent, retain_graph=True)[0])(cotangents)
+    for factor, gradient in zip((1, 2), gradients, strict=True):
+        check(gradient, sample.pulled_back.scaled(factor))
 
 
 @pytest.mark.capability("torch", "tensor hooks")
@@ -184,14 +191,14 @@ def test_hooks(sample, create_graph):
     """Each is called once, with the right gradient, and may change it."""
     leaf, seen = logits(sample), []
     x = leaf * 1
-    values = losses(sample)(x)
-    values.register_hook(lambda cotangent: seen.append(cotangent) or 2 * cotangent)
+    value = sample(x)
+    value.register_hook(lambda cotangent: seen.append(cotangent) or 2 * cotangent)
     x.register_hook(lambda gradient: seen.append(gradient) or -gradient)
-    (result,) = grad(values, leaf, torch.tensor(sample.cotangent), create_graph=create_graph)
+    (result,) = grad(value, leaf, torch.tensor(sample.cotangent), create_graph=create_graph)
     assert len(seen) == 2
     check(seen[0], sample.cotangent)
-    check(seen[1], 2 * sample.pulled_back)
-    check(result, -2 * sample.pulled_back)
+    check(seen[1], sample.pulled_back.scaled(2))
+    check(result, sample.pulled_back.scaled(-2))
 
 
 @pytest.mark.capability("torch", "anomaly mode")
@@ -204,9 +211,9 @@ def test_anomaly_mode(sample):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(sample, use_reentrant):
     x = logits(sample)
-    values = checkpoint(losses(sample), x, use_reentrant=use_reentrant)
-    values.backward(torch.tensor(sample.cotangent))
-    check(values, sample.values)
+    value = checkpoint(sample, x, use_reentrant=use_reentrant)
+    value.backward(torch.tensor(sample.cotangent))
+    check(value, sample.value)
     check(x.grad, sample.pulled_back)
 
 
@@ -217,9 +224,9 @@ def test_saved_tensor_hooks(sample):
     packed, x = [], logits(sample)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda array: packed.append(array) or array.clone(), lambda x: x)
     with hooks:
-        values = losses(sample)(x)
-    values.backward(torch.tensor(sample.cotangent))
-    assert any(array.shape == x.shape for array in packed)
+        value = sample(x)
+    value.backward(torch.tensor(sample.cotangent))
+    assert any(array.numel() == x.numel() for array in packed)
     check(x.grad, sample.pulled_back)
 
 
@@ -228,13 +235,13 @@ def test_saved_tensor_hooks(sample):
 def test_without_gradients(sample, mode):
     x = logits(sample)
     with mode():
-        values = losses(sample)(x)
-        assert values.is_inference() == (mode is torch.inference_mode)
-    assert not values.requires_grad
-    check(values, sample.values)
+        value = sample(x)
+        assert value.is_inference() == (mode is torch.inference_mode)
+    assert not value.requires_grad
+    check(value, sample.value)
     with torch.inference_mode():
         ours = torch.tensor(sample.x)
-    check(losses(sample)(ours), sample.values)  # inference tensors outside of the mode
+    check(sample(ours), sample.value)  # inference tensors outside of the mode
 
 
 # --- torch.func -------------------------------------------------------------------------------------------------------
@@ -243,64 +250,84 @@ def test_without_gradients(sample, mode):
 @pytest.mark.capability("torch", "func.grad, vjp, jvp")
 def test_func_grad(sample):
     x, cotangent = torch.tensor(sample.x), torch.tensor(sample.cotangent)
-    check(torch.func.grad(total(sample))(x), sample.gradient)
-    values, pull = vjp(losses(sample), x)
-    check(values, sample.values)
+    check(torch.func.grad(lambda x: sample(x).sum())(x), sample.gradient)
+    value, pull = vjp(sample, x)
+    check(value, sample.value)
     check(pull(cotangent)[0], sample.pulled_back)
-    for tangent in (torch.eye(*x.shape, dtype=x.dtype), torch.ones_like(x)):
-        values, change = jvp(losses(sample), (x,), (tangent,))
-        check(values, sample.values)
-        right = jacobian(sample).reshape(*values.shape, -1) @ tangent.numpy().ravel()
-        np.testing.assert_allclose(change, right, rtol=1e-14, atol=1e-15)
+    for tangent in (torch.ones_like(x), torch.linspace(-1, 2, x.numel(), dtype=x.dtype).reshape(x.shape)):
+        value, change = jvp(sample, (x,), (tangent,))
+        check(value, sample.value)
+        right = sample.jacobian.reshape(-1, x.numel()) @ tangent.numpy().ravel()
+        np.testing.assert_allclose(change.ravel(), right, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.capability("torch", "func.vmap")
 def test_vmap(sample):
-    x, y = torch.tensor(sample.x), torch.tensor(sample.targets)
-    check(vmap(losses(sample))(x, y), sample.values)
-    check(vmap(losses(sample), in_dims=(1, 0))(x.T, y), sample.values)
-    several = torch.stack([x, x.flip(0)]), torch.stack([y, y.flip(0)])
-    check(vmap(vmap(losses(sample)))(*several), np.stack([sample.values, sample.values[::-1]]))
-    check(vmap(torch.func.grad(total(sample)))(*several), np.stack([sample.gradient, sample.gradient[::-1]]))
-
-
-@pytest.mark.capability("torch", "func.vmap over weights")
-def test_vmap_over_weights(sample):
-    x = torch.tensor(sample.x)
-    many = np.array([[0.5, 1.0, 2.0], [3.0, 0.25, 1.5]])
-    own = many[:, None] if sample.name in ELEMENTWISE else many[:, sample.targets]  # of each loss
-    weights = torch.tensor(many)
-    check(vmap(lambda weight: losses(sample)(x, weight=weight))(weights), sample.values * own)
-    each = own if sample.name in ELEMENTWISE else own[..., None]  # of each row
-    gradient = vmap(lambda weight: torch.func.grad(lambda x: total(sample)(x, weight=weight))(x))(weights)
-    check(gradient, sample.gradient * each)
+    """Of two calls at once: over all arrays, and over logits alone, which need not have their own axis first."""
+    two = [sample, other(sample)]
+    x, y = (torch.stack([torch.tensor(getattr(one, name)) for one in two]) for name in ("x", "targets"))
+    arrays = {name: torch.stack([one.arrays[name] for one in two]) for name in sample.arrays}
+    right = np.stack([one.value for one in two])
+    check(vmap(called(sample))(x, y, arrays), right)
+    check(vmap(vmap(called(sample)))(x[None], y[None], {name: a[None] for name, a in arrays.items()})[0], right)
+    gradient = vmap(torch.func.grad(lambda *inputs: called(sample)(*inputs).sum()))(x, y, arrays)
+    for got, one in zip(gradient, two, strict=True):
+        check(got, one.gradient)
+    same = torch.stack([torch.tensor(sample.x)] * 2, -1)
+    check(vmap(sample, in_dims=-1)(same), np.stack([sample.value] * 2))
 
 
 @pytest.mark.capability("torch", "func.jacrev, jacfwd")
 @pytest.mark.parametrize("transform", [jacrev, jacfwd])
 def test_jacobian(sample, transform):
-    check(transform(losses(sample))(torch.tensor(sample.x)), jacobian(sample))
+    check(transform(sample)(torch.tensor(sample.x)), sample.jacobian)
 
 
 @pytest.mark.capability("torch", "func.hessian")
 @pytest.mark.parametrize("transform", [hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f))])
 def test_hessian(sample, transform):
-    check_hessian(transform(total(sample))(torch.tensor(sample.x)), sample)
+    sample.check_hessian(transform(lambda x: sample(x).sum())(torch.tensor(sample.x)))
 
 
-@pytest.mark.capability("torch", "gradients of each example: vmap(grad) of functional_call")
+@pytest.mark.capability("torch", "gradients of each example: vmap(grad) of functional_call", fixed={"axis": "last"})
 def test_gradients_of_each_example(sample):
-    classes = sample.x.shape[1]
-    model = identity(classes)
+    """Each example is a call of its own: its sum is what all together make of it."""
+    model = identity(sample.x.shape[1])
     parameters = dict(model.named_parameters())
+    options = sample.options | {"reduction": "sum"}
+    of_each = {name: array for name, array in sample.arrays.items() if len(array.shape) and array.shape[0] == 4}
+    of_all = {name: array for name, array in sample.arrays.items() if name not in of_each}
 
-    def loss(parameters, x, targets):
-        return total(sample)(functional_call(model, parameters, (x,)), targets)
+    def loss(parameters, x, targets, arrays):
+        where = {"where": of_all["where"][0]} if "where" in of_all else {}
+        return sample.loss(functional_call(model, parameters, (x,)), targets, **options, **arrays, **of_all | where)
 
-    inputs = torch.tensor(sample.x), torch.tensor(sample.targets)
-    each = vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, *inputs)
-    check(each["bias"], sample.gradient)
-    check(each["weight"], sample.gradient[:, :, None] * sample.x[:, None])
+    inputs = torch.tensor(sample.x), torch.tensor(sample.targets), of_each
+    each = vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, *inputs)
+    right = sample.gradient_of_sum
+    check(each["bias"], right)
+    check(each["weight"], right[:, :, None] * sample.x[:, None], ulp=64)
+
+
+def test_vmap_over_weights(sample):
+    x = torch.tensor(sample.x)
+    many = np.array([[0.5, 1.0, 2.0], [3.0, 0.25, 1.5]])
+    own = many[:, sample.targets] if sample.per_example else many[:, None]  # of each loss
+    weights = torch.tensor(many)
+    check(vmap(lambda weight: sample(x, weight=weight))(weights), np.asarray(sample.value) * own)
+    each = own[..., None] if sample.per_example else own  # of each row
+    gradient = vmap(lambda weight: torch.func.grad(lambda x: sample(x, weight=weight).sum())(x))(weights)
+    check(gradient, np.asarray(sample.gradient) * each)
+
+
+def test_one_element():
+    """Gradients of each example of a binary model, whose logits have no dimensions."""
+    x, z = torch.tensor([-2.0, 0.0, 17.0], dtype=torch.float64), torch.tensor([0, 1, 1])
+    for reduction in ("none", "sum", "mean", "batchmean"):
+        loss = functools.partial(ul.multilabel_logistic_loss, reduction=reduction)
+        right = torch.func.grad(lambda x: ul.multilabel_logistic_loss(x, z, reduction="sum"))(x)
+        check(vmap(torch.func.grad(loss))(x, z), right.numpy())
+        check(vmap(loss)(x, z), ul.multilabel_logistic_loss(x, z, reduction="none").numpy())
 
 
 def test_a_wrong_index_is_nan_where_the_clamp_counts_too():
@@ -340,7 +367,6 @@ def by_compiled_hessian(function, x):
     return torch.compile(hessian(function), backend="aot_eager", fullgraph=True)(x)
 
 
-@pytest.mark.capability("torch", "second derivatives of a sure model", losses=("softmax_nll",))
 @pytest.mark.parametrize(
     "method", [by_double_backward, by_compiled_double_backward, lambda f, x: hessian(f)(x), by_compiled_hessian]
 )
@@ -353,7 +379,6 @@ def test_second_derivatives_keep_their_digits(method):
             check(second, right_hessian(x))
 
 
-@pytest.mark.capability("torch", "second derivatives of a sure model", losses=("multilabel_logistic_loss",))
 @pytest.mark.parametrize("method", [by_double_backward, lambda f, x: hessian(f)(x)])
 def test_second_derivatives_of_sigmoids_keep_their_digits(method):
     x = [-60.0, -17.0, 0.0, 17.0, 60.0]
@@ -382,8 +407,6 @@ def test_derivatives_of_activations_keep_their_digits(transform):
 
 # --- Compilers and exporters ------------------------------------------------------------------------------------------
 
-TWO = pytest.mark.parametrize("sample", ["multilabel_logistic_loss", "softmax_nll"], indirect=True)
-
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_compiled():
@@ -391,93 +414,132 @@ def _forget_what_was_compiled():
     torch._dynamo.reset()
 
 
-def check_compiled(function, sample, rows):
-    x, y = torch.tensor(sample.x[:rows], requires_grad=True), torch.tensor(sample.targets[:rows])
-    values = function(x, y)
-    values.backward(torch.tensor(sample.cotangent[:rows]))
-    check(values, sample.values[:rows])
-    check(x.grad, sample.pulled_back[:rows])
+def check_lengths(function, *calls):
+    """One program for calls of several lengths: what was made for the first, without making anything again."""
+    check_called(function, calls[0])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sample in calls[1:]:
+            check_called(function, sample)
 
 
-@pytest.mark.capability("torch", "compile (inductor)")
-@TWO
+def open_axes(sample, longer):
+    """For each array, its axes whose lengths differ between two calls."""
+
+    def axes(a, b):
+        return [axis for axis, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if n != m]
+
+    given = {name: axes(array, longer.arrays[name]) for name, array in sample.arrays.items()}
+    return axes(sample.x, longer.x), axes(sample.targets, longer.targets), given
+
+
+HEADLINE = ("multilabel_logistic_loss", "softmax_nll")  # where compiling takes seconds
+
+
+@pytest.mark.capability("torch", "compile (inductor)", losses=HEADLINE)
 def test_compile(sample):
-    check_compiled(torch.compile(losses(sample), fullgraph=True, dynamic=False), sample, 4)
+    check_called(torch.compile(called(sample), fullgraph=True, dynamic=False), sample)
 
 
-@pytest.mark.capability("torch", "compile(dynamic=True) (inductor)")
-@TWO
+@pytest.mark.capability("torch", "compile(dynamic=True) (inductor), any length", losses=HEADLINE)
 def test_compile_dynamic(sample):
-    compiled = torch.compile(losses(sample), fullgraph=True, dynamic=True)
-    check_compiled(compiled, sample, 2)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        check_compiled(compiled, sample, 3)
-        check_compiled(compiled, sample, 4)
+    compiled = torch.compile(called(sample), fullgraph=True, dynamic=True)
+    check_lengths(compiled, sample, other(sample, rows=3), other(sample, rows=7, classes=6))
 
 
-@pytest.mark.capability("torch", "compile, mark_dynamic (aot_eager)")
+@pytest.mark.capability("torch", "compile(dynamic=True), any length (aot_eager, eager)", brief=True)
+@pytest.mark.parametrize(("backend", "fullgraph"), [("aot_eager", True), ("eager", False)])
+def test_compile_any_length(sample, backend, fullgraph):
+    compiled = torch.compile(called(sample), backend=backend, fullgraph=fullgraph, dynamic=True)
+    check_lengths(compiled, sample, other(sample, rows=7, classes=6))
+
+
+@pytest.mark.capability("torch", "compile, mark_dynamic (aot_eager)", brief=True)
 def test_compile_marked_dynamic(sample):
-    compiled = torch.compile(losses(sample), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(called(sample), backend="aot_eager", fullgraph=True)
+    longer = other(sample, rows=7, classes=6)
+    of_x, of_targets, of_arrays = open_axes(sample, longer)
 
-    def marked(x, y):
-        for array in (x, y):
-            torch._dynamo.mark_dynamic(array, 0)
-        return compiled(x, y)
+    def marked(x, targets, arrays):
+        marks = [(x, of_x), (targets, of_targets), *((arrays[name], of_arrays[name]) for name in arrays)]
+        for array, axes in marks:
+            torch._dynamo.mark_dynamic(array, axes)
+        return compiled(x, targets, arrays)
 
-    check_compiled(marked, sample, 2)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        check_compiled(marked, sample, 4)
+    check_lengths(marked, sample, longer)
 
 
-@pytest.mark.capability("torch", "compile of a training step (inductor)")
-@TWO
+@pytest.mark.capability("torch", "compile of value_and_grad and grad_and_hess, any length (aot_eager)", brief=True)
+def test_compile_closed_forms(sample):
+    def both(x, targets, arrays):
+        first = called(sample, ul.value_and_grad(sample.loss))(x, targets, arrays)
+        return first, ul.grad_and_hess(sample.loss)(x, targets, **arrays, **sample.options | {"reduction": "sum"})
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
+    for one in (sample, other(sample, rows=7, classes=6)):
+        (value, gradient), (slopes, curvature) = compiled(*arrays_of(one))
+        check(value, one.value)
+        check(gradient, one.gradient)
+        check(slopes, one.gradient_of_sum)
+        assert curvature.shape == slopes.shape
+        if one.row["reduction"] == "sum":
+            check(curvature, one.hessian)
+
+
+@pytest.mark.capability("torch", "compile of a training step (inductor)", losses=HEADLINE)
 def test_compile_training_step(sample):
-    model = identity(3)
+    classes = sample.x.shape[-1]
+    model = identity(classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
-    forward = torch.compile(lambda x, y: total(sample)(model(x), y), fullgraph=True)
+    forward = torch.compile(lambda x, *inputs: called(sample)(model(x), *inputs).sum(), fullgraph=True)
     update = torch.compile(optimizer.step)
-    loss = forward(torch.tensor(sample.x), torch.tensor(sample.targets))
+    loss = forward(torch.tensor(sample.x), torch.tensor(sample.targets), sample.arrays)
     loss.backward()
     update()
-    check(loss, sample.values.sum())
-    np.testing.assert_allclose(model.bias.detach(), -0.125 * sample.gradient.sum(0), rtol=1e-14, atol=1e-16)
-    np.testing.assert_allclose(
-        model.weight.detach(), np.eye(3) - 0.125 * sample.gradient.T @ sample.x, rtol=1e-14, atol=1e-15
-    )
+    check(loss, np.sum(sample.value))
+    gradient, x = (array.reshape(-1, classes) for array in (np.asarray(sample.gradient), sample.x))
+    np.testing.assert_allclose(model.bias.detach(), -0.125 * gradient.sum(0), rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(model.weight.detach(), np.eye(classes) - 0.125 * gradient.T @ x, rtol=1e-14, atol=1e-15)
 
 
-@pytest.mark.capability("torch", "compile, of transformed losses (aot_eager)")
+@pytest.mark.capability("torch", "compile, of transformed losses (aot_eager)", brief=True)
 @pytest.mark.parametrize("recorded", [False, True])
 def test_compile_transformed(sample, recorded):
     """A compiled loss has a backward pass of its own, which is not for what is differentiated on the way."""
-    x, y, z = torch.tensor(sample.x), torch.tensor(sample.targets), torch.tensor(sample.distributions)
-    x.requires_grad_(recorded)
+    x, targets = torch.tensor(sample.x, requires_grad=recorded), torch.tensor(sample.targets)
 
-    def compiled(function, *arguments):
-        return torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
+    def loss(x):
+        return sample(x, targets)
 
-    check(compiled(torch.func.grad(lambda x: total(sample)(x, y)), x), sample.gradient)
-    if sample.name == "multilabel_logistic_loss":  # where the form that is not for autodiff has another derivative
-        zero = torch.zeros_like(x, requires_grad=recorded)
-        slopes = compiled(torch.func.grad(lambda x: total(sample)(x, y)), zero)
-        check(slopes, 0.5 - sample.targets)
-    check(compiled(torch.func.vmap(lambda x, y: losses(sample)(x, y)), x, y), sample.values)
-    _, change = compiled(lambda x: torch.func.jvp(lambda x: total(sample)(x, y), (x,), (x.detach(),)), x)
-    close(change.detach(), (sample.gradient * sample.x).sum(), ulp=64)
-    z.requires_grad_()
-    compiled(lambda x, z: total(sample)(x, z), x, z).backward()
-    of_label = {
-        "multilabel_logistic_loss": lambda x: -x,
-        "softmax_nll": lambda x: np.log(np.exp(np.longdouble(x)).sum(axis=-1, keepdims=True)) - x,
-        "binary_cross_entropy": lambda p: np.log(1 - p) - np.log(p),
-        "cross_entropy": lambda p: -np.log(p),
-        "nll": lambda x: -x,
-    }
-    check(z.grad, of_label[sample.name](sample.x), ulp=64)
-    check(compiled(lambda x: losses(sample)(x, y), x.detach()), sample.values)
-    value, gradient = compiled(lambda x: ul.value_and_grad(sample.loss)(x, y, reduction="sum"), x)
-    check(value, sample.values.sum())
+    def total(x):
+        return loss(x).sum()
+
+    # Where the form that is not for autodiff has another derivative.
+    odd = torch.zeros_like(x) if sample.name == "multilabel_logistic_loss" else x
+
+    def each(x, odd):
+        return (
+            torch.func.grad(total)(x),
+            vmap(loss)(torch.stack([x, x])),
+            jvp(total, (x,), (x.detach(),))[1],
+            torch.func.grad(total)(odd),
+        )
+
+    gradient, values, change, at_odd = torch.compile(each, backend="aot_eager", fullgraph=True)(x, odd)
     check(gradient, sample.gradient)
+    check(values, np.stack([sample.value] * 2))
+    np.testing.assert_allclose(change.detach(), (np.asarray(sample.gradient) * sample.x).sum(), rtol=1e-13, atol=1e-14)
+    closed = sample.closed(ul.value_and_grad)(odd.detach())[1].numpy()
+    np.testing.assert_allclose(at_odd.detach(), closed, rtol=1e-13, atol=1e-14)
+    check(torch.compile(loss, backend="aot_eager", fullgraph=True)(x.detach()), sample.value)
+
+
+@pytest.mark.capability("torch", "compile, derivative by targets, weights and smoothing (aot_eager)", brief=True)
+def test_compile_other_gradients(sample):
+    function, inputs = float_inputs(sample)
+    right = grad(function(*inputs), inputs, torch.tensor(sample.cotangent))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for got, exact in zip(grad(compiled(*inputs), inputs, torch.tensor(sample.cotangent)), right, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-13, atol=1e-14)
 
 
 class Module(torch.nn.Module):
@@ -485,59 +547,119 @@ class Module(torch.nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, x, targets):
-        return self.function(x, targets)
+    def forward(self, x, targets, arrays):
+        return self.function(x, targets, arrays)
 
 
-@pytest.mark.capability("torch", "export with a dynamic batch")
+def exported(sample, **options):
+    """A program for any number of examples and classes."""
+    batch, auto = torch.export.Dim("batch"), torch.export.Dim.AUTO
+    of_x, of_targets, of_arrays = open_axes(sample, other(sample, rows=7, classes=6))
+
+    def spec(axes):
+        return {axis: auto if axis else batch for axis in axes}
+
+    # Classes: AUTO, as their number is an axis of the logits, or a multiple of one, and that of a weight.
+    arrays = {name: dict.fromkeys(axes, auto) for name, axes in of_arrays.items()}
+    shapes = {"x": spec(of_x), "targets": spec(of_targets), "arrays": arrays}
+    return torch.export.export(Module(called(sample)), arrays_of(sample), dynamic_shapes=shapes, **options)
+
+
+@pytest.mark.capability("torch", "export, any length", brief=True)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own copies of what it deprecates
 def test_export(sample, strict):
-    batch = torch.export.Dim("batch")
-    inputs = torch.tensor(sample.x[:2]), torch.tensor(sample.targets[:2])
-    shapes = {"x": {0: batch}, "targets": {0: batch}}
-    program = torch.export.export(Module(losses(sample)), inputs, dynamic_shapes=shapes, strict=strict)
-    check_compiled(program.module(), sample, 4)
-    check_compiled(program.run_decompositions().module(), sample, 3)
+    program = exported(sample, strict=strict)
+    for module in (program.module(), program.run_decompositions().module()):
+        check_called(module, sample)
+        check_called(module, other(sample, rows=7, classes=6))
+
+
+@pytest.mark.capability("torch", "export with every length dynamic (Dim.DYNAMIC)", brief=True, fixed={"axis": "last"})
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_export_dynamic(sample):
+    """Where nothing may be decided by a length, and none of them made a constant."""
+    longer = other(sample, rows=7, classes=6)
+    of_x, of_targets, of_arrays = open_axes(sample, longer)
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {"x": dict.fromkeys(of_x, dynamic), "targets": dict.fromkeys(of_targets, dynamic)}
+    shapes["arrays"] = {name: dict.fromkeys(axes, dynamic) for name, axes in of_arrays.items()}
+    program = torch.export.export(Module(called(sample)), arrays_of(sample), dynamic_shapes=shapes)
+    check_called(program.module(), longer)
+
+
+@pytest.mark.capability("torch", "AOTInductor, any length", losses=("softmax_nll",), brief=True)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_aot_inductor(sample, tmp_path):
+    path = torch._inductor.aoti_compile_and_package(exported(sample), package_path=str(tmp_path / "loss.pt2"))
+    run = torch._inductor.aoti_load_package(path)
+    for one in (sample, other(sample, rows=7, classes=6)):
+        x, targets, arrays = arrays_of(one)
+        check(run(x.detach(), targets, arrays), one.value)
+
+
+def value_and_gradient(sample):
+    """Both, from one function, as autograd makes them."""
+
+    def both(x, targets, arrays):
+        x = x.detach().requires_grad_()
+        value = called(sample)(x, targets, arrays)
+        return value.detach(), grad(value.sum(), x)[0]
+
+    return both
 
 
 @pytest.mark.capability("torch", "make_fx, symbolic too")
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 def test_make_fx(sample, mode):
-    def both(x, y):
-        x = x.detach().requires_grad_()
-        values = losses(sample)(x, y)
-        return values.detach(), grad(values.sum(), x)[0]
-
-    rows = 4 if mode == "real" else 2
-    traced = make_fx(both, tracing_mode=mode)(torch.tensor(sample.x[:rows]), torch.tensor(sample.targets[:rows]))
-    values, gradient = traced(torch.tensor(sample.x), torch.tensor(sample.targets))
-    check(values, sample.values)
-    check(gradient, sample.gradient)
+    traced = make_fx(value_and_gradient(sample), tracing_mode=mode)(*arrays_of(sample))
+    for one in (sample, other(sample, rows=7, classes=6)) if mode == "symbolic" else (sample,):
+        value, gradient = traced(*arrays_of(one))
+        check(value, one.value)
+        check(gradient, one.gradient)
 
 
 @pytest.mark.capability("torch", "make_fx, then autograd of the graph")
 def test_gradient_of_a_graph(sample):
     """The graph of the loss alone: differentiated later, it must not have lost what the gradient needs."""
-    traced = make_fx(losses(sample))(torch.tensor(sample.x), torch.tensor(sample.targets))
-    check_compiled(traced, sample, 4)
+    x, targets, arrays = arrays_of(sample)
+    check_called(make_fx(called(sample))(x.detach(), targets, arrays), sample)
     if sample.name == "softmax_nll":
         x, y = torch.tensor([[40.0, 0.0]], dtype=torch.float64, requires_grad=True), torch.tensor([0])
-        traced = make_fx(total(sample))(x.detach(), y)
+        traced = make_fx(lambda x, y: ul.softmax_nll(x, y))(x.detach(), y)
         check(grad(traced(x, y), x)[0], [[-np.exp(-40), np.exp(-40)]])
+
+
+@pytest.mark.capability("torch", "aot_function(dynamic=True)", brief=True)
+def test_aot_function(sample):
+    function = aot_function(called(sample), fw_compiler=nop, dynamic=True)
+    for one in (sample, other(sample, rows=7, classes=6)):
+        check_called(function, one)
+
+
+@pytest.mark.parametrize("sample", ["softmax_nll", "multilabel_logistic_loss"], indirect=True)
+def test_smoothing_that_changes_under_compile(sample):
+    """A schedule of it, as a Python number: the right loss for each."""
+    x, y = torch.tensor(sample.x), torch.tensor(sample.targets)
+    compiled = torch.compile(lambda x, y, s: sample(x, y, label_smoothing=s), backend="aot_eager", fullgraph=True)
+    for smoothing in (0.1, 0.2, 0.0, 0.3):
+        check(compiled(x, y, smoothing), sample(x, label_smoothing=smoothing).numpy())
 
 
 # --- Tensors without data, modes, subclasses --------------------------------------------------------------------------
 
 
-@pytest.mark.capability("torch", "FakeTensorMode")
-def test_fake_tensors(sample):
-    with FakeTensorMode() as mode:
-        x = mode.from_tensor(torch.tensor(sample.x)).requires_grad_()
-        for targets in (sample.targets, mode.from_tensor(torch.tensor(sample.targets))):
-            values = losses(sample)(x, targets)
-            (gradient,) = grad(values.sum(), x)
-            for fake, right in ((values, sample.values), (gradient, sample.x)):
+@pytest.mark.capability("torch", "FakeTensorMode, with symbolic lengths too")
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_fake_tensors(sample, symbolic):
+    mode = FakeTensorMode(shape_env=ShapeEnv() if symbolic else None)
+    with mode:
+        x, targets, arrays = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arrays_of(sample))
+        for given in (targets, sample.targets) if not symbolic else (targets,):
+            value = called(sample)(x, given, arrays)
+            (gradient,) = grad(value.sum(), x)
+            closed = sample.closed(ul.value_and_grad)(x, given, **arrays)
+            for fake, right in zip((value, gradient, *closed), (sample.value, sample.x) * 2, strict=True):
                 assert type(fake) is FakeTensor
                 assert (fake.shape, fake.dtype, fake.device.type) == (right.shape, torch.float64, "cpu")
 
@@ -546,14 +668,15 @@ def test_fake_tensors(sample):
 def test_meta_tensors(sample):
     """It is an error there to read a value, or to compute with an array that was made on another device."""
     x = torch.tensor(sample.x, device="meta", requires_grad=True)
-    assert total(sample)(x.to(torch.bfloat16)).dtype is torch.bfloat16
+    assert sample(x.to(torch.bfloat16)).dtype is torch.bfloat16
+    sample = sample.beside(lambda array: array.to("meta"))
     for targets in (sample.targets, torch.tensor(sample.targets, device="meta")):
-        values = losses(sample)(x, targets)
-        (gradient,) = grad(values, x, torch.ones_like(values), create_graph=True)
+        value = sample(x, targets)
+        (gradient,) = grad(value, x, torch.ones_like(value), create_graph=True)
         (second,) = grad(gradient.sum(), x)
-        closed = ul.value_and_grad(sample.loss)(x, targets, reduction="none")
+        closed = sample.closed(ul.value_and_grad)(x, targets)
         for meta, right in zip(
-            (values, gradient, second, *closed), (sample.values, *[sample.x] * 2, sample.values, sample.x), strict=True
+            (value, gradient, second, *closed), (sample.value, *[sample.x] * 2, sample.value, sample.x), strict=True
         ):
             assert type(meta) is torch.Tensor
             assert (meta.shape, meta.dtype, meta.device.type) == (right.shape, torch.float64, "meta")
@@ -566,9 +689,9 @@ def in_steps(values):
 
 def test_closed_form(sample):
     x = logits(sample)
-    assert not in_steps(losses(sample)(x))
+    assert not in_steps(sample(x))
     with Counting(), torch.device("cpu"):  # neither changes what is computed
-        assert not in_steps(losses(sample)(x))
+        assert not in_steps(sample(x))
 
 
 class Counting(TorchDispatchMode):
@@ -597,11 +720,11 @@ class Named(TorchFunctionMode):
 def test_dispatch_mode(sample):
     with Counting() as mode:
         x = logits(sample)
-        values = losses(sample)(x)
+        value = sample(x)
         before = mode.count
-        values.backward(torch.tensor(sample.cotangent))
+        value.backward(torch.tensor(sample.cotangent))
     assert mode.count > before > 2
-    check(values, sample.values)
+    check(value, sample.value)
     check(x.grad, sample.pulled_back)
 
 
@@ -609,11 +732,11 @@ def test_dispatch_mode(sample):
 def test_function_mode(sample):
     x = logits(sample)
     with Named() as mode:
-        values = losses(sample)(x)
-    assert torch.where in mode.called
-    assert in_steps(values)
-    check(values, sample.values)
-    values.backward(torch.tensor(sample.cotangent))
+        value = sample(x)
+    assert mode.called
+    assert in_steps(value)
+    check(value, sample.value)
+    value.backward(torch.tensor(sample.cotangent))
     check(x.grad, sample.pulled_back)
 
 
@@ -622,9 +745,9 @@ def test_default_device(sample):
     """Does not count: results are where the logits are."""
     x, cotangent = logits(sample), torch.tensor(sample.cotangent)
     with torch.device("meta"):
-        values = losses(sample)(x)
-        (gradient,) = grad(values, x, cotangent)
-    check(values, sample.values)
+        value = sample(x)
+        (gradient,) = grad(value, x, cotangent)
+    check(value, sample.value)
     check(gradient, sample.pulled_back)
 
 
@@ -652,24 +775,25 @@ class Wrapped(torch.Tensor):
 @pytest.mark.capability("torch", "subclass by __torch_function__")
 def test_function_subclass(sample):
     x = torch.tensor(sample.x).as_subclass(Kind).requires_grad_()
-    values = losses(sample)(x)
-    assert type(values) is type(torch.sin(x)) is Kind
-    assert in_steps(values)
-    (gradient,) = grad(values, x, torch.tensor(sample.cotangent))
-    check(values.detach().as_subclass(torch.Tensor), sample.values)
+    value = sample(x)
+    assert type(value) is type(torch.sin(x)) is Kind
+    assert in_steps(value)
+    (gradient,) = grad(value, x, torch.tensor(sample.cotangent))
+    check(value.detach().as_subclass(torch.Tensor), sample.value)
     check(gradient.as_subclass(torch.Tensor), sample.pulled_back)
 
 
 @pytest.mark.capability("torch", "subclass by __torch_dispatch__")
-@pytest.mark.parametrize("which", ["logits", "targets"])
+@pytest.mark.parametrize("which", ["logits", "targets", "all"])
 def test_wrapper_subclass(sample, which):
     leaf, targets = logits(sample), torch.tensor(sample.targets)
-    x = Wrapped(leaf.detach()).requires_grad_() if which == "logits" else leaf
-    values = losses(sample)(x, Wrapped(targets) if which == "targets" else targets)
-    assert type(values) is Wrapped
-    assert in_steps(values)
-    (gradient,) = grad(values, x, Wrapped(torch.tensor(sample.cotangent)))
-    check(values.detach().inner, sample.values)
+    x = leaf if which == "targets" else Wrapped(leaf.detach()).requires_grad_()
+    sample = sample.beside(Wrapped) if which == "all" else sample
+    value = sample(x, targets if which == "logits" else Wrapped(targets))
+    assert type(value) is Wrapped
+    assert in_steps(value)
+    (gradient,) = grad(value, x, Wrapped(torch.tensor(sample.cotangent)))
+    check(value.detach().inner, sample.value)
     check(gradient.inner if type(gradient) is Wrapped else gradient, sample.pulled_back)
 
 
@@ -677,35 +801,41 @@ def test_wrapper_subclass(sample, which):
 
 
 def native(sample, x):
-    """The losses that torch has itself."""
-    y = torch.tensor(sample.targets)
-    z = torch.tensor(sample.distributions).to(x.dtype)
+    """The losses that torch has itself, on its own kind of targets."""
+    y, z = torch.zeros(len(x), dtype=torch.int64), torch.zeros_like(x)
     return {
         "multilabel_logistic_loss": lambda: F.binary_cross_entropy_with_logits(x, z, reduction="none"),
-        "softmax_nll": lambda: F.cross_entropy(x, y, reduction="none"),
+        "softmax_nll": lambda: F.cross_entropy(x, z, reduction="none"),
         "binary_cross_entropy": lambda: F.binary_cross_entropy(x, z, reduction="none"),
-        "nll": lambda: F.nll_loss(x, y, reduction="none"),
+        "nll": lambda: F.nll_loss(x.flatten(1), y, reduction="none"),
     }.get(sample.name, lambda: torch.empty(0, dtype=torch.float32))()
 
 
-@pytest.mark.capability("torch", "autocast to bfloat16")
+@pytest.mark.capability("torch", "autocast to bfloat16, of value_and_grad and grad_and_hess too")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(sample, dtype):
     """float32 losses of half-precision logits, not rounded: as cross_entropy, nll_loss and both of BCE have it."""
     exact = torch.tensor(sample.x).to(dtype).double()  # what bfloat16 makes of the logits is right in float64
-    right = losses(sample)(exact.requires_grad_())
+    right = sample(exact.requires_grad_())
     (slopes,) = grad(right, exact, torch.tensor(sample.cotangent))
+    closed = sample.closed(ul.value_and_grad)(exact.detach())
     x = exact.detach().to(dtype).requires_grad_()
-    assert losses(sample)(x).dtype is dtype  # outside
+    assert sample(x).dtype is dtype  # outside
     with torch.autocast("cpu", dtype):
-        values = losses(sample)(x)
-        assert values.dtype is native(sample, x).dtype is torch.float32
-        assert losses(sample)(exact).dtype is torch.float64
-    values.backward(torch.tensor(sample.cotangent, dtype=torch.float32))
+        value = sample(x)
+        assert value.dtype is native(sample, x).dtype is torch.float32
+        assert sample(exact).dtype is torch.float64
+        forms = sample.closed(ul.value_and_grad)(x)
+        curvatures = sample.closed(ul.grad_and_hess)(x, reduction="sum")
+    value.backward(torch.tensor(sample.cotangent, dtype=torch.float32))
     assert x.grad.dtype is dtype
-    name = str(dtype).removeprefix("torch.")
-    close(values.detach(), right.detach(), "float32", ulp=4)
-    close(x.grad.double(), slopes, name, ulp=1)
+    terms = np.abs(sample.pulled_back.terms).max()
+    close(value.detach(), right.detach().numpy(), "float32", ulp=8)
+    np.testing.assert_allclose(x.grad.double(), slopes, rtol=2 * torch.finfo(dtype).eps, atol=terms * 1e-6)
+    for got, exact in zip(forms, closed, strict=True):
+        assert got.dtype is torch.float32
+        np.testing.assert_allclose(got.double(), exact, rtol=1e-6, atol=terms * 1e-6)
+    assert [array.dtype for array in curvatures] == [torch.float32] * 2
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------
@@ -742,54 +872,72 @@ def spread_over_processes(rank):
     mesh = init_device_mesh("cpu", (2,))
 
     def spread(array, place):
-        return distribute_tensor(torch.tensor(array), mesh, [place])
+        return distribute_tensor(torch.as_tensor(array), mesh, [place])
 
     def whole(array, right):
         assert type(array) is DTensor
         check(array.detach().full_tensor(), right)
 
-    samples = [Sample(name) for name in LOSSES]
-    samples += [Sample(name, label_smoothing=0.1) for name in ("multilabel_logistic_loss", "softmax_nll")]
-    for sample, axis in itertools.product(samples, (0, 1)):  # 3 classes, on 2 and 1
-        x = spread(sample.x, Shard(axis)).requires_grad_()
-        by_row = sample.name not in ELEMENTWISE
-        place = Replicate() if by_row and axis == 1 else Shard(axis)
-        cotangent = spread(sample.cotangent, place)
-        for targets in (spread(sample.targets, place), spread(sample.distributions, Shard(axis)), sample.targets):
-            with CommDebugMode() as sent:
-                values = losses(sample)(x, targets)
-                (gradient,) = grad(values, x, cotangent)
-            assert values.placements == (place,)
-            assert gradient.placements == (Shard(axis),)
-            whole(values, sample.values)
-            whole(gradient, sample.pulled_back)
-            # Numbers of a row at most, maxima and sums: no logits.
-            assert {str(kind) for kind in sent.get_comm_counts()} <= {"c10d_functional.all_reduce"}
-            assert (sent.get_total_counts() > 0) == (by_row and axis == 1)
-            whole(losses(sample)(x.detach(), targets), sample.values)
-        loss = total(sample)(x, sample.targets)
-        loss.backward()
-        whole(loss, sample.values.sum())
-        whole(x.grad, sample.gradient)
+    for sample in samples("torch", DTENSOR):
+        class_axis = {"last": 1, "middle": 1, "two": 2}[sample.row["axis"]]
+        for axis in (0, class_axis):  # classes on 2 and 1
+            x = spread(sample.x, Shard(axis)).requires_grad_()
+            indices = sample.row["targets"] == "indices"
+            place = Replicate() if indices and axis else Shard(axis)
+            replicated = sample.beside(lambda array: spread(array, Replicate()))
+            for call, targets in ((replicated, spread(sample.targets, place)), (sample, sample.targets)):
+                cotangent = spread(sample.cotangent, Replicate())
+                with CommDebugMode() as sent:
+                    value = call(x, targets)
+                    aligned = cotangent.redistribute(placements=value.placements) if value.ndim else cotangent
+                    (gradient,) = grad(value, x, aligned)
+                whole(value, sample.value)
+                whole(gradient, sample.pulled_back)
+                # Numbers of a row at most, maxima and sums: no logits. (Two class axes are made one by gathering.)
+                if axis < 2:
+                    assert {str(kind) for kind in sent.get_comm_counts()} <= {"c10d_functional.all_reduce"}
+                    assert (
+                        gradient.placements == (Shard(axis),) or sample.name == "nll"
+                    )  # which need not see the logits
+                whole(call(x.detach(), targets), sample.value)
+                value, gradient = call.closed(ul.value_and_grad)(x.detach(), targets)
+                whole(value, sample.value)
+                whole(gradient, sample.gradient)
+    for sample in samples("torch", DTENSOR)[:1]:
+        x = spread(sample.x, Shard(0))
+        whole(sample(x, validate=True), sample.value)
+        with pytest.raises(ValueError, match=r"targets: values from 0 to 1. Received: 2.0 at \(3, 2\)"):
+            sample(x, np.where(np.arange(12).reshape(4, 3) == 11, 2, 0), validate=True)
+        with pytest.raises(TypeError, match=r"targets: a plain array. Received: a DTensor beside logits that are none"):
+            sample(torch.tensor(sample.x), spread(sample.targets, Shard(0)))
 
 
-@pytest.mark.capability("torch", "DTensor, sharded by examples or classes", losses=LOSSES)
+DTENSOR = "DTensor, sharded by examples or classes"
+
+
+@pytest.mark.capability("torch", DTENSOR, looped=True)
 def test_dtensor(tmp_path):
     in_two_processes(spread_over_processes, tmp_path)
 
 
+DDP = "DistributedDataParallel"
+
+
 def each_its_examples(rank):
-    for sample in map(Sample, LOSSES):
-        model = torch.nn.parallel.DistributedDataParallel(identity(3))
+    """Of means over the examples, or sums, those of all processes together are what one process would have."""
+    for sample in samples("torch", DDP, fixed={"reduction": "batchmean", "axis": "last"}):
+        classes = sample.x.shape[1]
+        model = torch.nn.parallel.DistributedDataParallel(identity(classes))
         mine = slice(2 * rank, 2 * rank + 2)
+        of_each = {name: array[mine] if array.shape[:1] == (4,) else array for name, array in sample.arrays.items()}
         x, targets = torch.tensor(sample.x[mine]), torch.tensor(sample.targets[mine])
-        sample.loss(model(x), targets, reduction="batchmean").backward()
-        check(model.module.bias.grad, sample.gradient.mean(0), ulp=64)
-        right = np.einsum("nc,nk->ck", sample.gradient, sample.x) / 4
-        np.testing.assert_allclose(model.module.weight.grad, right, rtol=1e-13, atol=1e-15)
+        sample.loss(model(x), targets, **sample.options, **of_each).backward()
+        right = np.asarray(sample.gradient)
+        np.testing.assert_allclose(model.module.bias.grad, right.sum(0), rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(model.module.weight.grad, right.T @ sample.x, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.capability("torch", "DistributedDataParallel", losses=LOSSES)
+@pytest.mark.capability("torch", DDP, looped=True, fixed={"reduction": "batchmean", "axis": "last"})
 def test_ddp(tmp_path):
     in_two_processes(each_its_examples, tmp_path)
 
@@ -801,7 +949,7 @@ def on_cuda(sample):
     x, targets, cotangent = (
         torch.tensor(array, device="cuda") for array in (sample.x, sample.targets, sample.cotangent)
     )
-    return x.requires_grad_(), targets, cotangent
+    return sample.beside(lambda array: array.to("cuda")), x.requires_grad_(), targets, cotangent
 
 
 def check_on_cuda(got, right):
@@ -813,39 +961,38 @@ def check_on_cuda(got, right):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it does not see all
 @pytest.mark.capability("torch", "CUDA, with no hidden synchronisation")
 def test_cuda(sample):
-    x, targets, cotangent = on_cuda(sample)
-    weight = torch.ones(3, device="cuda")
+    sample, x, targets, cotangent = on_cuda(sample)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = losses(sample)(x, targets, weight=weight)
-        (gradient,) = grad(values, x, cotangent)
-        closed = ul.value_and_grad(sample.loss)(x, targets, reduction="none")
+        value = sample(x, targets)
+        (gradient,) = grad(value, x, cotangent)
+        closed = sample.closed(ul.value_and_grad)(x, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for got, right in ((values, sample.values), (gradient, sample.pulled_back)):
+    for got, right in ((value, sample.value), (gradient, sample.pulled_back)):
         check_on_cuda(got, right)
-    for got, right in zip(closed, (sample.values, sample.gradient), strict=True):
+    for got, right in zip(closed, (sample.value, sample.gradient), strict=True):
         check_on_cuda(got, right)
 
 
 @pytest.mark.cuda
 @pytest.mark.capability("torch", "CUDA graphs")
 def test_cuda_graph(sample):
-    x, targets, cotangent = on_cuda(sample)
+    sample, x, targets, cotangent = on_cuda(sample)
     right = x.detach().clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # as torch asks: once outside of the graph first
-        grad(losses(sample)(x, targets), x, cotangent)
+        grad(sample(x, targets), x, cotangent)
     torch.cuda.current_stream().wait_stream(side)
     with torch.no_grad():
         x.fill_(0.5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        values = losses(sample)(x, targets)
-        (gradient,) = grad(values, x, cotangent)
+        value = sample(x, targets)
+        (gradient,) = grad(value, x, cotangent)
     with torch.no_grad():
         x.copy_(right)
     graph.replay()
-    check_on_cuda(values, sample.values)
+    check_on_cuda(value, sample.value)
     check_on_cuda(gradient, sample.pulled_back)

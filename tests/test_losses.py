@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from unilabel.conformance import oracle
+from unilabel.conformance.cases import Maker, Tensor
 
 import unilabel as ul
 
@@ -145,6 +147,53 @@ def test_activations(framework):
     )
     close(framework.numpy(ul.sigmoid(array))[0, 1:4], 1 / (1 + np.exp([3.0, 0.0, -2.5])), "float64")
     assert log_sigmoid[1, 4] == -np.inf
+
+
+# --- Of no dimensions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": 2.0, "pos_weight": 3.0, "where": True, "label_smoothing": 0.125}])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+@pytest.mark.parametrize("loss", [ul.multilabel_logistic_loss, ul.binary_cross_entropy])
+def test_one_element(framework, loss, reduction, options):
+    """As gradients of each example of a binary model have it."""
+    one = Maker("one element", "float64", 0).case
+    right = oracle.expected(one(loss.__name__, Tensor((), [0.3]), Tensor((), [0.25]), reduction=reduction, **options))
+    x = framework.array(0.3, "float64")
+    results = [loss(x, 0.25, reduction=reduction, **options)]
+    results += ul.value_and_grad(loss)(x, 0.25, reduction=reduction, **options)
+    results += ul.grad_and_hess(loss)(x, 0.25, **options)
+    exact = [right.value, right.value, right.gradient_of_sum, right.gradient_of_sum, right.hessian]
+    if framework.backend.autodiff:
+        one = framework.array(1.0, "float64")
+        results += framework.backend.vjp(lambda x: loss(x, 0.25, reduction=reduction, **options), x, one)
+        exact += [right.value, right.gradient_of_sum]
+    for got, (number,) in zip(results, exact, strict=True):
+        assert tuple(got.shape) == ()
+        close(framework.numpy(got), float(number.value), "float64")
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_smoothing_as_an_array(framework, loss):
+    """It may be traced, or learned: nobody reads it, unless asked to. NumPy's are numbers."""
+    x = framework.array(np.array([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]) - (loss is ul.nll), "float64")
+    targets = TARGETS if loss in (ul.multilabel_logistic_loss, ul.binary_cross_entropy) else [0, 1]
+
+    def run(smoothing, **options):
+        results = ul.value_and_grad(loss)(x, targets, label_smoothing=smoothing, **options)
+        return list(map(framework.numpy, (loss(x, targets, label_smoothing=smoothing), *results)))
+
+    for got, right in zip(run(framework.array(0.1, "float64")), run(0.1), strict=True):
+        close(got, right, "float64")
+    for wrong in (-0.1, 1.5, math.nan):
+        smoothing = framework.array(wrong, "float64")
+        if framework.name != "numpy":
+            assert all(np.isnan(result).all() for result in run(smoothing))
+        with pytest.raises(ValueError, match="Expected label_smoothing: a number from 0 to 1"):
+            run(smoothing, validate=True)
+    for wrong in (True, np.array(True), [0.1], np.array([0.1]), framework.array([0.1], "float64")):
+        with pytest.raises(ValueError, match="Expected label_smoothing: a number"):
+            run(wrong)
 
 
 # --- Autodiff ---------------------------------------------------------------------------------------------------------
@@ -327,7 +376,10 @@ def test_nothing_known_but_the_rank():
     close(run(x).numpy(), ul.softmax(x, axis=(0, 2)))
 
 
-@pytest.mark.parametrize("shape", [(1 << 16, 1), (1 << 24, 1), (4_000_000, 4), (4, 4_000_000)])
+LARGE = [(1 << 24, 1), (4_000_000, 4), (4, 4_000_000)]
+
+
+@pytest.mark.parametrize("shape", [(1 << 16, 1), *(pytest.param(shape, marks=pytest.mark.full) for shape in LARGE)])
 def test_sums_keep_their_digits(framework, shape):
     """Of equal numbers, where every rounding is in one direction: 20 ULP more than a loss alone, eager and compiled."""
 

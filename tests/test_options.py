@@ -1,6 +1,6 @@
 """Every option with every other, drawn at random, on every backend, against the oracle; and what must hold for all.
 
-UNILABEL_EXAMPLES=10000 draws that many combinations instead of a few hundred.
+UNILABEL_EXAMPLES=10000 draws that many combinations instead of a few; so does `-m full`, of a few hundred.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from unilabel.conformance.worker import answer
 
 import unilabel as ul
 
-EXAMPLES = int(os.environ.get("UNILABEL_EXAMPLES", 150))
+EXAMPLES = int(os.environ.get("UNILABEL_EXAMPLES", 20))
 DRAWN = itertools.count()
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
 
@@ -71,6 +71,17 @@ def calls(draw: Any) -> Case:
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 1000, print_blob=True)
 @given(case=calls())
 def test_any_options(frameworks, case):
+    check(frameworks, case)
+
+
+@pytest.mark.full
+@settings(max_examples=150, deadline=None, derandomize=True, print_blob=True)
+@given(case=calls())
+def test_more_options(frameworks, case):
+    check(frameworks, case)
+
+
+def check(frameworks, case):
     right = expected(case)
     if next(DRAWN) % 500 == 499 and "jax" in sys.modules:
         sys.modules["jax"].clear_caches()  # XLA crashes with ten thousand programs in one process

@@ -35,6 +35,7 @@ def kl_divergence_with_log_targets(log_predictions, log_targets, axis=-1, where=
     return kl_divergence(log_predictions, jnp.exp(log_targets), axis, where)
 
 
+pytestmark = pytest.mark.full
 LOSSES = {
     "sigmoid_binary_cross_entropy": unreduced(ul.multilabel_logistic_loss),
     "softmax_cross_entropy": unreduced(ul.softmax_nll),

@@ -15,6 +15,7 @@ import torch
 
 import unilabel as ul
 
+pytestmark = pytest.mark.full
 OPS: dict[str, tuple[Any, dict[str, int]]] = {  # the loss, and the bounds on the relative error, in ε of the dtype
     "binary_cross_entropy_with_logits": (ul.multilabel_logistic_loss, {"float32": 16, "float64": 4096}),
     "multilabel_soft_margin_loss": (ul.multilabel_logistic_loss, {"float32": 32, "float64": 16}),

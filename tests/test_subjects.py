@@ -49,7 +49,9 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("backend", KNOWN)
+@pytest.mark.parametrize(
+    "backend", [name if name == "torch" else pytest.param(name, marks=pytest.mark.full) for name in KNOWN]
+)
 def test_the_frameworks_own_losses(backend, tmp_path):
     families = [
         f"--case={name}" for name in ("confident", "zero", "infinite", "masked", "targets", "invalid", "shapes")
@@ -70,6 +72,7 @@ def test_the_frameworks_own_losses(backend, tmp_path):
             assert case["status"] == "not applicable"
 
 
+@pytest.mark.full
 def test_half_precision_sums_of_the_frameworks(tmp_path):
     done = command("conformance", "--subject=native", "--backend=tensorflow", "--dtype=float16", "--case=*/sums/2")
     assert done.returncode == 1
@@ -78,6 +81,7 @@ def test_half_precision_sums_of_the_frameworks(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_keras_computes_float64_in_float32():
     done = command("conformance", "--subject", "keras", "--dtype", "float64", "--case", "seed")
     assert done.returncode == 1
@@ -85,6 +89,7 @@ def test_keras_computes_float64_in_float32():
     assert "float32" in done.stdout
 
 
+@pytest.mark.full
 def test_somebodys_function(own):
     done = command(
         "conformance", "--subject", "own:softmax_nll", "--backend", "numpy", "--dtype", "float32", package=own
@@ -142,6 +147,7 @@ def test_interrupted_it_reports_what_there_is(own, tmp_path):
     assert "not run" in {case["status"] for case in results["runs"][1]["cases"]}
 
 
+@pytest.mark.full
 def test_saved_results_compare(own, tmp_path):
     files = [str(tmp_path / name) for name in ("a.json", "b.json", "c.json")]
     made = [("numpy", "unilabel"), ("array_api_strict", "unilabel"), ("numpy", "own:plain")]
@@ -160,6 +166,7 @@ def test_saved_results_compare(own, tmp_path):
     assert command("conformance", "compare", a, str(tmp_path / "other.json")).returncode == 2
 
 
+@pytest.mark.full
 def test_junit(tmp_path):
     file = tmp_path / "junit.xml"
     command("conformance", "--subject=native", "--backend=torch", "--case=float32/seed/*", "--junit", str(file))

@@ -23,6 +23,7 @@ from unilabel.backend import backend_named
 
 FILES = sorted(path for path in FOLDER.glob("*.json") if path.name != SCHEMA)
 SMALLEST = mp.ldexp(1, vectors.SMALLEST)
+pytestmark = pytest.mark.full
 PAGE = Path(__file__).parent.parent / "docs" / "vectors.md"
 
 

@@ -659,9 +659,7 @@ class Slopes(NamedTuple):
 
 
 def _slopes(xp: Namespace, loss: Loss, terms: Any) -> Slopes:
-    # The scale first: the gradient may be written over the terms.
-    scale = None if loss.scale is None else loss.scale(xp, terms)
-    return Slopes(loss.gradient(xp, terms), scale)
+    return Slopes(loss.gradient(xp, terms), None if loss.scale is None else loss.scale(xp, terms))
 
 
 def factor(
