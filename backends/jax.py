@@ -34,14 +34,28 @@ def _position(x: Array, t: Array) -> tuple[Array, Array]:
 
 
 def _pick(x: Array, position: tuple[Array, Array]) -> Array:
-    spec = getattr(getattr(x.aval, "sharding", None), "spec", None)
-    if spec and spec[-1] is not None:  # JAX gathers nothing along an axis that is explicitly spread over devices
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
+    spread = spec and spec[-1] is not None
+    empty = any(jax.core.max_dim(n, 1) != n for n in x.shape)  # may be: an exporter's length of n - 1
+    if spread or empty:  # JAX gathers nothing along an axis that is explicitly spread over devices, nor there
         return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
     return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
 
 
 def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
     return jnp.where(position[1], values if isinstance(values, float) else values[..., None], x)
+
+
+def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    """Along axes of length 1 as well: beside one that stays, XLA's CPU compiler adds up products one by one.
+
+    (As a dot product, whose error grows with its length.)
+    """
+    ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1]
+    if not ones:
+        return jnp.sum(x, axis=axis, keepdims=keepdims)
+    total = jnp.sum(x, axis=tuple({axis % x.ndim, *ones}), keepdims=True)
+    return total if keepdims else jnp.squeeze(total, axis)
 
 
 xp = Extended(
@@ -52,6 +66,8 @@ xp = Extended(
     position=_position,
     replace=_replace,
     stop_gradient=jax.lax.stop_gradient,
+    sum=_sum,
+    sym_max=jax.core.max_dim,
     take=operator.getitem,
     where=_where,
 )

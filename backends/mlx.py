@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from .. import formulas
 from ..backend import Backend, Extended
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from .array_api import sum_in_blocks
 
 
 @mx.custom_function
@@ -37,21 +39,6 @@ def _exp_jvp(x: Array, tangent: Array) -> Array:
     return tangent * _exp(x)
 
 
-def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    """The sum along the last axis, or of all elements, block by block.
-
-    On CPUs MLX adds one number after the other, which makes the sum of four million equal numbers wrong by 4 %:
-    https://github.com/ml-explore/mlx/issues/4379
-    """
-    x = mx.flatten(x) if axis is None else x
-    block = 16
-    while x.shape[-1] > block:
-        blocks = -(-x.shape[-1] // block)
-        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, blocks * block - x.shape[-1])])
-        x = mx.sum(mx.unflatten(x, -1, (blocks, block)), axis=-1)
-    return mx.sum(x, axis=-1, keepdims=keepdims)
-
-
 xp = Extended(
     mx,
     # In 64 bits: a class index that 32 do not hold must not wrap around to a class that exists.
@@ -60,7 +47,8 @@ xp = Extended(
     astype=lambda x, dtype, copy=True: x.astype(dtype),
     bool=mx.bool_,
     exp=_exp,
-    sum=_sum,
+    # On CPUs MLX adds one number after the other: https://github.com/ml-explore/mlx/issues/4379
+    sum=functools.partial(sum_in_blocks, mx),
 )
 
 

@@ -157,16 +157,16 @@ class NumpyBackend(Backend):
         return np.asarray(x)
 
     # Infinities and zeros are right inputs here; what they raise inside a formula is no news to the caller. A sum of
-    # all elements comes as a scalar from NumPy: an array is the kind that went in.
+    # all elements comes as a scalar from NumPy, in the native byte order: an array is the kind that went in.
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         with np.errstate(all="ignore"):
-            return np.asarray(tiles.run(machine, formulas.value, loss, options, np.asarray(x), operands)[0])
+            return np.asarray(tiles.run(machine, formulas.value, loss, options, np.asarray(x), operands)[0], x.dtype)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with np.errstate(all="ignore"):
             first, second = tiles.run(machine, formula, loss, options, np.asarray(x), operands)[0]
-            return np.asarray(first), np.asarray(second)
+            return np.asarray(first, x.dtype), np.asarray(second, x.dtype)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

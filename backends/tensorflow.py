@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import forwardprop_util, record
 
 from .. import formulas
 from ..backend import Backend
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from .tensorflow_internals import internals
 
 
 def _where(condition: Array, a: Any, b: Any) -> Array:
@@ -21,27 +22,29 @@ def _where(condition: Array, a: Any, b: Any) -> Array:
     return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
 
 
-ROW = 4096  # numbers that float32 may add one after the other
+SHORT = 128  # numbers that are added up as TensorFlow likes
+WAYS = 8
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    if x.dtype != tf.float32 or (tf.executing_eagerly() and (axis == -1 or x.shape.num_elements() <= 1 << 16)):
+    """The sum along the last axis, or of all elements, without the digits that are lost in long rows.
+
+    TensorFlow and XLA add the numbers of a row one after the other, or a few in turn, and of a million equal ones lose
+    up to four digits. So the eighths of a row are added to each other, which makes it an eighth as long: in float32
+    once, as float64 has digits enough for the rest, in float64 again and again. (XLA would undo a reshape to short
+    rows; float64 from the start takes more time and memory.)
+    """
+    n = x.shape.num_elements() if axis is None else x.shape[-1]
+    if n is not None and n <= SHORT:
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-    n = x.shape[-1] if x.shape.rank else None
-    if axis is None and n is not None and x.shape.rank > 1 and n <= ROW:
-        x = tf.reduce_sum(x, axis=-1)
-    if axis != -1 or n is None:
-        # TensorFlow loses digits in sums over all elements or along other axes than the last; float64 has more.
-        return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), tf.float32)
-    odd = None
-    while n > ROW:  # XLA loses digits in long rows, and float64 takes twice the memory: the halves are added first
-        if n % 2:
-            odd = x[..., -1:] if odd is None else odd + x[..., -1:]
-        n //= 2
-        x = x[..., :n] + x[..., n : 2 * n]
-    total = tf.reduce_sum(x, axis=-1, keepdims=True)
-    total = total if odd is None else total + odd
-    return total if keepdims else total[..., 0]
+    if axis is None:
+        x = tf.reshape(x, [-1])
+    rounds = 1 if x.dtype == tf.float32 else 4 if n is None else math.ceil(math.log(n / WAYS, WAYS))
+    n = tf.shape(x)[-1] if n is None else n
+    for _ in range(rounds):
+        *parts, rest = tf.split(x, [n // WAYS] * WAYS + [n % WAYS], axis=-1)
+        x, n = tf.concat([tf.add_n(parts), rest], axis=-1), n // WAYS + n % WAYS
+    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=-1, keepdims=keepdims), x.dtype)
 
 
 def _position(x: Array, t: Array) -> tuple[Array, Array]:
@@ -102,15 +105,18 @@ def _fit(array: Array, shape: Array) -> Array:
         return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
 
 
-def _fitted(options: Options, x: Array, operands: Operands) -> Operands:
+def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Operands:
     """Operands whose shapes are checked when it runs if they were not known before: nothing must broadcast silently."""
-    if x.shape.is_fully_defined():
-        return operands
-
-    per_row = tf.shape(x)[:-1]
-    targets = _fit(operands.targets, per_row if options.indices else tf.shape(x))
-    sample_weight = None if operands.sample_weight is None else _fit(operands.sample_weight, per_row)
-    return operands._replace(targets=targets, sample_weight=sample_weight)
+    shape = tf.shape(x)
+    wanted = {"targets": shape[:-1] if options.indices else shape, "sample_weight": shape[:-1], "label_smoothing": []}
+    if loss.per_row:  # else these broadcast
+        wanted |= {"weight": shape[-1:], "where": shape}
+    fitted = {}
+    for name, array in operands._asdict().items():
+        if array is None or array.shape.rank == 0 or (array.shape.is_fully_defined() and x.shape.is_fully_defined()):
+            continue
+        fitted[name] = _fit(array, wanted[name]) if name in wanted else tf.broadcast_to(array, shape)
+    return operands._replace(**fitted)
 
 
 def _multiply_to_0(x: Array, y: Array) -> Array:
@@ -124,7 +130,7 @@ forward_xp = SimpleNamespace(**vars(xp) | {"multiply": _multiply_to_0})
 
 def _space(*arrays: Array) -> Namespace:
     """The namespace to compute in: another one if a ForwardAccumulator watches one of these arrays."""
-    return forward_xp if forwardprop_util.pack_tangents(list(arrays)).tangents else xp
+    return forward_xp if internals.has_tangents(arrays) else xp
 
 
 def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
@@ -170,10 +176,13 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
 
 
 def _is_eager(x: Array, operands: Operands) -> bool:
-    """Whether all have values, and no ForwardAccumulator watches one of them."""
+    """Whether all have values, no ForwardAccumulator watches one of them, and tapes can be kept from recording."""
     arrays = [x, *(array for array in operands if array is not None)]
     return (
-        tf.executing_eagerly() and not any(tf.is_symbolic_tensor(array) for array in arrays) and _space(*arrays) is xp
+        tf.executing_eagerly()
+        and not any(tf.is_symbolic_tensor(array) for array in arrays)
+        and _space(*arrays) is xp
+        and internals.can_pause()
     )
 
 
@@ -191,7 +200,7 @@ def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Ope
     given = [(name, array) for name, array in operands._asdict().items() if array is not None]
     names, arrays = tuple(name for name, _ in given), (x, *(array for _, array in given), *more)
     key = (formula.__name__, loss.name, options, names, *((array.dtype, array.shape) for array in arrays))
-    with record.stop_recording(), tf.device(x.device):
+    with internals.pause(), tf.device(x.device):
         program = _calls.get(key, 0)
         if isinstance(program, int):
             program = _counted(key, formula, loss, options, names, arrays)
@@ -215,13 +224,7 @@ def _counted(key: Any, formula: Any, loss: Loss, options: Options, names: tuple[
             operands = Operands(**dict(zip(names, arrays, strict=False)))
             return formula(xp, loss, options, x, operands, *arrays[len(names) :])
 
-        traced = run.get_concrete_function(*arrays)
-
-        def program(*arrays: Array) -> Any:
-            # Past its __call__, which fits arguments to a signature: for longer than a small program runs.
-            return traced.inference_fn.call_preflattened([*arrays, *traced.captured_inputs])
-
-        _calls[key] = program
+        _calls[key] = program = internals.program(run.get_concrete_function(*arrays))
         return program
 
 
@@ -240,15 +243,14 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
 
     def pullback(cotangent: Array) -> list[Array]:
         cotangent = tf.convert_to_tensor(cotangent)
-        if not tf.executing_eagerly() or record.could_possibly_record() or tf.is_symbolic_tensor(cotangent):
+        if not tf.executing_eagerly() or internals.is_recording() or tf.is_symbolic_tensor(cotangent):
             return [formulas.gradient(xp, loss, options, x, operands, cotangent, by_autodiff=True)]
         if gradient is not None:
             with tf.device(x.device):
                 return [tf.multiply(gradient, cotangent)]
         return [_eagerly(formulas.gradient, loss, options, x, operands, cotangent)]
 
-    record.record_operation("unilabel", [value], [x], pullback)
-    return value
+    return internals.recorded(value, x, pullback)
 
 
 class TensorflowBackend(Backend):
@@ -332,20 +334,23 @@ class TensorflowBackend(Backend):
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         x = tf.convert_to_tensor(x)
         if _is_eager(x, operands):
-            if not record.could_possibly_record():
+            if not internals.is_recording():
                 return _eagerly(formulas.value, loss, options, x, operands)
             others = [array for array in operands if array is not None and array.dtype.is_floating]
-            if not (others and record.should_record_backprop(others)):
+            if not (others and internals.is_watched(others)):
                 return _recorded_eagerly(loss, options, x, operands)
         with _on_device_of(x):
-            return _recorded_loss(loss, options, x, _fitted(options, x, operands))
+            return _recorded_loss(loss, options, x, _fitted(loss, options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         x = tf.convert_to_tensor(x)
         if _is_eager(x, operands):
             return tuple(_eagerly(formula, loss, options, x, operands))
+        # No tape may see these expressions: they are not written to be differentiated.
+        x, *others = (None if array is None else tf.stop_gradient(array) for array in (x, *operands))
+        operands = Operands(*others)
         with _on_device_of(x):
-            return super().closed_form(formula, loss, options, x, _fitted(options, x, operands))
+            return super().closed_form(formula, loss, options, x, _fitted(loss, options, x, operands))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         x = tf.convert_to_tensor(x)

@@ -48,7 +48,7 @@ class Internals:
         return self._is_legacy_batched(cotangent) or self._has_transforms()
 
     def is_traced(self) -> bool:
-        """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs without them."""
+        """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs anyway."""
         if not self._dispatch_modes():
             return False
         if self._dispatch_mode is None or None in self._tracing_modes:

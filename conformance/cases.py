@@ -492,7 +492,8 @@ def flat(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, row, [0], flag=flag, label_smoothing=0.1)
         yield make.case(SOFTMAX, row, Tensor(row.shape, [nearest(1 / classes, make.dtype)] * classes), flag=flag)
     share = make.tensor(1 / classes).values * classes
-    yield make.case(MULTILABEL, Tensor((classes,), make.tensor(0.3).values * classes), Tensor((classes,), [1] * classes), flag=flag)
+    same = make.tensor(0.3).values * classes
+    yield make.case(MULTILABEL, Tensor((classes,), same), Tensor((classes,), [1] * classes), flag=flag)
     yield make.case("cross_entropy", Tensor((1, classes), share), Tensor((1, classes), share), flag=flag)
     log_p = make.tensor(math.log(1 / classes)).values * classes
     yield make.case("nll", Tensor((1, classes), log_p), Tensor((1, classes), share), flag=flag)

@@ -123,7 +123,7 @@ def softmax_of_row(x: list[Number], z: list[Number]) -> Parts:
     in_total = average * rest / total
     terms = [times(w, log_total - v) for w, v in zip(z, d, strict=True)]
     loss = Exact(mp.fsum(terms), mp.fsum(map(abs, terms)), average)
-    slopes, curvatures, labels = [], [], []
+    found: tuple[list[Exact], list[Exact], list[Exact]] = [], [], []  # slopes, curvatures, labels
     done: dict[Any, tuple[Exact, Exact, Exact]] = {}  # long rows are made of few different numbers
     for i in range(len(x)):
         same = d[i], z[i], others_e[i], others_z[i], i == largest
@@ -135,9 +135,9 @@ def softmax_of_row(x: list[Number], z: list[Number]) -> Parts:
             curvature = mass * e[i] / total * others_e[i] / total
             bent = Exact(curvature, abs(curvature), own + left + 2 * in_total)
             done[same] = slope, bent, _label(log_total - d[i], z[i], average)
-        for found, exact in zip((slopes, curvatures, labels), done[same], strict=True):
-            found.append(exact)
-    return Parts(loss, slopes, curvatures, labels)
+        for exacts, exact in zip(found, done[same], strict=True):
+            exacts.append(exact)
+    return Parts(loss, *found)
 
 
 def _leave_one_out(numbers: list[Number]) -> tuple[Number, list[Number]]:

@@ -3,9 +3,9 @@
 A test marked `capability("torch", "vmap")` fills a row of it. It takes the fixture `sample`, and is run with each call
 that `crossed.py` plans for that row: one of them in a quick run, the others under the marker `full`. The mark may name
 the losses that it is about (`losses=(...)`), and levels that the transform cannot do without (`fixed={"reduction":
-"none"}`), which then stand in the cell. Where each call takes seconds, `brief=True` has the losses share out the levels.
-A test that loops over `samples(...)` itself is marked `looped=True`. The framework None is the one of the fixture
-`framework`.
+"none"}`), which then stand in the cell. Where a call takes seconds, `brief=True` has the losses of one kind share out
+the levels. A test that loops over `samples(...)` itself is marked `looped=True`. The framework None is the one of the
+fixture `framework`.
 
 A run of all of them compares the page with what it saw, or writes it:
 `pytest -m "capability and not slow and not cuda" --write-transforms`, with `-n 2` on two cores.
@@ -57,7 +57,7 @@ RANK = ("✓", "no", "✗")  # the worst result of a cell's tests counts
 
 
 class Table:
-    """What came of the tests of each cell (framework, transform, loss), and the page that says so. A plugin of pytest."""
+    """A plugin of pytest: what came of each cell (framework, transform, loss), and the page that says so."""
 
     def __init__(self, page):
         self.page, self.results = page, {}

@@ -1,4 +1,4 @@
-"""What every transform is crossed with: each loss with each reduction, kind of targets, option and place of the class axis.
+"""What every transform is crossed with: losses, reductions, kinds of targets, options, places of the class axis.
 
 `planned(framework, transform)` lists the calls of one row of docs/transforms.md: one with all defaults for each loss,
 and others that hold every level of every factor at least once, the default reduction with options among them. They are
@@ -29,9 +29,10 @@ COMMON = {
     "axis": ("last", "middle", "two"),
 }
 FACTORS = {
-    True: COMMON | {"targets": ("indices", "distribution"), "sample_weight": ("no", "yes"), "ignore_index": ("no", "yes")},
+    True: COMMON
+    | {"targets": ("indices", "distribution"), "sample_weight": ("no", "yes"), "ignore_index": ("no", "yes")},
     False: COMMON | {"targets": ("integer", "bool", "float"), "pos_weight": ("no", "yes")},
-}  # fmt: skip
+}
 
 
 class Row:
@@ -90,7 +91,7 @@ def planned(framework, transform, losses=LOSSES, fixed=None, brief=False):
 
 
 class Exact(np.ndarray):
-    """What is right, and beside each number the sum of the sizes of what it was added up from: cancelling costs digits."""
+    """What is right, and for each number the sum of the sizes of what it was added up from: cancelling costs digits."""
 
     terms = None
 
@@ -107,7 +108,7 @@ class Exact(np.ndarray):
 
 
 class Sample:
-    """A planned call in float64, of 4 examples with 3 classes (6 on two axes), as NumPy arrays, and what is right for it.
+    """A planned call in float64, of 4 examples with 3 classes (6 on two axes), as NumPy arrays, and what is right.
 
     The first axis is always one of examples. `arrays` are the operands beside logits and targets, by name; `options`
     all else. Right by the oracle: `value`; `gradient`, of the value's sum by the logits; `pulled_back`, the same with

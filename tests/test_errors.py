@@ -201,6 +201,39 @@ def test_other_things_of_a_framework_are_no_arrays():
         ul.softmax_nll(torch.eye(2), torch.eye(2).max(1))
 
 
+def test_lists_that_make_no_array():
+    """Nothing is dropped on the way: no mask, no gradient."""
+    import torch
+
+    x = torch.tensor(X)
+    for weight, text in (
+        ([np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0])] * 2, "a list that makes none (it holds a numpy MaskedArray"),
+        ([[np.ma.masked_array(1.0, True)] * 3] * 2, "a list that makes none (it holds a numpy MaskedArray"),
+        ([torch.nn.Parameter(torch.tensor(1.0)), 2.0, 3.0], "a list that makes none (Can't call numpy() on Tensor"),
+    ):
+        with pytest.raises(TypeError, match=pattern(f"Expected weight: an array. Received: {text}")):
+            ul.multilabel_logistic_loss(x, Z, weight=weight)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+def test_tensors_that_do_not_go_together():
+    import torch
+    from torch.masked import masked_tensor
+
+    x, masked = torch.tensor(X), masked_tensor(torch.tensor(X), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=pattern("logits: a plain array of torch. Received: a torch MaskedTensor")):
+        ul.softmax_nll(masked, [0, 1])
+    for targets, text in (
+        (masked, "a torch MaskedTensor"),
+        (torch.tensor([0, 1], device="meta"), "a tensor on the meta"),
+    ):
+        with pytest.raises(TypeError, match=pattern(f"targets: a plain array. Received: {text}")):
+            ul.softmax_nll(x, targets)
+    with pytest.raises(ValueError, match=pattern("values to read. Received: a Tensor on meta, which has none")):
+        ul.softmax_nll(x.to("meta"), [0, 1], validate=True)
+    assert ul.softmax_nll(x.to("meta"), torch.tensor([0, 1])).is_meta
+
+
 @pytest.mark.parametrize("kind", [np.matrix, np.ma.masked_array])
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_numpy_subclasses_with_other_arithmetic(kind):

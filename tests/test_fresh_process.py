@@ -49,7 +49,11 @@ assert [result.device.rpartition("/")[2] for result in results] == ["device:CPU:
 """
 
 
-@pytest.mark.parametrize("code", [COMPILED, JAX_DEVICES, pytest.param(TENSORFLOW_DEVICES, marks=pytest.mark.full)], ids=["compiled", "jax", "tensorflow"])
+@pytest.mark.parametrize(
+    "code",
+    [COMPILED, JAX_DEVICES, pytest.param(TENSORFLOW_DEVICES, marks=pytest.mark.full)],
+    ids=["compiled", "jax", "tensorflow"],
+)
 def test_fresh(code, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

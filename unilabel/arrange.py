@@ -283,8 +283,9 @@ def _fraction(label: str, number: Any, high: float) -> float:
 
 
 def _is_bool(number: Any) -> bool:
-    # A compiler's open number is a float to isinstance, and not to be asked for its attributes.
-    return isinstance(number, bool) or (not isinstance(number, (int, float)) and getattr(number, "dtype", 0) == bool)
+    if isinstance(number, (int, float)):  # a compiler's open number too, which is not to be asked for attributes
+        return isinstance(number, bool)
+    return str(getattr(number, "dtype", "")) == "bool"  # NumPy's
 
 
 def _index(label: str, number: Any) -> int:

@@ -121,7 +121,8 @@ class Extended:
     It may be given by its name: then it is imported when it is first asked for a function, or by `load`.
     """
 
-    pick = softmax = softplus = step = sym_max = None  # the formulas ask for these each time; searching the base takes long
+    # The formulas ask for these each time; searching the base takes long.
+    pick = softmax = softplus = step = sym_max = None
 
     def __init__(self, base: Any, **functions: Any) -> None:
         self.__dict__.update(functions, _base=base)

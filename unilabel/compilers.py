@@ -13,7 +13,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_in_dynamo(function: Function) -> Function:
-    """Have torch.compile call a function when it comes to it and take the result, a plain constant, for always the same.
+    """Have torch.compile call a function when it comes to it, and take what it returns, a plain value, for a constant.
 
     That is `torch.compiler.assume_constant_result`.
     """

@@ -524,7 +524,9 @@ BINARY = Loss(
     "binary_cross_entropy", False, element_masses, binary_terms, binary_value, binary_gradient, binary_hessian
 )
 SOFTMAX = Loss("softmax_nll", True, softmax_masses, softmax_terms, softmax_value, softmax_gradient, softmax_hessian)
-INDEX = SOFTMAX._replace(masses=index_masses, terms=index_terms, value=index_value, gradient=index_gradient, scale=index_scale)
+INDEX = SOFTMAX._replace(
+    masses=index_masses, terms=index_terms, value=index_value, gradient=index_gradient, scale=index_scale
+)
 CATEGORICAL = Loss(
     "cross_entropy",
     True,
@@ -692,7 +694,7 @@ def _scaled(
 
 
 class Divisor(NamedTuple):
-    """What a sum is divided by to be a mean: how many take part, 1 for none, or else the sum of their parts, an array."""
+    """What a sum is divided by to be a mean: how many take part, 1 for none; or the sum of their parts, an array."""
 
     count: Any
     parts: Array | None = None

@@ -9,14 +9,14 @@ gives it as an array.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Length = Any
 Shape = tuple[Length, ...]
 
 
-def same(a: Shape, b: Shape) -> bool:
+def same(a: Sequence[Length], b: Sequence[Length]) -> bool:
     """Whether two shapes are equal, as far as their lengths are known."""
     return len(a) == len(b) and all(n is None or m is None or n == m for n, m in zip(a, b, strict=True))
 
@@ -38,7 +38,7 @@ def extent(xp: Any, x: Any, axis: int) -> Any:
 
 
 def count(xp: Any, x: Any, axes: Iterable[int]) -> Any:
-    """How many elements there are along these axes, 1 for none: a number to divide by, or an array in the dtype of x."""
+    """How many elements these axes have, 1 for none: a number to divide by, or an array in the dtype of x."""
     axes = tuple(axes)
     known = product([x.shape[axis] for axis in axes if x.shape[axis] is not None])
     unknown = [xp.astype(xp.extent(x, axis), x.dtype) for axis in axes if x.shape[axis] is None]

@@ -31,7 +31,7 @@ def multilabel_logistic_loss(
     weight: Any = None,
     pos_weight: Any = None,
     where: Any = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
     reduction: str = "batchmean",
     validate: bool = False,
@@ -42,13 +42,15 @@ def multilabel_logistic_loss(
 
     Args:
         logits: x, of any shape with a class axis: float16, bfloat16, float32 or float64, of any framework. They choose
-            the framework, the device and the dtype of the result. Half precision is computed in float32.
+            the framework, the device and the dtype of the result. Half precision is computed in float32. An array of
+            no dimensions is one element.
         targets: z, in the logits' shape: bool, integer or float from 0 to 1 (a float between is a soft label). Like
             all other operands: an array of the logits' framework, or a NumPy array, a scalar or a list.
         weight: multiplies the elements; broadcasts to the logits.
         pos_weight: multiplies the term of the label 1; broadcasts to the logits. Above 1 it favours recall.
         where: bool, broadcasts to the logits. False is a missing label: no loss, zero gradient, whatever stands there.
-        label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/2.
+        label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/2. A number, or an array of no dimensions of
+            the logits' framework, traced or to be learned: there a value outside [0, 1] makes the loss NaN.
         axis: the class axis, or a tuple of axes read as one; only "batchmean" depends on it.
         reduction: "none", the loss of each element; "sum"; "mean", over the elements that `where` keeps (weights do
             not count); "batchmean", the sum over the number of examples. A mean over nothing is 0.
@@ -93,7 +95,7 @@ def softmax_nll(
     sample_weight: Any = None,
     where: Any = None,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
     reduction: str = "mean",
     validate: bool = False,
@@ -114,7 +116,8 @@ def softmax_nll(
         where: bool, broadcasts to the logits. A class where it is False is out of the softmax, and its target mass is
             dropped; a row without a class left is ignored.
         ignore_index: the class index of examples that do not count. For indices only.
-        label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/K, K the classes that `where` keeps.
+        label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/K, K the classes that `where` keeps. A number,
+            or an array of no dimensions, as in `multilabel_logistic_loss`.
         axis: the class axis, or a tuple of axes read as one.
         reduction: "none", the loss of each example; "sum"; "mean", over the examples not ignored, or with `weight`
             over the weight of their targets; "batchmean", over all examples. A mean over nothing is 0.
@@ -160,7 +163,7 @@ def binary_cross_entropy(
     weight: Any = None,
     pos_weight: Any = None,
     where: Any = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
     reduction: str = "batchmean",
     validate: bool = False,
@@ -214,7 +217,7 @@ def cross_entropy(
     sample_weight: Any = None,
     where: Any = None,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
     reduction: str = "mean",
     validate: bool = False,
@@ -267,7 +270,7 @@ def nll(
     sample_weight: Any = None,
     where: Any = None,
     ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
     reduction: str = "mean",
     validate: bool = False,
@@ -321,7 +324,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         A function that is called like the loss, `(logits, targets, **options)`, and returns the loss and its
         derivative by the logits, in their shape, dtype and framework. With `reduction="none"`: the losses, and the
-        gradient of their sum.
+        gradient of their sum. Under `torch.autocast`, of half-precision logits: in float32, as PyTorch's own losses.
 
     Raises:
         TypeError: `loss` is not one of unilabel's.
