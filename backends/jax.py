@@ -33,11 +33,14 @@ def _position(x: Array, t: Array) -> tuple[Array, Array]:
     return t, jax.lax.broadcasted_iota(t.dtype, x.shape, x.ndim - 1) == t
 
 
+def _is_spread(x: Array, axis: int) -> bool:
+    """Whether an axis is explicitly spread over devices."""
+    return jax.typeof(x).sharding.spec[axis] is not None
+
+
 def _pick(x: Array, position: tuple[Array, Array]) -> Array:
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", None)
-    spread = spec and spec[-1] is not None
-    empty = any(jax.core.max_dim(n, 1) != n for n in x.shape)  # may be: an exporter's length of n - 1
-    if spread or empty:  # JAX gathers nothing along an axis that is explicitly spread over devices, nor there
+    # JAX gathers nothing along an axis that is spread, nor from what may be empty (an exporter's length of n - 1).
+    if _is_spread(x, -1) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
         return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
     return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
 
@@ -47,11 +50,11 @@ def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    """Along axes of length 1 as well: beside one that stays, XLA's CPU compiler adds up products one by one.
+    """Along axes of length 1 as well: beside one that stays, XLA's CPU compiler makes products a dot product.
 
-    (As a dot product, whose error grows with its length.)
+    The error of that grows with its length.
     """
-    ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1]
+    ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1 and not _is_spread(x, i)]
     if not ones:
         return jnp.sum(x, axis=axis, keepdims=keepdims)
     total = jnp.sum(x, axis=tuple({axis % x.ndim, *ones}), keepdims=True)
@@ -181,7 +184,7 @@ def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands:
 
 
 def _traced(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands]:
-    """A compiled function's arguments. Smoothing is an operand: a schedule of it compiles no program for each number."""
+    """A compiled function's arguments. Smoothing is an operand: no number of a schedule has its own program."""
     smoothing = options.label_smoothing
     if smoothing is None:
         return options, x, operands

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from capabilities import close
+from crossed import close
 from unilabel.backends.array_api import ArrayAPIBackend
 
 import unilabel as ul
@@ -22,32 +22,22 @@ THREADS = 8
 
 def jobs(framework, sample):
     """What the threads are to compute, each a function without arguments that returns NumPy arrays."""
-    x, z = framework.array(sample.x, "float64"), framework.backend.asarray(sample.targets)
-    narrow, cotangent = framework.array(sample.x), framework.array(sample.cotangent, "float64")
-    per_row = sample.targets.ndim == 1
-    options = [
-        {"reduction": "none"},
-        {"reduction": "mean", "where": np.array([True, True, True])},
-        {"reduction": "sum", "label_smoothing": 0.1, "weight": [0.5, 1.0, 2.0]},
-        {"reduction": "batchmean", **({"ignore_index": 1} if per_row else {"pos_weight": 3.0})},
-    ]
+    x, targets, cotangent = map(framework.backend.asarray, (sample.x, sample.targets, sample.cotangent))
+    sample, narrow = sample.beside(framework.backend.asarray), framework.array(sample.x)
 
-    def job(function, *arguments, **given):
+    def job(function, *arguments, **options):
         def run():
-            results = function(*arguments, **given)
+            results = function(*arguments, **options)
             return [framework.numpy(result) for result in (results if isinstance(results, tuple) else (results,))]
 
         return run
 
-    found = [
-        job(f, a, z, **given)
-        for f in (sample, ul.value_and_grad(sample.loss))
-        for a in (x, narrow)
-        for given in options
-    ]
-    found += [job(ul.grad_and_hess(sample.loss), x, z), job(ul.log_softmax, x), job(ul.sigmoid, narrow)]
+    closed = sample.closed(ul.value_and_grad)
+    found = [job(function, logits, targets) for logits in (x, narrow) for function in (sample, closed)]
+    found.append(job(sample.closed(ul.grad_and_hess), x, targets, reduction="sum"))
+    found += [job(ul.log_softmax, x), job(ul.sigmoid, narrow)]
     if framework.backend.autodiff:
-        found.append(job(framework.backend.vjp, lambda x: sample(x, z, reduction="none"), x, cotangent))
+        found.append(job(framework.backend.vjp, sample, x, cotangent))
     return found
 
 
@@ -69,7 +59,7 @@ def in_threads(functions):
     return results
 
 
-@pytest.mark.capability(None, "eight threads at once")
+@pytest.mark.capability(None, "eight threads at once", brief=True)
 def test_as_many_threads_so_one(framework, sample):
     """Threads first: whatever is compiled or cached on the way is not there yet."""
     functions = jobs(framework, sample)
@@ -78,14 +68,18 @@ def test_as_many_threads_so_one(framework, sample):
     if framework.name == "tensorflow":
         sys.modules["unilabel.backends.tensorflow"]._calls.clear()
     alone = [[function() for function in functions] for _ in range(5)]
-    close(alone[0][0][0], sample.values)
+    (value,), (value_beside, gradient), _, _, (gradient_of_sum, _), *_ = alone[0]
+    close(value, sample.value)
+    close(value_beside, sample.value)
+    close(gradient, sample.gradient)
+    close(gradient_of_sum, sample.gradient_of_sum)
+    if framework.backend.autodiff:
+        close(alone[0][-1][1], sample.pulled_back)
     for answers in many:
         assert answers is not None
         for got, *right in zip(itertools.chain(*answers), *(itertools.chain(*a) for a in alone), strict=True):
             assert {one.dtype for one in right} == {got.dtype}
             assert any(np.array_equal(got, one, equal_nan=True) for one in right)
-    if framework.backend.autodiff:
-        close(alone[0][-1][1], sample.pulled_back)
 
 
 # --- From the very first call -----------------------------------------------------------------------------------------
@@ -165,12 +159,18 @@ def run_fresh(code, *arguments, cwd):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-def test_cold_start(framework, tmp_path):
+def test_cold_start_of_numpy(tmp_path):
     """unilabel and the backend imported, and found, by eight threads at once."""
+    run_fresh(COLD, "numpy", cwd=tmp_path)
+
+
+@pytest.mark.full
+def test_cold_start(framework, tmp_path):
     for _ in range(5 if framework.name in ("numpy", "array_api_strict") else 1):
         run_fresh(COLD, framework.name, cwd=tmp_path)
 
 
+@pytest.mark.full
 def test_cold_start_of_all_frameworks_at_once(frameworks, tmp_path):
     run_fresh(COLD, *(framework.name for framework in frameworks), cwd=tmp_path)
 
@@ -280,6 +280,11 @@ assert not changed, changed
 """
 
 
-def test_no_state_is_changed(framework, tmp_path):
+def test_no_state_is_changed_by_numpy(tmp_path):
     """In a process of its own: there is no second first call."""
+    run_fresh(STATE, "numpy", cwd=tmp_path)
+
+
+@pytest.mark.full
+def test_no_state_is_changed(framework, tmp_path):
     run_fresh(STATE, framework.name, cwd=tmp_path)
