@@ -58,6 +58,21 @@ def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
     return tf.where(position[1], values, x)
 
 
+def _on_device_of(x: Array) -> Any:
+    """Eager operations go where TensorFlow likes best, not where their input is."""
+    return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
+
+
+def _permute_dims(x: Array, axes: tuple[int, ...]) -> Array:
+    with _on_device_of(x):
+        return tf.transpose(x, axes)
+
+
+def _reshape(x: Array, shape: Any) -> Array:
+    with _on_device_of(x):
+        return tf.reshape(x, shape)
+
+
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
 xp = SimpleNamespace(
     abs=tf.abs,
@@ -78,11 +93,11 @@ xp = SimpleNamespace(
     maximum=tf.maximum,
     multiply=tf.multiply,
     ones_like=tf.ones_like,
-    permute_dims=tf.transpose,
+    permute_dims=_permute_dims,
     pick=lambda x, position: tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1),
     position=_position,
     replace=_replace,
-    reshape=tf.reshape,
+    reshape=_reshape,
     squeeze=tf.squeeze,
     stop_gradient=tf.stop_gradient,
     sum=_sum,
@@ -92,11 +107,6 @@ xp = SimpleNamespace(
 
 
 EAGER = type(tf.constant(0))
-
-
-def _on_device_of(x: Array) -> Any:
-    """Eager operations go where TensorFlow likes best, not where their input is."""
-    return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
 
 
 def _fit(array: Array, shape: Array) -> Array:

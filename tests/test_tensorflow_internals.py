@@ -30,7 +30,7 @@ def test_no_other_file_has_private_names():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("missing", [*names(), "all"])
+@pytest.mark.parametrize("missing", ["all", *(pytest.param(name, marks=pytest.mark.full) for name in names())])
 @pytest.mark.parametrize("sample", ["softmax_nll", "multilabel_logistic_loss"], indirect=True)
 def test_without_a_name(missing, sample, compiled, monkeypatch):
     without = Internals(lambda name: None if missing in (name, "all") else find(name))
