@@ -4,18 +4,19 @@ A test marked `capability("torch", "vmap")` fills a row of it. It takes the fixt
 that `crossed.py` plans for that row: one of them in a quick run, the others under the marker `full`. The mark may name
 the losses that it is about (`losses=(...)`), and levels that the transform cannot do without (`fixed={"reduction":
 "none"}`), which then stand in the cell. Where a call takes seconds, `brief=True` has the losses of one kind share out
-the levels. A test that loops over `samples(...)` itself is marked `looped=True`. The framework None is the one of the
-fixture `framework`.
+the levels; `pairs=True` has every pair of levels. A test that loops over `samples(...)` itself is marked `looped=True`.
+The framework None is the one of the fixture `framework`.
 
 A run of all of them compares the page with what it saw, or writes it:
 `pytest -m "capability and not slow and not cuda" --write-transforms`, with `-n 2` on two cores.
 """
 
+import functools
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from crossed import LOSSES, PER_EXAMPLE, Row, Sample, factors, planned
+from crossed import LOSSES, PER_EXAMPLE, Row, Sample, factors, planned, quick
 
 PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "array API": "Array API"}
@@ -34,7 +35,28 @@ def sample(request):
 
 def samples(framework, transform, **options):
     """What a test marked with `looped=True` has to try."""
-    return [Sample(row) for row in planned(framework, transform, **options)[0]]
+    return [Sample(row) for row in planned(framework, transform, **options)]
+
+
+def plan_of(mark):
+    return planned(*mark.args, **{name: given for name, given in mark.kwargs.items() if name != "looped"})
+
+
+def marks_of(module):
+    """For each test of a row of the table, by name, its mark; less of those that no quick run makes."""
+    found = {}
+    for name, test in vars(module).items():
+        marks = {mark.name: mark for mark in getattr(test, "pytestmark", [])}
+        if "capability" in marks and not marks.keys() & {"cuda", "slow", "full"}:
+            found[name] = marks["capability"]
+    return found
+
+
+@functools.cache
+def quick_calls(module):
+    """For each test, by name, the call that a quick run makes."""
+    marks = marks_of(module)
+    return dict(zip(marks, quick([plan_of(mark) for mark in marks.values()]), strict=True))
 
 
 def pytest_generate_tests(metafunc):
@@ -45,8 +67,10 @@ def pytest_generate_tests(metafunc):
     if mark is None:
         metafunc.parametrize("sample", LOSSES, indirect=True)
         return
-    plan, quick = planned(*mark.args, **mark.kwargs)
-    calls = [pytest.param(row, id=str(row), marks=() if row is quick else pytest.mark.full) for row in plan]
+    chosen = str(quick_calls(metafunc.module).get(metafunc.function.__name__))
+    calls = [
+        pytest.param(row, id=str(row), marks=() if str(row) == chosen else pytest.mark.full) for row in plan_of(mark)
+    ]
     metafunc.parametrize("sample", calls, indirect=True)
 
 
@@ -126,7 +150,7 @@ class Table:
 
 
 def entry(loss, tests, row):
-    """A cell: its worst result; after a tick, the only levels that its row was tried with, where there are others.
+    """A cell: its worst result; after a tick, the only levels that its row was right with, where there are others.
 
     `row`: the tests of losses of the same kind in that row.
     """
@@ -136,11 +160,14 @@ def entry(loss, tests, row):
     if len(markers) == len(tests):
         return f"`pytest -m {markers[0]}`"
     result = max((result for result, _, marker in tests if not marker), key=rank)
-    only = []
+    only, defaults = [], {}
     for factor, levels in factors(loss).items():
-        seen = {tried[factor] for _, tried, marker in row if not marker}
+        seen = {tried[factor] for of, tried, marker in row if not marker and of == "✓"}
         if seen != set(levels):
             only.append(f"{factor.replace('_', ' ')} {' or '.join(level for level in levels if level in seen)}")
+        defaults[factor] = next(level for level in levels if level in seen or not seen)
+    if not any(tried == defaults for _, tried, _ in tests):
+        only.append("with options")
     return " ".join([result, *([f"({', '.join(only)})"] if only and result == "✓" else [])])
 
 
@@ -156,8 +183,7 @@ def cells(item):
         framework, library = LIBRARIES.get(framework, (framework, ""))
         transform = library + transform
     marker = next((name for name in ("cuda", "slow") if item.get_closest_marker(name)), "")
-    options = {name: given for name, given in mark.kwargs.items() if name != "looped"}
-    looped = planned(*mark.args, **options)[0] if "looped" in mark.kwargs else [parameters["sample"]]
+    looped = plan_of(mark) if "looped" in mark.kwargs else [parameters["sample"]]
     return [([framework, transform, row.loss], row.levels, marker) for row in looped]
 
 
@@ -171,6 +197,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "capability(framework, transform, losses, fixed, brief, looped): a row of docs/transforms.md"
+        "markers", "capability(framework, transform, losses, fixed, brief, pairs, looped): a row of docs/transforms.md"
     )
     config.pluginmanager.register(Table(PAGE))

@@ -1,8 +1,8 @@
 """What every transform is crossed with: losses, reductions, kinds of targets, options, places of the class axis.
 
 `planned(framework, transform)` lists the calls of one row of docs/transforms.md: one with all defaults for each loss,
-and others that hold every level of every factor at least once, the default reduction with options among them. They are
-drawn for each row anew, so that those of a framework together hold every pair of levels (test_crossed.py looks).
+and others with options that hold every level of every factor. They are drawn for each row anew; one row of each
+framework, marked `pairs=True`, has every pair of levels besides (test_crossed.py looks).
 `Sample` makes such a call, with what is right for it by the oracle.
 """
 
@@ -44,6 +44,11 @@ class Row:
     def __getitem__(self, factor):
         return self.levels.get(factor, "no")
 
+    @property
+    def touches(self):
+        """The loss, and the levels of its kind."""
+        return {self.loss} | {(self.loss in PER_EXAMPLE, *level) for level in self.levels.items()}
+
     def __str__(self):
         """What is not as in a call without options."""
         first = {factor: levels[0] for factor, levels in factors(self.loss).items()}
@@ -56,38 +61,55 @@ def factors(loss):
 
 
 def possible(levels):
-    return (levels["targets"], levels.get("ignore_index")) != ("distribution", "yes")
+    return (levels.get("targets"), levels.get("ignore_index")) != ("distribution", "yes")
 
 
-def rows(framework, transform, losses, fixed=None):
+def combined(levels, size):
+    """Each level (size 1) or pair of levels (2) of a call."""
+    return set(itertools.combinations(sorted(levels.items()), size))
+
+
+def rows(framework, transform, losses, fixed=None, pairs=False):
     """The calls that a transform is tried with, for losses of one kind: all levels, and for each loss the defaults.
 
     `fixed` holds the levels that the transform cannot do without: {"reduction": "none"}.
     """
     fixed = {factor: level for factor, level in (fixed or {}).items() if factor in factors(losses[0])}
-    choices = factors(losses[0]) | {factor: (level,) for factor, level in fixed.items()}
+    choices, size = factors(losses[0]) | {factor: (level,) for factor, level in fixed.items()}, 2 if pairs else 1
     plan = [Row(loss, {factor: levels[0] for factor, levels in choices.items()}) for loss in losses]
     drawn = random.Random(f"{SEED} {framework} {transform} {losses}")
-    missing = {(factor, level) for factor, levels in choices.items() for level in levels[1:]}
-    missing.add(("reduction", choices["reduction"][0]))  # with options, too
+    missing = set()
+    for some in itertools.combinations(choices, size):
+        every = itertools.product(*(choices[factor] for factor in some))
+        found = (dict(zip(some, levels, strict=True)) for levels in every)
+        missing |= set().union(*(combined(levels, size) for levels in found if possible(levels)))
     turn = itertools.cycle(losses)
     while missing or len(plan) < 2 * len(losses):
         candidates = [{factor: drawn.choice(levels) for factor, levels in choices.items()} for _ in range(50)]
-        best = max(filter(possible, candidates), key=lambda levels: len(missing & levels.items()))
-        missing -= best.items()
+        candidates = [levels for levels in candidates if possible(levels) and levels != plan[0].levels]
+        best = max(candidates, key=lambda levels: len(missing & combined(levels, size)))
+        missing -= combined(best, size)
         plan.append(Row(next(turn), best))
     return plan
 
 
-def planned(framework, transform, losses=LOSSES, fixed=None, brief=False):
-    """The calls that a transform is tried with, and which of them a quick run makes: another kind for each transform.
+def planned(framework, transform, losses=LOSSES, fixed=None, brief=False, pairs=False):
+    """The calls that a transform is tried with.
 
     Each loss is tried with every level; where a call takes seconds (`brief`), the losses of one kind share them out.
     """
     kinds = [[loss for loss in losses if (loss in PER_EXAMPLE) == kind] for kind in (True, False)]
     groups = [kind for kind in kinds if kind] if brief else [[loss] for loss in losses]
-    plan = [row for group in groups for row in rows(framework, transform, group, fixed)]
-    return plan, random.Random(f"quick {SEED} {framework} {transform}").choice(plan)
+    return [row for group in groups for row in rows(framework, transform, group, fixed, pairs)]
+
+
+def quick(plans):
+    """One call of each plan, for a quick run: together they touch every loss and level, if that many can."""
+    touched, chosen = set(), []
+    for plan in plans:
+        chosen.append(max(plan, key=lambda row: len(row.touches - touched)))
+        touched |= chosen[-1].touches
+    return chosen
 
 
 class Exact(np.ndarray):
@@ -242,5 +264,6 @@ def close(got, right, dtype="float64", ulp=16):
     eps = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
     scale = np.abs(right) if terms is None else np.maximum(np.abs(right), terms)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(right))
+    assert (got[scale == 0] == 0).all()  # there is nothing to round
     error = np.abs(got - right) / np.where(scale > 0, scale, 1) / eps
     assert (error <= ulp).all(), f"off by {error.max():.3g} ULP, {ulp} allowed:\ngot {got}\nright {right}"

@@ -74,13 +74,15 @@ MUTATIONS = {
     "fused: gradient with masses, sign": Mutation(
         "t.negative * p - t.positive * q", "t.negative * p + t.positive * q", EAGER
     ),
-    "guard of 0·inf left out": Mutation("xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)", "size, mass)"),
-    "guard of 0·inf takes NaN": Mutation("(mass == 0) & xp.isinf(size)", "mass == 0"),
+    "guard of 0·inf left out": Mutation(
+        "xp.where(xp.logical_and(mass == 0, xp.isinf(size)), 0.0, size), mass)", "size, mass)"
+    ),
+    "guard of 0·inf takes NaN": Mutation("xp.logical_and(mass == 0, xp.isinf(size))", "mass == 0"),
     # On probabilities
-    "clamp: at eps too": Mutation("(p < eps)", "(p <= eps)"),
-    "clamp: half of eps": Mutation("(p < eps)", "(p < eps / 2)"),
-    "clamp: none": Mutation("~((p < eps) | ((", "~((("),
-    "clamp: log 0 without mass": Mutation(" | ((p == 0) & (mass == 0))", ""),
+    "clamp: at eps too": Mutation("logical_or(p < eps,", "logical_or(p <= eps,"),
+    "clamp: half of eps": Mutation("logical_or(p < eps,", "logical_or(p < eps / 2,"),
+    "clamp: none": Mutation("~xp.logical_or(p < eps, ", "~xp.logical_or(p < 0, "),
+    "clamp: log 0 without mass": Mutation(", xp.logical_and(p == 0, mass == 0))", ", p < eps)"),
     "clamp: a wrong index is 0 there": Mutation("quotient, 0 * quotient)", "quotient, 0.0)"),
     "quotient: NaN masses where clamped": Mutation("quotient, 0 * quotient)", "quotient, quotient)"),
     "binary: log1p written out": Mutation(
@@ -160,7 +162,9 @@ MUTATIONS = {
         "xp.where(wrong, math.nan, xp.astype(~wrong", "xp.where(wrong, 0.0, xp.astype(~wrong"
     ),
     "index: a wrong index in the divisor": Mutation("parts = xp.where(wrong, 0.0, parts)", "pass"),
-    "index: a wrong index is ignored": Mutation("wrong if ignored is None else wrong & ~ignored", "wrong & False"),
+    "index: a wrong index is ignored": Mutation(
+        "wrong if ignored is None else xp.logical_and(wrong, ~ignored)", "wrong & False"
+    ),
     "index: of a mask, above the classes": Mutation(" | (targets >= lengths.extent(xp, x, -1))", "", STRICT),
     "index: of a mask, negative": Mutation("(targets < 0) | ", "", STRICT),
     "index: of a mask, weight": Mutation(
@@ -196,7 +200,7 @@ MUTATIONS = {
     "element: the mask left out": Mutation("xp.where(keep, xp.ones_like(x), 0.0)", "xp.ones_like(x)"),
     "element: masses taken to sum to 1": Mutation("else negative + positive", "else None"),
     # Masses of rows
-    "row: an index of a masked class": Mutation("named = named & keep", "pass"),
+    "row: an index of a masked class": Mutation("named = xp.logical_and(named, keep)", "pass"),
     "row: a wrong index is 0": Mutation(
         "xp.expand_dims(wrong, axis=-1), math.nan, z", "xp.expand_dims(wrong, axis=-1), 0.0, z"
     ),
@@ -212,7 +216,7 @@ MUTATIONS = {
     "row: mass of masked classes": Mutation("xp.where(keep, z, 0.0)\n    if", "z\n    if"),
     "row: ignored by any mask": Mutation("empty = ~xp.any(keep", "empty = ~xp.all(keep"),
     "row: ignore_index forgets empty rows": Mutation(
-        "empty if ignored is None else ignored | empty", "empty if ignored is None else ignored"
+        "empty if ignored is None else xp.logical_or(ignored, empty)", "empty if ignored is None else ignored"
     ),
     "row: weights not in the divisor": Mutation("parts = xp.sum(z * weight, axis=-1)", "parts = xp.sum(z, axis=-1)"),
     "row: divisor of smoothed targets": Mutation(

@@ -9,36 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from capabilities import END, START, Table
-from crossed import FACTORS, LOSSES, PER_EXAMPLE, Row, Sample, close, factors, planned, possible
+from capabilities import END, START, Table, marks_of, plan_of
+from crossed import FACTORS, LOSSES, PER_EXAMPLE, Row, Sample, close, factors, planned, possible, quick
 
 FRAMEWORKS = {name: name for name in ("numpy", "torch", "jax", "tensorflow")} | {"array_api_strict": "array API"}
 
 
-def marks_of(framework):
+def marks_of_framework(name):
     """The capability marks of a framework's tests, less of those that not every machine can run."""
-    found = []
-    for module in (f"test_in_{framework.lower().replace(' ', '_')}", "test_threads"):
-        for test in vars(importlib.import_module(module)).values():
-            of_test = {mark.name: mark for mark in getattr(test, "pytestmark", [])}
-            mark = of_test.get("capability")
-            if mark and mark.args[0] in (framework, None) and not of_test.keys() & {"cuda", "slow"}:
-                found.append(mark)
-    assert len(found) > 10
-    return found
+    modules = map(importlib.import_module, (f"test_in_{name.lower().replace(' ', '_')}", "test_threads"))
+    return [mark for module in modules for mark in marks_of(module).values()]
 
 
 def pytest_generate_tests(metafunc):
     """As tests are collected: once JAX has run, its own cannot be imported any more."""
     if "marks" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backend") or FRAMEWORKS
-        found = [pytest.param(marks_of(name), id=name) for backend, name in FRAMEWORKS.items() if backend in wanted]
+        found = [
+            pytest.param(marks_of_framework(name), id=name) for backend, name in FRAMEWORKS.items() if backend in wanted
+        ]
         none = pytest.param([], marks=pytest.mark.skip(reason="none of --backend has a table"))
         metafunc.parametrize("marks", found or [none])
-
-
-def plan_of(mark):
-    return planned(*mark.args, **{name: given for name, given in mark.kwargs.items() if name != "looped"})
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------
@@ -51,18 +42,18 @@ def pairs(levels):
 def test_every_pair_of_levels_is_tried(marks):
     """Of each loss, somewhere in the framework's table."""
     for loss in LOSSES:
-        tried = set().union(*(pairs(row.levels) for mark in marks for row in plan_of(mark)[0] if row.loss == loss))
+        tried = set().union(*(pairs(row.levels) for mark in marks for row in plan_of(mark) if row.loss == loss))
         every = [dict(zip(factors(loss), levels, strict=True)) for levels in itertools.product(*factors(loss).values())]
         missing = set().union(*(pairs(levels) for levels in every if possible(levels))) - tried
         assert not missing, f"{loss}: {sorted(missing)}"
 
 
 def test_a_quick_run_touches_every_loss_and_level(marks):
-    quick = [plan_of(mark)[1] for mark in marks]
-    assert {row.loss for row in quick} == set(LOSSES)
+    calls = quick([plan_of(mark) for mark in marks])
+    assert {row.loss for row in calls} == set(LOSSES)
     for per_example, every in FACTORS.items():
         for factor, levels in every.items():
-            tried = {row[factor] for row in quick if (row.loss in PER_EXAMPLE) == per_example}
+            tried = {row[factor] for row in calls if (row.loss in PER_EXAMPLE) == per_example}
             assert tried == set(levels), f"{factor} of losses {'per example' if per_example else 'per element'}"
 
 
@@ -70,7 +61,7 @@ def test_every_cell_has_the_defaults_and_every_level_with_options(marks):
     """Of each loss; where a call takes seconds, all but the defaults of the losses of one kind together."""
     for mark in marks:
         fixed, cells = mark.kwargs.get("fixed", {}), {}
-        for row in plan_of(mark)[0]:
+        for row in plan_of(mark):
             assert possible(row.levels)
             cells.setdefault(row.loss in PER_EXAMPLE if mark.kwargs.get("brief") else row.loss, []).append(row)
         for rows in cells.values():
@@ -134,7 +125,7 @@ def near(got, right, relative=1e-7):
     np.testing.assert_allclose(got, right, rtol=relative, atol=relative * np.abs(right).max())
 
 
-ROWS = planned("test_crossed", "textbook")[0]
+ROWS = planned("test_crossed", "textbook")
 SOME = [pytest.param(row, id=str(row), marks=() if i % 4 == 0 else pytest.mark.full) for i, row in enumerate(ROWS)]
 
 
@@ -215,7 +206,7 @@ def cells(results, plan):
     return dict(zip(LOSSES, found, strict=True))
 
 
-PLAN = planned("numpy", "made up")[0]
+PLAN = planned("numpy", "made up")
 PASSED = {str(row): "✓" for row in PLAN}
 
 
@@ -246,7 +237,7 @@ def test_a_tick_tells_what_was_never_planned():
 
 
 def test_a_tick_of_losses_that_share_out_the_levels_tells_which_failed():
-    plan = planned("numpy", "made up", brief=True)[0]
+    plan = planned("numpy", "made up", brief=True)
     failed = {row.loss for row in plan if row["axis"] == "two"}
     results = {str(row): "✗" if row["axis"] == "two" else "✓" for row in plan}
     assert cells({str(row): "✓" for row in plan}, plan) == dict.fromkeys(LOSSES, "✓")

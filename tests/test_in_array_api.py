@@ -136,7 +136,7 @@ def test_conformance(name, family, tmp_path):
 
 
 @of_strict
-@pytest.mark.capability("array API", "array-api-strict: api_version 2024.12 and newer, no dynamic shapes")
+@pytest.mark.capability("array API", "array-api-strict: api_version 2024.12 and newer, no dynamic shapes", pairs=True)
 @pytest.mark.parametrize("version", ["2024.12", "2025.12"])
 def test_strict_flags(library, sample, version):
     import array_api_strict

@@ -357,7 +357,7 @@ def test_label_smoothing(sample):
 # --- Transformations --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.capability("jax", "jit, with targets traced")
+@pytest.mark.capability("jax", "jit, with targets traced", pairs=True)
 def test_jit(sample):
     """And all other operands; of value_and_grad and grad_and_hess as well."""
     check_all(jax.jit(answers(sample))(*operands(sample)), sample)

@@ -104,7 +104,7 @@ def test_activations_raise_nothing(function, dtype):
 # --- Kinds of array ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.capability("numpy", "ndarray, lists and scalars")
+@pytest.mark.capability("numpy", "ndarray, lists and scalars", pairs=True)
 def test_arrays(sample):
     check(sample)
     check(sample.beside(np.ndarray.tolist), targets=sample.targets.tolist())

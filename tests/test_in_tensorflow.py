@@ -24,6 +24,7 @@ import unilabel as ul
 ELEMENTWISE = ("multilabel_logistic_loss", "binary_cross_entropy")
 UNREDUCED = {"reduction": "none"}
 defaults = pytest.mark.parametrize("sample", LOSSES, indirect=True)
+either_way = pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def traced(function, **how):
 # --- Tapes ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.capability("tensorflow", "GradientTape, value_and_grad, grad_and_hess")
+@pytest.mark.capability("tensorflow", "GradientTape, value_and_grad, grad_and_hess", pairs=True)
 def test_gradient_tape(sample):
     check_all(answers(sample)(*operands(sample)), sample)
 
@@ -185,7 +186,7 @@ def test_batch_jacobian(sample, pfor):
 
 
 @defaults
-@pytest.mark.parametrize("compiled", [False, True])
+@either_way
 def test_cotangents_of_gathered_rows(sample, compiled):
     """They are tf.IndexedSlices. The fourth of equal eager calls is compiled, and takes tensors alone."""
 
@@ -383,7 +384,7 @@ INFINITE = [
 ]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@either_way
 @pytest.mark.parametrize(("name", "x", "targets"), INFINITE)
 def test_forward_mode_at_infinity(name, x, targets, compiled):
     """No 0 · inf comes of the derivatives that nobody asked for."""
@@ -426,7 +427,7 @@ def second_derivative(function, x):
     return gradient, outer.jacobian(gradient, x)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@either_way
 @pytest.mark.parametrize(("x", "targets"), CONFIDENT)
 def test_second_derivatives_of_confident_logits(x, targets, compiled):
     *_, right = answer("softmax_nll", x, targets)
@@ -514,13 +515,13 @@ def test_unknown_batch_size(sample):
 
 
 @pytest.mark.capability("tensorflow", "unknown batch size and number of classes", brief=True)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.full), True])
 def test_unknown_shape(sample, jit):
     check_lengths(sample, sample.of(rows=7, classes=5), jit=jit)
 
 
 @pytest.mark.capability("tensorflow", "unknown rank", fixed={"axis": "last"}, brief=True)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_unknown_rank(sample, jit):
     """Of all arrays but those that have one rank only."""
 
@@ -536,7 +537,7 @@ def test_unknown_rank(sample, jit):
         check_all(run(*operands(one.beside(tf.constant))), one)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("name", "targets", "options"),
     [
@@ -886,7 +887,7 @@ def test_keras_fit(sample):
     np.testing.assert_allclose(-layer.shift.numpy(), gradient, rtol=1e-4, atol=1e-6 * np.abs(sample.gradient).max())
 
 
-@pytest.mark.parametrize("jit_compile", ["auto", True])
+@pytest.mark.parametrize("jit_compile", ["auto", pytest.param(True, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", FITTED)
 def test_keras_fit_of_a_dense_layer(name, jit_compile):
     """The loss that Keras reports is the oracle's for the logits that the weights make."""

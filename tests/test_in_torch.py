@@ -83,7 +83,7 @@ def identity(classes):
 # --- Autograd ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.capability("torch", "backward")
+@pytest.mark.capability("torch", "backward", pairs=True)
 def test_backward(sample):
     x = logits(sample)
     value = sample(x)

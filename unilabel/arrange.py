@@ -151,7 +151,7 @@ def arrange(
         keep = operands.where
         for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
             keep = xp.expand_dims(keep, axis=0)
-        operands = operands._replace(where=keep & xp.ones_like(logits, dtype=xp.bool))
+        operands = operands._replace(where=xp.logical_and(keep, xp.ones_like(logits, dtype=xp.bool)))
     last, restore = _class_axis_last(xp, axes, logits)
     operands = operands._replace(
         targets=z if indices else last(z), where=None if operands.where is None else last(operands.where)

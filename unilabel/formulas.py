@@ -175,7 +175,12 @@ def binary_terms(xp: Namespace, masses: Masses, options: Options) -> BinaryTerms
     p, (negative, positive, _) = masses.x, masses.mass
     negative = 1 - positive if negative is None else negative
     return BinaryTerms(
-        p, _free(p, positive, options.eps), _free(1 - p, negative, options.eps), negative, positive, _log(options.eps)
+        p,
+        _free(xp, p, positive, options.eps),
+        _free(xp, 1 - p, negative, options.eps),
+        negative,
+        positive,
+        _log(options.eps),
     )
 
 
@@ -347,7 +352,7 @@ class CategoricalTerms(NamedTuple):
 
 
 def categorical_terms(xp: Namespace, masses: Masses, options: Options) -> CategoricalTerms:
-    return CategoricalTerms(masses.x, _free(masses.x, masses.mass, options.eps), masses.mass, _log(options.eps))
+    return CategoricalTerms(masses.x, _free(xp, masses.x, masses.mass, options.eps), masses.mass, _log(options.eps))
 
 
 def categorical_value(xp: Namespace, t: CategoricalTerms) -> Array:
@@ -419,7 +424,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
         targets = xp.astype(targets, classes.dtype, copy=False)
         named = classes == xp.expand_dims(targets, axis=-1)
         if keep is not None:
-            named = named & keep
+            named = xp.logical_and(named, keep)
         z = xp.astype(named, x.dtype)
         wrong = ~xp.any(named, axis=-1)
         if options.ignore_index is not None:
@@ -429,7 +434,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
         z = z if keep is None else xp.where(keep, z, 0.0)
     if keep is not None:
         empty = ~xp.any(keep, axis=-1)
-        ignored = empty if ignored is None else ignored | empty
+        ignored = empty if ignored is None else xp.logical_or(ignored, empty)
 
     parts = None
     if weight is not None:
@@ -464,7 +469,7 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if ignored is not None:
         gone = xp.expand_dims(ignored, axis=-1)
         x, z = xp.where(gone, 0.0, x), xp.where(gone, 0.0, z)
-        keep = ~gone if keep is None else keep & ~gone
+        keep = ~gone if keep is None else xp.logical_and(keep, ~gone)
     return Masses(x, z, keep, parts)
 
 
@@ -493,7 +498,7 @@ def index_masses(xp: Namespace, x: Array, operands: Operands, options: Options) 
     if wrong is not None:
         if weight is not None:
             parts = xp.where(wrong, 0.0, parts)
-        wrong = wrong if ignored is None else wrong & ~ignored
+        wrong = wrong if ignored is None else xp.logical_and(wrong, ~ignored)
         mass = xp.where(wrong, math.nan, xp.astype(~wrong, x.dtype) if mass is None else mass)
     keep = None
     if ignored is not None:
@@ -786,12 +791,12 @@ def _product(xp: Namespace, mass: Array, size: Array, finite: bool = False) -> A
         large = float(xp.finfo(size.dtype).max)
         most = xp.abs(mass * large) * large
         return xp.maximum(xp.minimum(size, most), -most) * mass
-    return xp.multiply(size if finite else xp.where((mass == 0) & xp.isinf(size), 0.0, size), mass)
+    return xp.multiply(size if finite else xp.where(xp.logical_and(mass == 0, xp.isinf(size)), 0.0, size), mass)
 
 
-def _free(p: Array, mass: Array, eps: float) -> Array:
+def _free(xp: Namespace, p: Array, mass: Array, eps: float) -> Array:
     """Where the logarithm of p counts: neither clamped, nor of a 0 that carries no mass."""
-    return ~((p < eps) | ((p == 0) & (mass == 0)))
+    return ~xp.logical_or(p < eps, xp.logical_and(p == 0, mass == 0))
 
 
 def _clamped_log(xp: Namespace, p: Array, free: Array, floor: float) -> Array:
