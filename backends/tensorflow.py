@@ -120,7 +120,11 @@ def _fit(array: Array, shape: Array) -> Array:
 def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Operands:
     """Operands whose shapes are checked when it runs if they were not known before: nothing must broadcast silently."""
     shape = tf.shape(x)
-    wanted = {"targets": shape[:-1] if options.indices else shape, "sample_weight": shape[:-1], "label_smoothing": []}
+    wanted = {
+        "targets": shape[:-1] if options.indices else shape,
+        "sample_weight": shape[:-1],
+        "label_smoothing": shape[:0],
+    }
     if loss.per_row:  # else these broadcast
         wanted |= {"weight": shape[-1:], "where": shape}
     fitted = {}

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator, ValidationError
 from mpmath import mp
 from unilabel.conformance import cli, oracle, vectors
-from unilabel.conformance.cases import DTYPES, FAMILIES, FULL, Tensor, cases
+from unilabel.conformance.cases import DTYPES, FAMILIES, FULL, LONG, Tensor, cases
 from unilabel.conformance.compare import judge
 from unilabel.conformance.oracle import expected
 from unilabel.conformance.vectors import FOLDER, SCHEMA, load, stale, write
@@ -46,7 +46,7 @@ def vectors_command(*arguments):
 
 def test_up_to_date(right):
     assert stale(FOLDER, right) == {}, "run: unilabel conformance vectors --write"
-    assert {path.stem for path in FILES} == FAMILIES.keys() - FULL
+    assert {path.stem for path in FILES} == FAMILIES.keys() - FULL - LONG
     assert sum(path.stat().st_size for path in FILES) < 5_000_000
 
 
@@ -142,7 +142,7 @@ def small(case):
 
 
 def test_load(loaded):
-    made = cases(tuple(DTYPES), 0)
+    made = [case for case in cases(tuple(DTYPES), 0) if case.id.split("/")[1] not in LONG]
     assert loaded.keys() == {case.id for case in made}
     for case in made:
         again, got = loaded[case.id]

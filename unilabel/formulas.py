@@ -463,6 +463,8 @@ def row_masses(xp: Namespace, x: Array, operands: Operands, options: Options, ma
     if sample_weight is not None:
         z = z * xp.expand_dims(sample_weight, axis=-1)
     if wrong is not None:
+        if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
+            wrong = xp.logical_and(wrong, ~ignored)
         z = xp.where(xp.expand_dims(wrong, axis=-1), math.nan, z)
     if keep is not None:
         x = xp.where(keep, x, masked)
