@@ -74,17 +74,23 @@ class Call(NamedTuple):
         if parts[0] is None:
             divisor = formulas.counted(xp, self.loss, whole, self.options)
         else:
-            divisor = Divisor(None, xp.asarray(sum(parts), dtype=_working(xp, whole)))
+            divisor = Divisor(None, xp.asarray(_added(parts), dtype=_working(xp, whole)))
         return formulas.mean(xp, total, divisor)
 
     def summed(self, values: list[float], whole: Array) -> Array:
         """The reduction of all, from the blocks' sums: numbers, as arrays would keep the memory around them apart."""
-        return self.machine.xp.asarray(self.divided(sum(values), whole), dtype=whole.dtype)
+        return self.machine.xp.asarray(self.divided(_added(values), whole), dtype=whole.dtype)
 
     def memory(self, whole: Array, per_row: bool) -> tuple[Array, Array]:
         """For a result of the logits' shape, or with a number for each row: as it is returned, and as it is written."""
         out = self.machine.empty(tuple(whole.shape)[: -1 if per_row else None], whole)
         return out, out.reshape(tuple(self.x.shape)[: -1 if per_row else None])
+
+
+def _added(sums: list[Any]) -> float:
+    """The blocks' sums in pairs: one after the other, thousands of roundings may go in one direction."""
+    with np.errstate(all="ignore"):
+        return float(np.sum(sums))
 
 
 def run(

@@ -191,7 +191,7 @@ def test_smoothing_as_an_array(framework, loss):
             assert all(np.isnan(result).all() for result in run(smoothing))
         with pytest.raises(ValueError, match="Expected label_smoothing: a number from 0 to 1"):
             run(smoothing, validate=True)
-    for wrong in (True, np.array(True), [0.1], np.array([0.1]), framework.array([0.1], "float64")):
+    for wrong in (True, np.array(True), np.array("0.1"), [0.1], np.array([0.1]), framework.array([0.1], "float64")):
         with pytest.raises(ValueError, match="Expected label_smoothing: a number"):
             run(wrong)
 

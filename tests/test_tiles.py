@@ -1,6 +1,7 @@
 """What is done with large arrays, here with small ones: blocks of rows, NumPy's threads, after a fork."""
 
 import importlib
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_every_case(name, step, small, right, request):
         numbers = answer(backend, "cpu", case)["numbers"]
         for what, verdict in judge(case, right[case.id], numbers, name).items():
             assert not verdict.failed, f"{case.id}, {what}: {verdict}"
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_sums_of_equal_blocks(name, small, request):
+    """Every rounding goes in one direction: 512 of them, one for each block, would not do."""
+    if name not in (request.config.getoption("--backend") or (name,)):
+        pytest.skip(f"{name} is not asked for")
+    backend = ul.backend.backend_named(name)
+    x, z = np.full((2048, 1), 0.3), np.ones((2048, 1))
+    for weight, reduction in ((None, "sum"), (z, "mean")):  # the mean divides by a sum of blocks, too
+        value = ul.multilabel_logistic_loss(backend.asarray(x), z, weight=weight, reduction=reduction)
+        right = math.log1p(math.exp(-0.3)) * (2048 if reduction == "sum" else 1)
+        assert abs(float(value) - right) <= 8 * np.spacing(right)
 
 
 @pytest.mark.full

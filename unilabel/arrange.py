@@ -274,7 +274,7 @@ def _broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> Non
 
 def _fraction(label: str, number: Any, high: float) -> float:
     try:
-        converted = -1.0 if isinstance(number, str) or _is_bool(number) else float(number)
+        converted = -1.0 if _is_no_number(number) else float(number)
     except (TypeError, ValueError):
         converted = -1.0
     if not 0 <= converted <= high:
@@ -282,10 +282,11 @@ def _fraction(label: str, number: Any, high: float) -> float:
     return converted
 
 
-def _is_bool(number: Any) -> bool:
-    if isinstance(number, (int, float)):  # a compiler's open number too, which is not to be asked for attributes
-        return isinstance(number, bool)
-    return str(getattr(number, "dtype", "")) == "bool"  # NumPy's
+def _is_no_number(given: Any) -> bool:
+    """A truth value or text, either also as NumPy's: `float` would read them."""
+    if isinstance(given, (int, float)):  # a compiler's open number too, which is not to be asked for attributes
+        return isinstance(given, bool)
+    return isinstance(given, (str, bytes)) or getattr(getattr(given, "dtype", None), "kind", "") in tuple("bSU")
 
 
 def _index(label: str, number: Any) -> int:
