@@ -87,6 +87,7 @@ def test_a_bound_for_each_case_of_each_backend():
     assert measure.bound(Setup("torch", "compiled"), measure.CASES[0]) == 1.05
 
 
+@pytest.mark.full
 def test_memory_that_is_held_for_a_moment_counts():
     assert measure.alone(held_for_a_moment) == pytest.approx(1 << 26, rel=0.1)
 
@@ -105,6 +106,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
 
 
+@pytest.mark.full
 def test_the_command_prints_a_table_and_writes_what_it_found(tmp_path):
     done = run("--backend", "numpy", "--backend", "torch", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -120,6 +122,7 @@ def test_the_command_prints_a_table_and_writes_what_it_found(tmp_path):
         assert f"{row['loss']} {row['rows']}x{row['classes']}" in done.stdout
 
 
+@pytest.mark.full
 def test_the_other_measurements_run(tmp_path):
     done = run("--backend", "numpy", "--memory", "--growth", "--import", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -39,6 +39,7 @@ def pairs(levels):
     return set(itertools.combinations(sorted(levels.items()), 2))
 
 
+@pytest.mark.full
 def test_every_pair_of_levels_is_tried(marks):
     """Of each loss, somewhere in the framework's table."""
     for loss in LOSSES:
@@ -319,7 +320,7 @@ RIGHT = """
 """
 
 
-@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize("processes", ["2", pytest.param("0", marks=pytest.mark.full)])
 def test_the_page_that_is_written(tmp_path, processes):
     """By one process, and by those of pytest-xdist."""
     (tmp_path / "tests").mkdir()

@@ -51,8 +51,8 @@ assert [result.device.rpartition("/")[2] for result in results] == ["device:CPU:
 
 @pytest.mark.parametrize(
     "code",
-    [COMPILED, JAX_DEVICES, pytest.param(TENSORFLOW_DEVICES, marks=pytest.mark.full)],
-    ids=["compiled", "jax", "tensorflow"],
+    [JAX_DEVICES, *(pytest.param(code, marks=pytest.mark.full) for code in (COMPILED, TENSORFLOW_DEVICES))],
+    ids=["jax", "compiled", "tensorflow"],
 )
 def test_fresh(code, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -95,7 +95,9 @@ print(keras.backend.backend(), "trained")
 """
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
+@pytest.mark.parametrize(
+    "backend", ["tensorflow", *(pytest.param(name, marks=pytest.mark.full) for name in ("torch", "jax"))]
+)
 def test_keras_compile_and_fit(backend, tmp_path):
     environment = {"KERAS_BACKEND": backend, "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", KERAS], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -70,6 +70,7 @@ def hessian_diagonal(recorder, function, x):
     return np.reshape([hessian[p + p] for p in positions], x.shape)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("loss", "x", "targets", "options"), CALLS)
 def test_autodiff_twice(recorder, loss, x, targets, options):
     def total(x):

@@ -172,6 +172,7 @@ def count(found, status):
 # --- What it says -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_headline(found):
     words = Reader(page_of(found)).words
     wrong, right = count(found, "fail"), count(found, "pass")
@@ -185,6 +186,7 @@ def test_headline(found):
     assert "The large cases, which --full runs." in words
 
 
+@pytest.mark.full
 def test_smallest_input_first(found):
     """Of each flag and column, the case in view is the one that the terminal shows; all others are there, folded."""
     page = page_of(found)
@@ -212,6 +214,7 @@ def test_smallest_input_first(found):
                 assert verdict.get("right", "") in words
 
 
+@pytest.mark.full
 def test_all_pass(found):
     right = copy.deepcopy(found)
     for run in right["runs"]:
@@ -223,6 +226,7 @@ def test_all_pass(found):
     assert "What failed" not in words
 
 
+@pytest.mark.full
 def test_nothing_applies(found):
     """No failure, and no praise either."""
     none = copy.deepcopy(found)
@@ -246,6 +250,7 @@ def without_torch(found):
     return missing | {"passed": passed(missing)}
 
 
+@pytest.mark.full
 def test_missing_and_interrupted(found):
     page = page_of(without_torch(found))
     words = Reader(page).words
@@ -260,6 +265,7 @@ def test_missing_and_interrupted(found):
     )  # of NumPy, one is not
 
 
+@pytest.mark.full
 def test_errors_alone(found):
     """A family that has no numbers to compare fails, and says why."""
     errors = copy.deepcopy(found)
@@ -288,6 +294,7 @@ def hostile(found):
     return bad
 
 
+@pytest.mark.full
 def test_escapes(found):
     page = page_of(hostile(found))
     assert "<script>document" not in page
@@ -295,6 +302,7 @@ def test_escapes(found):
     assert HOSTILE in Reader(page).words
 
 
+@pytest.mark.full
 def test_loads_nothing(page):
     text = page.read_text(encoding="utf-8")
     for tag, attributes in Reader(text).tags:
@@ -303,6 +311,7 @@ def test_loads_nothing(page):
     assert not re.search(r"https?://|url\(|@import", text)
 
 
+@pytest.mark.full
 def test_browser_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssertionError, match="apt-get install chromium"):

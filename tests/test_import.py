@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FRAMEWORKS = {"jax", "jaxlib", "keras", "tensorflow", "torch"}
 COMMAND = {"click", "mpmath", "rich"}
 LOADED_LATER = {"unilabel.backends", "unilabel.conformance"}
@@ -42,6 +44,7 @@ def test_the_check_sees_what_a_module_imports(tmp_path):
     assert imported("import stand_in", tmp_path) & (FRAMEWORKS | COMMAND) == {"mpmath"}
 
 
+@pytest.mark.full
 def test_autograph_leaves_unilabel_alone(tmp_path):
     """The first call of a loss inside tf.function: AutoGraph would rewrite the import system below it, and warn."""
     code = """

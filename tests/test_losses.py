@@ -297,6 +297,7 @@ def compiled(recorder, function):
     return taped
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("loss", "targets"), SMOOTH)
 @pytest.mark.parametrize("options", [{}, {"where": [True, True, False]}])
 def test_compiled(recorder, loss, targets, options):

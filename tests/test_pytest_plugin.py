@@ -38,6 +38,7 @@ def test_unilabel_passes(tmp_path):
     assert (failed, skipped) == (0, 0)
 
 
+@pytest.mark.full
 def test_native_fails_and_says_why(tmp_path):
     families = ["--case", "confident", "--case", "weighted"]
     done, passed, failed, skipped = run_pytest(tmp_path, *SUITE, "--subject", "native", "-v", *families)

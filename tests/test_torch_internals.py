@@ -30,6 +30,7 @@ def test_names_are_there():
     assert [name for name in names() if find(name) is None] == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("sample", ["softmax_nll", "multilabel_logistic_loss"], indirect=True)
 def test_without_a_name(name, sample, monkeypatch):
@@ -88,6 +89,7 @@ def check(got, right):
     close(got.detach(), right)
 
 
+@pytest.mark.full
 def test_marks_for_the_compiler(sample):
     """What `torch.compiler.assume_constant_result` sets; without it, once a tensor was seen, the same numbers."""
     marked = torch.compiler.assume_constant_result(lambda: None)
