@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 from .backend import Backend, backend_of, is_number, is_plain
-from .formulas import BINARY, CATEGORICAL, NLL, Array, Loss, Namespace, Operands, Options
+from .formulas import Array, Loss, Operands, Options
 from .lengths import Shape, extent, product, same
+from .namespace import Namespace
 
 HALVES = ("float16", "bfloat16")
 FLOATS = (*HALVES, "float32", "float64")
@@ -72,22 +73,22 @@ def arrange(
             found = _settled.get(key)
             if found is not None:
                 return Arranged(backend, loss, found, logits, Operands(targets), _as_it_is)
-    what = {BINARY: "probs", CATEGORICAL: "probs", NLL: "log_probs"}.get(loss, "logits")
+    what = loss.takes
     name = check_array(backend, logits, what)
     if backend.rankless(logits):
         _only_last(axis, what)
         given = Operands(targets, weight, pos_weight, sample_weight, where)
-        logits, given, restore, finish = backend.rows(loss.per_row, logits, given)
+        logits, given, restore, finish = backend.rows(loss.per_example, logits, given)
         options_given = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "eps": eps}
         arranged = arrange(loss, logits, reduction=reduction, validate=validate, **given._asdict() | options_given)
         return arranged._replace(restore=restore, finish=finish if reduction == "none" else None)
     shape: Shape = tuple(logits.shape)
-    axes = class_axes(axis, len(shape), what, loss.per_row)
+    axes = class_axes(axis, len(shape), what, loss.per_example)
     if reduction not in REDUCTIONS:
         _fail(ValueError, "reduction", _choices(map(repr, REDUCTIONS)), repr(reduction))
     options = Options(
         reduction=reduction,
-        axes=(-1,) if loss.per_row else axes,
+        axes=(-1,) if loss.per_example else axes,
         label_smoothing=(_fraction("label_smoothing", label_smoothing, 1.0) or None) if smoothing is None else None,
         eps=EPSILON[name] if eps is None else _fraction("eps", eps, 0.5),
         half=name in HALVES,
@@ -111,7 +112,7 @@ def arrange(
     )
     _has_shape("label_smoothing", operands.label_smoothing, (), lambda: "a number, or an array of no dimensions")
     _broadcasts("where", operands.where, shape, what)
-    if not loss.per_row:
+    if not loss.per_example:
         _has_shape("targets", z, shape, lambda: f"the shape of the {what}, {_text(shape)}")
         _broadcasts("weight", operands.weight, shape, what)
         _broadcasts("pos_weight", operands.pos_weight, shape, what)
@@ -206,11 +207,11 @@ def check_array(backend: Backend, x: Array, label: str) -> str:
     return name
 
 
-def class_axes(axis: Any, ndim: int, what: str, per_row: bool) -> tuple[int, ...]:
+def class_axes(axis: Any, ndim: int, what: str, per_example: bool) -> tuple[int, ...]:
     """The class axes, negative and in the order given. One element of a loss per element has none."""
     given = axis if isinstance(axis, tuple) else (axis,)
     axes = tuple(_index("axis", i) for i in given)
-    if ndim == 0 and not per_row and axes in ((-1,), (0,)):
+    if ndim == 0 and not per_example and axes in ((-1,), (0,)):
         return ()
     if not axes or not all(-ndim <= i < ndim for i in axes):
         choices = f"one of the {what}' axes, {-ndim} to {ndim - 1}" if ndim else f"{what} that have an axis"
@@ -333,7 +334,7 @@ def _validate(
     else:
         z = np.asarray(z, dtype="float64")
         _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
-        if loss.per_row:  # to half the digits of the dtype that they came in or that is computed in
+        if loss.per_example:  # to half the digits of the dtype that they came in or that is computed in
             working = "float32" if options.half else backend.dtype(logits)
             total, tolerance = np.where(keep, z, 0).sum(axis=axes), max(EPSILON.get(dtype, 0), EPSILON[working]) ** 0.5
             wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))

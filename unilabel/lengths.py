@@ -44,4 +44,4 @@ def count(xp: Any, x: Any, axes: Iterable[int]) -> Any:
     unknown = [xp.astype(xp.extent(x, axis), x.dtype) for axis in axes if x.shape[axis] is None]
     if unknown:
         return xp.maximum(math.prod(unknown, start=known), 1)
-    return xp.sym_max(known, 1) if getattr(xp, "sym_max", None) else max(known, 1)
+    return xp.longest(known, 1)
