@@ -13,7 +13,10 @@ import numpy as np
 from ..backend import Backend
 from ..namespace import Array, Extended, Namespace
 
-MODULES = {"cupy": "array_api_compat.cupy", "dask": "array_api_compat.dask.array"}  # where the standard's functions are, if not in the library itself
+MODULES = {
+    "cupy": "array_api_compat.cupy",
+    "dask": "array_api_compat.dask.array",
+}  # where the standard's functions are, if not in the library itself
 BLOCK = 16
 
 

@@ -146,7 +146,7 @@ class NumpyBackend(Backend):
         other = isinstance(x, np.matrix) or (ma is not None and isinstance(x, ma.MaskedArray))
         return None if isinstance(x, (np.ndarray, np.generic)) and not other else f"numpy {type(x).__name__}"
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         return (x.dtype, targets.dtype) if type(x) is type(targets) is np.ndarray else None
 
     def dtype(self, x: Array) -> str:

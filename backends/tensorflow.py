@@ -17,7 +17,6 @@ from ..formulas import Array, Loss, Namespace, Operands, Options
 from ..namespace import Extended
 from .tensorflow_internals import internals
 
-
 SHORT = 128  # numbers that are added up as TensorFlow likes
 WAYS = 8
 
@@ -334,7 +333,7 @@ class TensorflowBackend(Backend):
 
         return tf.reshape(x, two), operands, lambda array: tf.reshape(array, shape), finish
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         if type(x) is not EAGER or type(targets) is not EAGER:
             return None
         return x.dtype, targets.dtype

@@ -1,4 +1,4 @@
-"""PyTorch: an autograd.Function with the closed-form gradient, eager or compiled; the plain expression everywhere else."""
+"""PyTorch: an autograd.Function with the closed-form gradient, eager or compiled; else the plain expression."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ class TorchBackend(Backend):
             return "a tensor on the meta device, which has no values, beside logits that have"
         return None
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):
             return None
         if x.is_nested or targets.is_nested or torch.jit.is_tracing() or x.device != targets.device:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from unilabel.backends.torch import MultilabelLogisticLoss, SoftmaxNLL
+from unilabel.layers.torch import MultilabelLogisticLoss, SoftmaxNLL
 
 import unilabel as ul
 
@@ -57,7 +57,7 @@ def test_a_module_trains_under_compile():
 KERAS = """
 import keras, numpy as np
 import unilabel as ul
-from unilabel.backends.keras import MultilabelLogisticLoss, SoftmaxNLL
+from unilabel.layers.keras import MultilabelLogisticLoss, SoftmaxNLL
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(64, 4)).astype("float32")

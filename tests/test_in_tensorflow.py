@@ -15,7 +15,7 @@ import tensorflow as tf
 from crossed import LOSSES, Exact, close, tensor
 from mpmath import mp
 from tensorflow.python.eager import context
-from unilabel.backends.keras import MultilabelLogisticLoss, SoftmaxNLL
+from unilabel.layers.keras import MultilabelLogisticLoss, SoftmaxNLL
 from unilabel.conformance.cases import Maker
 from unilabel.conformance.oracle import expected
 

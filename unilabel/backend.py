@@ -57,7 +57,7 @@ class Backend:
         """
         return None
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         """What two arrays of this framework, on one device, have to be checked for, beside their shapes, as a key.
 
         A call like an earlier one is not checked again. None: check each time.

@@ -3,7 +3,7 @@
 A family of losses has a page: logistic.py, softmax.py, probabilities.py. Every function takes the array namespace `xp`
 first and has the class axis last. A loss is computed in three steps:
 
-    target weights             how much of the loss each class carries, of targets, weights, smoothing, masks (targets.py)
+    target weights             how much of the loss each class carries, whatever the kind of targets (targets.py)
     terms                      what value, gradient and Hessian have in common (the exponentials)
     value, gradient, hessian   closed forms in these terms, which reduce.py sums up
 """

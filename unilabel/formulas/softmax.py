@@ -86,7 +86,9 @@ class DifferentiableTerms(NamedTuple):
     z: Array
 
 
-def differentiable_terms(xp: Namespace, x: Array, weights: Distribution, options: Options = PLAIN) -> DifferentiableTerms:
+def differentiable_terms(
+    xp: Namespace, x: Array, weights: Distribution, options: Options = PLAIN
+) -> DifferentiableTerms:
     m = xp.max(x, axis=-1, keepdims=True)
     m = xp.where(m == math.inf, m, xp.stop_gradient(m))  # an infinite logit takes all: the others' loss is its own
     top, d, e, others = _shifted(xp, x, m)
@@ -126,7 +128,7 @@ class IndexTerms(NamedTuple):
     position: Position
     e: Array  # exp(x - m), or a multiple of it, and 0 at t
     e_t: Array
-    d_t: Array | None  # x_t - m; None: the e are probabilities
+    d_t: Array | None  # x_t - m; None where e are probabilities
     s: Array
     weight: Array | None  # one for each example; None: 1
 
@@ -146,16 +148,24 @@ def index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options =
 
 def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options = PLAIN) -> IndexTerms:
     at, e = weights.position, xp.softmax(x)
-    e_t = xp.take_along_axis(e, at)  # where it has lost more digits than a logarithm can do without, s / e_t is infinite
+    e_t = xp.take_along_axis(
+        e, at
+    )  # where it has lost more digits than a logarithm can do without, s / e_t is infinite
     e = xp.put_along_axis(e, at, 0.0)
     return IndexTerms(at, e, e_t, None, xp.sum(e, axis=-1), weights.weight)
 
 
 def index_value(xp: Namespace, t: IndexTerms) -> Array:
-    if t.d_t is None:
-        values = xp.log1p(t.s / t.e_t)
-    else:  # log(s + e_t) - d_t; if t is the largest, e_t is 1 and d_t is 0; if not, s is 1 or more
-        values = xp.log1p(t.s + (t.e_t - 1)) - t.d_t
+    # log(s + e_t) - d_t. If t is the largest, e_t is 1 and d_t is 0; if not, s is 1 or more.
+    return _weighted(xp, t, xp.log1p(t.s + (t.e_t - 1)) - t.d_t)
+
+
+def native_index_value(xp: Namespace, t: IndexTerms) -> Array:
+    # Where e_t has lost more digits than a logarithm can do without, s / e_t is infinite.
+    return _weighted(xp, t, xp.log1p(t.s / t.e_t))
+
+
+def _weighted(xp: Namespace, t: IndexTerms, values: Array) -> Array:
     return values if t.weight is None else xp.weigh(t.weight, values)
 
 
@@ -185,7 +195,7 @@ SOFTMAX = Loss(
         Form(
             class_index,
             native_index_terms,
-            index_value,
+            native_index_value,
             index_gradient,
             scale=index_scale,
             needs="softmax",

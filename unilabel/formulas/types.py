@@ -52,10 +52,10 @@ class Form(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A loss on logits, probabilities or log-probabilities ("probs" and "log_probs"), and its forms, the fastest first."""
+    """A loss, and its forms, the fastest first."""
 
     name: str
     per_example: bool  # one loss for each example (its classes are mutually exclusive), not one for each element
-    takes: str
+    takes: str  # "logits", "probs" or "log_probs"
     masked: float  # what an input is set to where it is masked
     forms: tuple[Form, ...]
