@@ -20,7 +20,7 @@ MODULES = {
 BLOCK = 16
 
 
-def sum_in_blocks(xp: Namespace, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+def sum_in_blocks(xp: Any, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     """The sum along the last axis, or of all elements, block by block.
 
     Many libraries add one number after the other, NumPy too across memory. Equal numbers are then rounded in one
@@ -70,7 +70,7 @@ class ArrayAPIBackend(Backend):
     def __init__(self, name: str) -> None:
         self.name = name
         self.install = f"pip install {name}"
-        self.library = importlib.import_module(MODULES.get(name, name))
+        self.library: Any = importlib.import_module(MODULES.get(name, name))
 
     def devices(self) -> list[str]:
         return [str(device) for device in self._devices()]
@@ -91,7 +91,7 @@ class ArrayAPIBackend(Backend):
             place = array_api_compat.device(like)
         else:
             place = {str(d): d for d in self._devices()}[device] if device is not None else None
-        xp = self.library if like is None else self.namespace(like)
+        xp: Any = self.library if like is None else self.namespace(like)
         if array_api_compat.is_array_api_obj(data) and not array_api_compat.is_numpy_array(data):
             return array_api_compat.to_device(data, place)
         if data.dtype.kind in "iu" and data.dtype.itemsize == 8 and not self._holds_int64(place):

@@ -66,7 +66,7 @@ def _is_spread(x: Array, axis: int) -> bool:
 
 
 class _Differentiable(_Plain):
-    groups = ("autodiff",)
+    groups: tuple[str, ...] = ("autodiff",)
     stop_gradient = staticmethod(jax.lax.stop_gradient)
 
 

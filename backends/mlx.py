@@ -47,16 +47,16 @@ class _Plain(Extended):
     def arange(self, n: int, device: Any = None) -> Array:
         return mx.arange(n, dtype=mx.int64)
 
-    def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
+    def astype(self, x: Array, dtype: Any, copy: Any = True) -> Array:
         return x.astype(dtype)
 
     # On CPUs MLX adds one number after the other: https://github.com/ml-explore/mlx/issues/4379
-    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    def sum(self, x: Array, axis: int | None = None, keepdims: Any = False) -> Array:
         return sum_in_blocks(mx, x, axis, keepdims)
 
 
 class _Differentiable(_Plain):
-    groups = ("autodiff",)
+    groups: tuple[str, ...] = ("autodiff",)
 
 
 plain: Namespace = _Plain(mx)

@@ -82,7 +82,8 @@ class _Plain(Extended):
         return tf.cast(x, dtype)
 
     def extent(self, x: Array, axis: int) -> Array:
-        return tf.shape(x, out_type=tf.int64)[axis]
+        n = x.shape[axis]
+        return tf.shape(x, out_type=tf.int64)[axis] if n is None else n
 
     def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
         with _on_device_of(x):
@@ -113,7 +114,7 @@ class _Plain(Extended):
 
 
 class _Differentiable(_Plain):
-    groups = ("autodiff",)
+    groups: tuple[str, ...] = ("autodiff",)
 
 
 class _Forward(_Differentiable):

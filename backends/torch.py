@@ -23,13 +23,13 @@ class _Plain(Extended):
     """The standard's functions, where nothing is differentiated but no kernel may be relied on: a DTensor's, say."""
 
     longest = staticmethod(torch.sym_max)
+    stop_gradient = staticmethod(torch.Tensor.detach)
 
 
 class _Differentiable(_Plain):
     """The same where torch differentiates, transforms or exports what it sees."""
 
-    groups = ("autodiff",)
-    stop_gradient = staticmethod(torch.Tensor.detach)
+    groups: tuple[str, ...] = ("autodiff",)
 
 
 class _Traced(_Plain):
@@ -56,7 +56,7 @@ class _Traced(_Plain):
 class _Eager(Extended):
     """Torch's own functions, and kernels that do several steps at once."""
 
-    groups = ("sigmoid",)
+    groups: tuple[str, ...] = ("sigmoid",)
     sigmoid = staticmethod(torch.sigmoid)
     expand_dims = staticmethod(torch.unsqueeze)
     max = staticmethod(torch.amax)
@@ -92,7 +92,7 @@ class _Eager(Extended):
 
 
 class _Finite(_Eager):
-    groups = ("sigmoid", "softmax")
+    groups: tuple[str, ...] = ("sigmoid", "softmax")
     assume_finite = True
 
     def softmax(self, x: Array) -> Array:
@@ -372,7 +372,9 @@ def _sharded_like(x: Array, autodiff: bool = False) -> Namespace:
 
     mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
 
-    class Sharded(_Differentiable if autodiff else _Plain):
+    class Sharded(_Plain):
+        groups = differentiable.groups if autodiff else ()
+
         def arange(self, n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
             return _replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
 

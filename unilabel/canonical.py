@@ -14,7 +14,7 @@ from . import checks
 from .backend import Backend, backend_of, is_number
 from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, REDUCTIONS, choices, fail
 from .formulas import Array, Loss, Operands, Options
-from .lengths import Shape, extent
+from .lengths import Shape
 from .namespace import Namespace
 
 
@@ -165,7 +165,7 @@ def _class_axis_last(
         return as_it_is, as_it_is
     order = [i for i in range(ndim) if i - ndim not in axes] + [i + ndim for i in axes]
     back = [order.index(i) for i in range(ndim)]
-    moved = [extent(xp, x, i) for i in order]
+    moved = [xp.extent(x, i) for i in order]
     flat = [*moved[: ndim - len(axes)], math.prod(moved[ndim - len(axes) :])]
 
     def last(array: Array) -> Array:

@@ -7,7 +7,6 @@ A backend makes its namespace of a module that keeps to the standard (https://da
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any, Protocol
 
 Array = Any
@@ -18,74 +17,97 @@ class Namespace(Protocol):
     """A namespace of arrays whose classes are along the last axis."""
 
     # Of the standard:
-    bool: Any
-    float32: Any
-    float64: Any
-    abs: Callable[[Array], Array]
-    any: Callable[..., Array]
-    arange: Callable[..., Array]
-    astype: Callable[..., Array]
-    exp: Callable[[Array], Array]
-    expand_dims: Callable[..., Array]
-    isinf: Callable[[Array], Array]
-    log: Callable[[Array], Array]
-    log1p: Callable[[Array], Array]
-    logical_and: Callable[[Array, Array], Array]
-    logical_or: Callable[[Array, Array], Array]
-    max: Callable[..., Array]
-    maximum: Callable[[Array, Array], Array]
-    minimum: Callable[[Array, Array], Array]
-    multiply: Callable[[Array, Array], Array]
-    ones_like: Callable[..., Array]
-    permute_dims: Callable[[Array, tuple[int, ...]], Array]
-    reshape: Callable[[Array, tuple[int, ...]], Array]
-    squeeze: Callable[..., Array]
-    sum: Callable[..., Array]
-    where: Callable[[Array, Any, Any], Array]
+
+    @property
+    def bool(self) -> Any: ...
+    @property
+    def float32(self) -> Any: ...
+    @property
+    def float64(self) -> Any: ...
+
+    def abs(self, x: Array, /) -> Array: ...
+    def any(self, x: Array, /, *, axis: int) -> Array: ...
+    def arange(self, n: Any, /, *, device: Any) -> Array: ...
+    def asarray(self, x: Any, /, *, dtype: Any) -> Array: ...
+    def astype(self, x: Array, dtype: Any, /, *, copy: Any = True) -> Array: ...
+    def exp(self, x: Array, /) -> Array: ...
+    def expand_dims(self, x: Array, /, *, axis: int) -> Array: ...
+    def isinf(self, x: Array, /) -> Array: ...
+    def log(self, x: Array, /) -> Array: ...
+    def log1p(self, x: Array, /) -> Array: ...
+    def logical_and(self, x: Array, y: Array, /) -> Array: ...
+    def logical_or(self, x: Array, y: Array, /) -> Array: ...
+    def max(self, x: Array, /, *, axis: int, keepdims: Any = False) -> Array: ...
+    def maximum(self, x: Array, y: Array, /) -> Array: ...
+    def minimum(self, x: Array, y: Array, /) -> Array: ...
+    def multiply(self, x: Array, y: Array, /) -> Array: ...
+    def ones_like(self, x: Array, /, *, dtype: Any = None) -> Array: ...
+    def permute_dims(self, x: Array, axes: tuple[int, ...], /) -> Array: ...
+    def reshape(self, x: Array, shape: tuple[Any, ...], /) -> Array: ...
+    def squeeze(self, x: Array, /, *, axis: int) -> Array: ...
+    def sum(self, x: Array, /, *, axis: int | None = None, keepdims: Any = False) -> Array: ...
+    def where(self, condition: Array, x: Any, y: Any, /) -> Array: ...
 
     # Beyond it, each with a default in `Extended`:
-    groups: tuple[str, ...]  # the optional groups that it has, see below
-    assume_finite: Any  # True: logits are finite, class indices in range; `position` may raise IndexError if not
 
-    def heaviside(self, x: Array) -> Array:
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The optional groups that it has, see below."""
+
+    @property
+    def assume_finite(self) -> Any:
+        """True: logits are finite and class indices in range; if not, a loss is not finite, or there is IndexError."""
+
+    def load(self) -> None:
+        """Have all functions at hand: a compiler that traces them may not import."""
+
+    def heaviside(self, x: Array, /) -> Array:
         """1 where x >= 0, else 0."""
 
-    def weigh(self, weight: Array, size: Array) -> Array:
+    def weigh(self, weight: Array, size: Array, /) -> Array:
         """weight · size, and 0 where an infinite size has weight 0."""
 
-    def classes(self, x: Array) -> Array:
+    def classes(self, x: Array, /) -> Array:
         """The classes of x: 0, 1, …"""
 
-    def as_index(self, targets: Array, like: Array) -> Array:
+    def as_index(self, targets: Array, like: Array, /) -> Array:
         """Class indices in the dtype that the functions below take."""
 
-    def take(self, weight: Array, index: Array) -> Array:
+    def take(self, weight: Array, index: Array, /) -> Array:
         """The elements of a vector at class indices."""
 
-    def position(self, x: Array, index: Array) -> Position:
+    def position(self, x: Array, index: Array, /) -> Position:
         """Where x has the classes of these indices."""
 
-    def take_along_axis(self, x: Array, position: Position) -> Array:
-        """The element of each example."""
+    def take_along_axis(self, x: Array, position: Position, /) -> Array:
+        """The element of each example that is there."""
 
-    def put_along_axis(self, x: Array, position: Position, values: Any) -> Array:
-        """x with other elements in their place; it may write into x."""
+    def put_along_axis(self, x: Array, position: Position, values: Any, /) -> Array:
+        """x with other elements there; it may write into x."""
 
-    def extent(self, x: Array, axis: int) -> Any:
-        """The length of an axis whose length is not known before it runs, as an array of no dimensions."""
+    def extent(self, x: Array, axis: int, /) -> Any:
+        """The length of an axis, as an array of no dimensions if it is not known before it runs."""
 
-    def longest(self, a: Any, b: Any) -> Any:
+    def longest(self, a: Any, b: Any, /) -> Any:
         """The larger of two lengths, which a compiler may have left open."""
 
-    # The group "autodiff": results may be differentiated by the framework.
-    stop_gradient: Callable[[Array], Array]
-    # The group "sigmoid": each in one go, right to the last digit.
-    sigmoid: Callable[[Array], Array]
-    softplus: Callable[[Array], Array]  # log(1 + exp x)
-    relu: Callable[[Array], Array]
-    lerp: Callable[[Array, Array, Array], Array]  # a (1 - t) + b t
+    # The group "autodiff", where a framework differentiates the results:
+
+    def stop_gradient(self, x: Array, /) -> Array: ...
+
+    # The group "sigmoid", each in one go and right to the last digit:
+
+    def sigmoid(self, x: Array, /) -> Array: ...
+    def softplus(self, x: Array, /) -> Array:
+        """log(1 + exp x)"""
+
+    def relu(self, x: Array, /) -> Array: ...
+    def lerp(self, a: Array, b: Array, t: Array, /) -> Array:
+        """a (1 - t) + b t"""
+
     # The group "softmax":
-    softmax: Callable[[Array], Array]
+
+    def softmax(self, x: Array, /) -> Array: ...
 
 
 class Extended:
@@ -124,8 +146,7 @@ class Extended:
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
 
     def classes(self, x: Array) -> Array:
-        n = x.shape[-1]
-        return self.arange(self.extent(x, -1) if n is None else n, device=getattr(x, "device", None))
+        return self.arange(self.extent(x, -1), device=getattr(x, "device", None))
 
     # By masks, as the standard writes to no place, and reads from none that may be out of range.
 
@@ -143,6 +164,9 @@ class Extended:
 
     def put_along_axis(self, x: Array, position: Position, values: Any) -> Array:
         return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=-1), x)
+
+    def extent(self, x: Array, axis: int) -> Any:
+        return x.shape[axis]
 
     def longest(self, a: Any, b: Any) -> Any:
         return max(a, b)

@@ -100,7 +100,11 @@ def differentiable_terms(
 
 
 def differentiable_value(xp: Namespace, t: DifferentiableTerms) -> Array:
-    return _value(xp, t.z, xp.where(t.e > t.s, 0.0, t.d - t.move), t.s)
+    return _value(xp, t.z, _log_ratio(xp, t), t.s)
+
+
+def _log_ratio(xp: Namespace, t: DifferentiableTerms) -> Array:
+    return xp.where(t.e > t.s, 0.0, t.d - t.move)
 
 
 def differentiable_gradient(xp: Namespace, t: DifferentiableTerms) -> Array:
@@ -210,16 +214,16 @@ SOFTMAX = Loss(
 def softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
         return _probabilities(xp, differentiable_terms(xp, x, NO_WEIGHTS))[0]
-    t = terms(xp, x, NO_WEIGHTS)
-    return t.e / (1 + t.s)
+    _, e, s, _ = terms(xp, x, NO_WEIGHTS)
+    return e / (1 + s)
 
 
 def log_softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
         t = differentiable_terms(xp, x, NO_WEIGHTS)
-        return xp.where(t.e > t.s, 0.0, t.d - t.move) - xp.log1p(t.s)
-    t = terms(xp, x, NO_WEIGHTS)
-    return t.d - xp.log1p(t.s)
+        return _log_ratio(xp, t) - xp.log1p(t.s)
+    d, _, s, _ = terms(xp, x, NO_WEIGHTS)
+    return d - xp.log1p(s)
 
 
 NO_WEIGHTS = Distribution(None, None, None, None, None)

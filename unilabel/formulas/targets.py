@@ -145,7 +145,7 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     targets, weight, _, sample_weight, _, _ = operands
     targets = xp.as_index(targets, like)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
-    wrong = None if xp.assume_finite else (targets < 0) | (targets >= lengths.extent(xp, like, -1))
+    wrong = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
     off = ignored if wrong is None else wrong  # ignore_index may be a class
     index = targets if off is None else xp.where(off, 0, targets)
 
