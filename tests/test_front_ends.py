@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from unilabel.layers.torch import MultilabelLogisticLoss, SoftmaxNLL
 
 import unilabel as ul
+from unilabel.layers.torch import MultilabelLogisticLoss, SoftmaxNLL
 
 X = torch.tensor([[0.1, -0.2, 0.0], [0.4, 0.1, -0.3]])
 Z = torch.tensor([[1, 0, 1], [0, 1, 0]])

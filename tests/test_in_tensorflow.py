@@ -15,11 +15,11 @@ import tensorflow as tf
 from crossed import LOSSES, Exact, close, tensor
 from mpmath import mp
 from tensorflow.python.eager import context
-from unilabel.layers.keras import MultilabelLogisticLoss, SoftmaxNLL
 from unilabel.conformance.cases import Maker
 from unilabel.conformance.oracle import expected
 
 import unilabel as ul
+from unilabel.layers.keras import MultilabelLogisticLoss, SoftmaxNLL
 
 ELEMENTWISE = ("multilabel_logistic_loss", "binary_cross_entropy")
 UNREDUCED = {"reduction": "none"}

@@ -141,8 +141,6 @@ class Extended:
         return self.astype(x >= 0, x.dtype)
 
     def weigh(self, weight: Array, size: Array) -> Array:
-        if self.assume_finite:
-            return self.multiply(size, weight)
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
 
     def classes(self, x: Array) -> Array:

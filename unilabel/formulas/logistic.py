@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..namespace import Array, Namespace
+from .numerics import weigh_logits
 from .targets import Elementwise, elementwise
 from .types import PLAIN, Form, Loss, Options
 
@@ -34,7 +35,7 @@ def value(xp: Namespace, t: Terms) -> Array:
     log_term = xp.log1p(t.e)
     # negative · max(x, 0) + positive · max(-x, 0)
     slope = t.up - positive if negative is None else t.up * negative - (1 - t.up) * positive
-    return xp.weigh(slope, t.x) + (log_term if total is None else log_term * total)
+    return weigh_logits(xp, slope, t.x) + (log_term if total is None else log_term * total)
 
 
 def gradient(xp: Namespace, t: Terms) -> Array:
@@ -84,7 +85,8 @@ def native_value(xp: Namespace, t: NativeTerms) -> Array:
     above, below = xp.relu(t.x), xp.relu(t.minus)
     if negative is None and xp.assume_finite:
         return log_term + xp.lerp(above, below, positive)
-    linear_term = xp.weigh(1 - positive if negative is None else negative, above) + xp.weigh(positive, below)
+    negative = 1 - positive if negative is None else negative
+    linear_term = weigh_logits(xp, negative, above) + weigh_logits(xp, positive, below)
     return linear_term + (log_term if total is None else log_term * total)
 
 

@@ -15,6 +15,7 @@ import math
 from typing import NamedTuple
 
 from ..namespace import Array, Namespace, Position
+from .numerics import weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
 from .types import PLAIN, Form, Loss, Options
 
@@ -152,9 +153,7 @@ def index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options =
 
 def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options = PLAIN) -> IndexTerms:
     at, e = weights.position, xp.softmax(x)
-    e_t = xp.take_along_axis(
-        e, at
-    )  # where it has lost more digits than a logarithm can do without, s / e_t is infinite
+    e_t = xp.take_along_axis(e, at)
     e = xp.put_along_axis(e, at, 0.0)
     return IndexTerms(at, e, e_t, None, xp.sum(e, axis=-1), weights.weight)
 
@@ -170,7 +169,7 @@ def native_index_value(xp: Namespace, t: IndexTerms) -> Array:
 
 
 def _weighted(xp: Namespace, t: IndexTerms, values: Array) -> Array:
-    return values if t.weight is None else xp.weigh(t.weight, values)
+    return values if t.weight is None else weigh_logits(xp, t.weight, values)
 
 
 def index_gradient(xp: Namespace, t: IndexTerms) -> Array:
