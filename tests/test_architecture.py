@@ -45,9 +45,7 @@ def part(module):
 
 def graph():
     known = modules()
-    edges = {
-        part(name): set() for name in known if name not in ("unilabel", "unilabel.backends", "unilabel.layers")
-    }
+    edges = {part(name): set() for name in known if name not in ("unilabel", "unilabel.backends", "unilabel.layers")}
     for name, file in known.items():
         if part(name) in edges:
             more = {part(target) for target in imports(name, file, known)} - {part(name), "", "backends", "layers"}
@@ -97,5 +95,7 @@ def test_the_library_knows_no_framework():
 
 
 def test_files_are_short():
-    long = {name: n for name, file in modules().items() if (n := len(file.read_text("utf-8").splitlines())) > MOST_LINES}
+    long = {
+        name: n for name, file in modules().items() if (n := len(file.read_text("utf-8").splitlines())) > MOST_LINES
+    }
     assert {name for name in long if not name.startswith("unilabel.conformance")} == set()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from unilabel.backends import numpy as numpy_backend
 from unilabel.conformance.cases import cases
-from unilabel.conformance.compare import judge
 from unilabel.conformance.oracle import expected
+from unilabel.conformance.tolerances import judge
 from unilabel.conformance.worker import answer
 
 import unilabel as ul
