@@ -114,3 +114,15 @@ def test_keras_half_precision_would_round_class_indices():
     logits = np.zeros((1, 300), "float32")
     logits[0, 257] = 100
     assert float(loss(index, logits)) == 0
+
+
+def test_where_they_were_before():
+    from unilabel.backends import keras, torch
+    from unilabel.layers import keras as keras_layers
+    from unilabel.layers import torch as torch_layers
+
+    for old, new in ((torch, torch_layers), (keras, keras_layers)):
+        assert old.MultilabelLogisticLoss is new.MultilabelLogisticLoss
+        assert old.SoftmaxNLL is new.SoftmaxNLL
+    with pytest.raises(AttributeError, match="no attribute 'HingeLoss'"):
+        _ = torch.HingeLoss

@@ -87,7 +87,7 @@ def softmax_nll(
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
-    """Softmax and negative log-likelihood, in one: classes that exclude each other, exactly one label per example.
+    """Softmax and negative log-likelihood, in one: mutually exclusive classes, exactly one label per example.
 
     `L = -(1/N) Σ_n log softmax(x_n)[y_n]`, or `-(1/N) Σ_n Σ_c z_nc log softmax(x_n)_c` for a distribution z.
 
