@@ -118,6 +118,7 @@ def test_keras_half_precision_would_round_class_indices():
 
 def test_where_they_were_before():
     from unilabel.backends import keras, torch
+
     from unilabel.layers import keras as keras_layers
     from unilabel.layers import torch as torch_layers
 

@@ -1,10 +1,11 @@
-"""What the formulas ask of a namespace: all of it, and nothing else, is in the Protocol; mypy checks the backends' own."""
+"""What the formulas ask of a namespace: all of it, and nothing else, is in the Protocol. (mypy checks the backends.)"""
 
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 from unilabel.namespace import Extended, Namespace
 
 ROOT = Path(__file__).parent.parent
