@@ -83,6 +83,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Derivative:
         TypeError: `loss` is not one of unilabel's.
 
     >>> import numpy as np
+    >>> from unilabel import softmax_nll
     >>> loss, gradient = value_and_grad(softmax_nll)(np.array([[2.0, 0.5, -1.0]]), [0])
     >>> print(f"{loss:.6f}", gradient.round(6))
     0.241311 [[-0.214403  0.17529   0.039113]]
@@ -110,6 +111,7 @@ def grad_and_hess(loss: Callable[..., Any]) -> Derivative:
     it times K / (K - 1) for K classes: do the same with h to train as they do.
 
     >>> import numpy as np
+    >>> from unilabel import multilabel_logistic_loss
     >>> gradient, hessian = grad_and_hess(multilabel_logistic_loss)(np.array([0.0, 2.0, -50.0]), [1, 1, 0])
     >>> print(gradient.round(6), hessian.round(6))
     [-0.5      -0.119203  0.      ] [0.25     0.104994 0.      ]
