@@ -119,6 +119,10 @@ def grad_and_hess(loss: Callable[..., Any]) -> Derivative:
     return _derivative(loss, _WITH_HESSIAN)
 
 
+for _maker in (value_and_grad, grad_and_hess):
+    as_it_is_in_autograph(_maker)
+
+
 def _derivative(loss: Any, derivatives: dict[Any, Derivative]) -> Derivative:
     if loss not in derivatives:
         names = ", ".join(function.__name__ for function in derivatives)
