@@ -50,8 +50,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "logistic: value, plain, without the side": ("t.up - positive if", "0.5 - positive if"),
         "logistic: log1p written out": ("log_term = xp.log1p(t.e)", "log_term = xp.log(1 + t.e)"),
         "logistic: weights of the logarithm left out": (
-            "xp.weigh(slope, t.x) + (log_term if total is None else log_term * total)",
-            "xp.weigh(slope, t.x) + log_term",
+            "weigh_logits(xp, slope, t.x) + (log_term if total is None else log_term * total)",
+            "weigh_logits(xp, slope, t.x) + log_term",
         ),
         "logistic: exponent clamped": ("xp.exp(-xp.abs(x))", "xp.exp(-xp.minimum(xp.abs(x), xp.asarray(20.0)))"),
         "logistic: gradient, sign": ("- positive * e_down", "+ positive * e_down"),
