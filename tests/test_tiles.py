@@ -39,6 +39,13 @@ def right():
     return Answers()
 
 
+def asked_for(name, request):
+    """The backend of that name; a run of other backends alone skips the test."""
+    if name not in (request.config.getoption("--backend") or (name,)):
+        pytest.skip(f"{name} is not asked for")
+    return ul.backend.backend_named(name)
+
+
 # Every so many of the conformance suite's cases: a few in a quick run.
 SOME = pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.full)])
 
@@ -46,9 +53,7 @@ SOME = pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.fu
 @SOME
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_every_case(name, step, small, right, request):
-    if name not in (request.config.getoption("--backend") or (name,)):
-        pytest.skip(f"{name} is not asked for")
-    backend = ul.backend.backend_named(name)
+    backend = asked_for(name, request)
     for case in CASES[::step]:
         numbers = answer(backend, "cpu", case)["numbers"]
         for what, verdict in judge(case, right[case.id], numbers, name).items():
@@ -58,9 +63,7 @@ def test_every_case(name, step, small, right, request):
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_sums_of_equal_blocks(name, small, request):
     """Every rounding goes in one direction: 512 of them, one for each block, would not do."""
-    if name not in (request.config.getoption("--backend") or (name,)):
-        pytest.skip(f"{name} is not asked for")
-    backend = ul.backend.backend_named(name)
+    backend = asked_for(name, request)
     x, z = np.full((2048, 1), 0.3), np.ones((2048, 1))
     for weight, reduction in ((None, "sum"), (z, "mean")):  # the mean divides by a sum of blocks, too
         value = ul.multilabel_logistic_loss(backend.asarray(x), z, weight=weight, reduction=reduction)
