@@ -10,14 +10,17 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ..backend import Backend, Extended
-from ..formulas import Array, Namespace
+from ..backend import Backend
+from ..namespace import Array, Extended, Namespace
 
-MODULES = {"cupy": "array_api_compat.cupy"}  # where the standard's functions are, if not in the library itself
+MODULES = {
+    "cupy": "array_api_compat.cupy",
+    "dask": "array_api_compat.dask.array",
+}  # where the standard's functions are, if not in the library itself
 BLOCK = 16
 
 
-def sum_in_blocks(xp: Namespace, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+def sum_in_blocks(xp: Any, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     """The sum along the last axis, or of all elements, block by block.
 
     Many libraries add one number after the other, NumPy too across memory. Equal numbers are then rounded in one
@@ -32,35 +35,42 @@ def sum_in_blocks(xp: Namespace, x: Array, axis: int | None = None, keepdims: bo
     return xp.sum(x, axis=-1, keepdims=keepdims)
 
 
-@functools.cache
-def _summing_in_blocks(xp: Any) -> Namespace:
-    return Extended(xp, sum=functools.partial(sum_in_blocks, xp))
+class _InBlocks(Extended):
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return sum_in_blocks(self._base, x, axis, keepdims)
 
 
-@functools.cache
-def _dask() -> Namespace:
-    import array_api_compat.dask.array as compat
-    import dask.array
+class _Dask(Extended):
+    def max(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        import dask.array
 
-    def total(block: Array, axis: Any, keepdims: bool) -> Any:
-        # Only along memory it is added pairwise.
-        return np.sum(block.astype(block.dtype, order="C", copy=False), axis=axis, keepdims=keepdims)
-
-    def sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        return dask.array.reduction(x, total, total, axis=axis, keepdims=keepdims, dtype=x.dtype)
-
-    def maximum(x: Array, axis: int, keepdims: bool = False) -> Array:
         # Dask's own fails on blocks without a row: https://github.com/dask/dask/pull/9268
         return dask.array.reduction(x, np.max, np.max, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
-    return Extended(compat, max=maximum, sum=sum)
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        import dask.array
+
+        return dask.array.reduction(x, _total, _total, axis=axis, keepdims=keepdims, dtype=x.dtype)
+
+
+def _total(block: Array, axis: Any, keepdims: bool) -> Any:
+    # Only along memory it is added pairwise.
+    return np.sum(block.astype(block.dtype, order="C", copy=False), axis=axis, keepdims=keepdims)
+
+
+@functools.cache
+def _extended(library: Any) -> Namespace:
+    name = library.__name__
+    if "dask" in name:
+        return _Dask(library)
+    return Extended(library) if "cupy" in name else _InBlocks(library)  # a GPU adds in parallel
 
 
 class ArrayAPIBackend(Backend):
     def __init__(self, name: str) -> None:
         self.name = name
         self.install = f"pip install {name}"
-        self.library = _dask() if name == "dask" else importlib.import_module(MODULES.get(name, name))
+        self.library: Any = importlib.import_module(MODULES.get(name, name))
 
     def devices(self) -> list[str]:
         return [str(device) for device in self._devices()]
@@ -69,10 +79,7 @@ class ArrayAPIBackend(Backend):
         return str(array_api_compat.device(x))
 
     def namespace(self, x: Array) -> Namespace:
-        if self.name == "dask":
-            return _dask()
-        xp = array_api_compat.array_namespace(x)
-        return xp if self.name == "cupy" else _summing_in_blocks(xp)  # a GPU adds in parallel
+        return _extended(array_api_compat.array_namespace(x))
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if array_api_compat.is_array_api_obj(x) else f"{self.name} {type(x).__name__}"
@@ -84,7 +91,7 @@ class ArrayAPIBackend(Backend):
             place = array_api_compat.device(like)
         else:
             place = {str(d): d for d in self._devices()}[device] if device is not None else None
-        xp = self.library if like is None else self.namespace(like)
+        xp: Any = self.library if like is None else self.namespace(like)
         if array_api_compat.is_array_api_obj(data) and not array_api_compat.is_numpy_array(data):
             return array_api_compat.to_device(data, place)
         if data.dtype.kind in "iu" and data.dtype.itemsize == 8 and not self._holds_int64(place):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -12,25 +11,53 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formulas
-from ..backend import Backend, Extended
+from ..backend import Backend
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..namespace import Extended
 
 
-def _where(condition: Array, a: Any, b: Any) -> Array:
-    if a is math.nan:  # a constant, that did not arise: jax_debug_nans must not stop at it where nothing is compiled
-        with jax.debug_nans(False):
-            a = jnp.full_like(b, a)
-    return jnp.where(condition, a, b)
+class _Plain(Extended):
+    """Where nothing is differentiated."""
 
+    longest = staticmethod(jax.core.max_dim)
+    ones_like = staticmethod(jax.jit(jnp.ones_like, static_argnames="dtype"))  # else 1 is a transfer to the device
 
-def _as_index(t: Array) -> Array:
-    return t.astype(jax.dtypes.canonicalize_dtype(np.int64))
+    def where(self, condition: Array, a: Any, b: Any) -> Array:
+        if a is math.nan:  # a constant, that did not arise: jax_debug_nans must not stop at it without a compiler
+            with jax.debug_nans(False):
+                a = jnp.full_like(b, a)
+        return jnp.where(condition, a, b)
 
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        """Along axes of length 1 as well: beside one that stays, XLA's CPU compiler makes products a dot product.
 
-def _position(x: Array, t: Array) -> tuple[Array, Array]:
-    """Where each row has its class: to gather it, and as a mask, as replacing by a scatter takes longer."""
-    t = jnp.expand_dims(t, -1)
-    return t, jax.lax.broadcasted_iota(t.dtype, x.shape, x.ndim - 1) == t
+        The error of that grows with its length.
+        """
+        ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1 and not _is_spread(x, i)]
+        if not ones:
+            return jnp.sum(x, axis=axis, keepdims=keepdims)
+        total = jnp.sum(x, axis=tuple({axis % x.ndim, *ones}), keepdims=True)
+        return total if keepdims else jnp.squeeze(total, axis)
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return targets.astype(jax.dtypes.canonicalize_dtype(np.int64))
+
+    def take(self, weight: Array, index: Array) -> Array:
+        return weight[index]
+
+    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+        """To gather it, and as a mask, as replacing by a scatter takes longer."""
+        index = jnp.expand_dims(index, -1)
+        return index, jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index
+
+    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
+        # JAX gathers nothing along an axis that is spread, nor from what may be empty (an exporter's length of n - 1).
+        if _is_spread(x, -1) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
+            return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
+        return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
+
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
+        return jnp.where(position[1], values if isinstance(values, float) else values[..., None], x)
 
 
 def _is_spread(x: Array, axis: int) -> bool:
@@ -38,45 +65,27 @@ def _is_spread(x: Array, axis: int) -> bool:
     return jax.typeof(x).sharding.spec[axis] is not None
 
 
-def _pick(x: Array, position: tuple[Array, Array]) -> Array:
-    # JAX gathers nothing along an axis that is spread, nor from what may be empty (an exporter's length of n - 1).
-    if _is_spread(x, -1) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
-        return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
-    return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
+class _Differentiable(_Plain):
+    groups: tuple[str, ...] = ("autodiff",)
+    stop_gradient = staticmethod(jax.lax.stop_gradient)
 
 
-def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
-    return jnp.where(position[1], values if isinstance(values, float) else values[..., None], x)
+class _Summing(_Plain):
+    """Where all is summed: XLA's CPU compiler does arithmetic on the way, and writes what it selects to memory."""
+
+    def heaviside(self, x: Array) -> Array:
+        return jnp.maximum(jnp.sign(x), 0)
+
+    def weigh(self, weight: Array, size: Array) -> Array:
+        # `abs` keeps compilers from multiplying the two constants, which makes infinity, and that times 0 is NaN.
+        large = float(jnp.finfo(size.dtype).max)
+        most = jnp.abs(weight * large) * large
+        return jnp.maximum(jnp.minimum(size, most), -most) * weight
 
 
-def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    """Along axes of length 1 as well: beside one that stays, XLA's CPU compiler makes products a dot product.
-
-    The error of that grows with its length.
-    """
-    ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1 and not _is_spread(x, i)]
-    if not ones:
-        return jnp.sum(x, axis=axis, keepdims=keepdims)
-    total = jnp.sum(x, axis=tuple({axis % x.ndim, *ones}), keepdims=True)
-    return total if keepdims else jnp.squeeze(total, axis)
-
-
-xp = Extended(
-    jnp,
-    as_index=_as_index,
-    ones_like=jax.jit(jnp.ones_like, static_argnames="dtype"),  # without jit, the 1 would be a transfer to the device
-    pick=_pick,
-    position=_position,
-    replace=_replace,
-    stop_gradient=jax.lax.stop_gradient,
-    sum=_sum,
-    sym_max=jax.core.max_dim,
-    take=operator.getitem,
-    where=_where,
-)
-
-# Where all is summed: XLA's CPU compiler does arithmetic on the way, and writes to memory what it compares or selects.
-summing = Extended(xp, step=lambda x: jnp.maximum(jnp.sign(x), 0))
+plain: Namespace = _Plain(jnp)
+differentiable: Namespace = _Differentiable(jnp)
+summing: Namespace = _Summing(jnp)
 
 
 def _broadcasting(function: Any) -> Any:
@@ -95,7 +104,7 @@ def _broadcasting(function: Any) -> Any:
 def _value(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     if _is_large_sum(loss, options, x, operands):
         return formulas.value(summing, loss, options, *_apart(x, operands))
-    return formulas.value(xp, loss, options, x, operands)
+    return formulas.value(plain, loss, options, x, operands)
 
 
 LARGE = 1 << 20  # elements: from here on, memory takes more time than computing
@@ -126,8 +135,8 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
     x, operands = primals
     value, change = _value(loss, options, *primals), None
     if not _is_zero(tangents[0]):
-        slopes = _slopes(loss, options, *primals)
-        change = formulas.pushforward(xp, loss, options, x, operands, slopes, tangents[0])
+        unreduced = _unreduced_gradient(loss, options, *primals)
+        change = formulas.jvp(plain, loss, options, x, operands, unreduced, tangents[0])
     # Targets and weights are seldom differentiated: the plain expression is good enough for them, for those alone.
     more = _by_autodiff(formulas.value, loss, options, primals, (None, *tangents[1:]))
     if more is not None:
@@ -137,17 +146,17 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @_broadcasting
-def _slopes(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-    return formulas.slopes(xp, loss, options, x, operands)
+def _unreduced_gradient(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
+    return formulas.unreduced_gradient(plain, loss, options, x, operands)
 
 
 @_broadcasting
-def _slopes_jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    slopes = _by_autodiff(formulas.slopes, loss, options, primals, tangents)
-    if slopes is None:
-        slopes = _slopes(loss, options, *primals)
-        return slopes, jnp.zeros_like(slopes)
-    return slopes
+def _unreduced_gradient_jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
+    found = _by_autodiff(formulas.unreduced_gradient, loss, options, primals, tangents)
+    if found is None:
+        gradient = _unreduced_gradient(loss, options, *primals)
+        return gradient, jnp.zeros_like(gradient)
+    return found
 
 
 def _by_autodiff(formula: Any, loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
@@ -159,7 +168,7 @@ def _by_autodiff(formula: Any, loss: Loss, options: Options, primals: tuple[Any,
 
     def run(some: dict[str, Array]) -> Array:
         arrays = given | some
-        return formula(xp, loss, options, arrays.pop("x"), Operands(**arrays), by_autodiff=True)
+        return formula(differentiable, loss, options, arrays.pop("x"), Operands(**arrays))
 
     return jax.jvp(run, ({name: given[name] for name in moving},), (moving,)) if moving else None
 
@@ -169,7 +178,7 @@ def _is_zero(tangent: Any) -> bool:
 
 
 _value.defjvp(_jvp, symbolic_zeros=True)
-_slopes.defjvp(_slopes_jvp, symbolic_zeros=True)
+_unreduced_gradient.defjvp(_unreduced_gradient_jvp, symbolic_zeros=True)
 
 _loss = jax.jit(_value, static_argnums=(0, 1))
 
@@ -179,8 +188,8 @@ _loss = jax.jit(_value, static_argnums=(0, 1))
 def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
     if formula is formulas.value_and_gradient and _is_large_sum(loss, options, x, operands):
         value = _value(loss, options, x, operands)
-        return value, formulas.gradient(xp, loss, options, x, operands, jnp.ones_like(value))
-    return formula(xp, loss, options, x, operands)
+        return value, formulas.gradient(plain, loss, options, x, operands, jnp.ones_like(value))
+    return formula(plain, loss, options, x, operands)
 
 
 def _traced(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands]:
@@ -198,9 +207,7 @@ def _place(x: Array) -> Any:
     return x.sharding if x.committed and isinstance(x.sharding, jax.sharding.SingleDeviceSharding) else None
 
 
-_activation = jax.jit(
-    _broadcasting(functools.partial(formulas.activation, xp, by_autodiff=True)), static_argnums=(0, 2)
-)
+_activation = jax.jit(_broadcasting(functools.partial(formulas.activation, differentiable)), static_argnums=(0, 2))
 
 
 class JaxBackend(Backend):
@@ -215,7 +222,7 @@ class JaxBackend(Backend):
         return ", ".join(sorted(str(device) for device in x.devices()))
 
     def namespace(self, x: Array) -> Namespace:
-        return xp
+        return plain
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if isinstance(x, jax.Array) else f"jax {type(x).__name__}"

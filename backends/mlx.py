@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import math
 from typing import Any
@@ -11,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from .. import formulas
-from ..backend import Backend, Extended
+from ..backend import Backend
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..namespace import Extended
 from .array_api import sum_in_blocks
 
 
@@ -39,17 +39,28 @@ def _exp_jvp(x: Array, tangent: Array) -> Array:
     return tangent * _exp(x)
 
 
-xp = Extended(
-    mx,
+class _Plain(Extended):
+    bool = mx.bool_
+    exp = staticmethod(_exp)
+
     # In 64 bits: a class index that 32 do not hold must not wrap around to a class that exists.
-    arange=lambda n, device=None: mx.arange(n, dtype=mx.int64),
-    argmax=lambda x, axis: mx.argmax(x, axis=axis) if x.size else mx.zeros(x.shape[:-1], mx.int64),
-    astype=lambda x, dtype, copy=True: x.astype(dtype),
-    bool=mx.bool_,
-    exp=_exp,
+    def arange(self, n: int, device: Any = None) -> Array:
+        return mx.arange(n, dtype=mx.int64)
+
+    def astype(self, x: Array, dtype: Any, copy: Any = True) -> Array:
+        return x.astype(dtype)
+
     # On CPUs MLX adds one number after the other: https://github.com/ml-explore/mlx/issues/4379
-    sum=functools.partial(sum_in_blocks, mx),
-)
+    def sum(self, x: Array, axis: int | None = None, keepdims: Any = False) -> Array:
+        return sum_in_blocks(mx, x, axis, keepdims)
+
+
+class _Differentiable(_Plain):
+    groups: tuple[str, ...] = ("autodiff",)
+
+
+plain: Namespace = _Plain(mx)
+differentiable: Namespace = _Differentiable(mx)
 
 
 class MlxBackend(Backend):
@@ -69,7 +80,7 @@ class MlxBackend(Backend):
         return str(mx.default_device())
 
     def namespace(self, x: Array) -> Namespace:
-        return xp
+        return plain
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if isinstance(x, mx.array) else f"mlx {type(x).__name__}"
@@ -97,7 +108,7 @@ class MlxBackend(Backend):
 
         @mx.custom_function
         def run(x: Array, *arrays: Array) -> Array:
-            return formulas.value(xp, loss, options, x, put(arrays), by_autodiff=True)
+            return formulas.value(differentiable, loss, options, x, put(arrays))
 
         @run.vjp
         def pullback(primals: Any, cotangent: Array, _: Array) -> list[Array]:
@@ -105,12 +116,15 @@ class MlxBackend(Backend):
 
             # Targets and weights: by the plain expression.
             def of_operands(*arrays: Array) -> Array:
-                return formulas.value(xp, loss, options, x, put(arrays))
+                return formulas.value(plain, loss, options, x, put(arrays))
 
             _, gradients = mx.vjp(of_operands, arrays, [cotangent])
-            return [formulas.gradient(xp, loss, options, x, put(arrays), cotangent, by_autodiff=True), *gradients]
+            return [formulas.gradient(differentiable, loss, options, x, put(arrays), cotangent), *gradients]
 
         return run(x, *given.values())
+
+    def activation(self, function: Any, x: Array, half: bool) -> Array:
+        return formulas.activation(differentiable, function, x, half)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         (value,), (gradient,) = mx.vjp(function, [x], [cotangent])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import os
 import sys
 from collections import deque
@@ -13,50 +12,59 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import formulas
-from ..backend import Backend, Extended
+from ..backend import Backend
 from ..formulas import Array, Loss, Namespace, Operands, Options
-from . import tiles
+from ..namespace import Extended
+from . import blocks
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
 
-def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
-    x = np.ascontiguousarray(x) if axis == -1 else x
-    return np.add.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]  # keepdims is no literal
+class _Numpy(Extended):
+    """NumPy's own functions, but where they are slow, or lose digits."""
+
+    def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
+        return x.astype(dtype, copy=copy)
+
+    def expand_dims(self, x: Array, axis: int) -> Array:
+        return x[..., None] if axis == -1 else np.expand_dims(x, axis)
+
+    def squeeze(self, x: Array, axis: int) -> Array:
+        return x[..., 0] if axis == -1 else np.squeeze(x, axis)
+
+    def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return np.maximum.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]  # it is no literal
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
+        x = np.ascontiguousarray(x) if axis == -1 else x
+        return np.add.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return targets.astype(np.int64, copy=False)
+
+    def take(self, weight: Array, index: Array) -> Array:
+        return weight[index]
+
+    def position(self, x: Array, index: Array) -> tuple[Any, ...]:
+        if index.size and index.min() < 0:
+            raise IndexError("expected class indices from 0 up")
+        return (np.arange(len(index)), index) if index.ndim == 1 else (*np.indices(index.shape, sparse=True), index)
+
+    def take_along_axis(self, x: Array, position: tuple[Any, ...]) -> Array:
+        return x[position]
+
+    def put_along_axis(self, x: Array, position: tuple[Any, ...], values: Any) -> Array:
+        x[position] = values
+        return x
 
 
-def _max(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    return np.maximum.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]
+class _Finite(_Numpy):
+    assume_finite = True
 
 
-def _position(x: Array, t: Array) -> tuple[Any, ...]:
-    """Where an array has the elements of these class indices."""
-    if t.size and t.min() < 0:
-        raise IndexError("expected class indices from 0 up")
-    return (np.arange(t.shape[0]), t) if t.ndim == 1 else (*np.indices(t.shape, sparse=True), t)
-
-
-def _replace(x: Array, position: tuple[Any, ...], values: Any) -> Array:
-    x[position] = values
-    return x
-
-
-# NumPy's own functions, but where they are slow, or lose digits.
-xp = Extended(
-    np,
-    astype=lambda x, dtype, copy=True: x.astype(dtype, copy=copy),
-    as_index=lambda t: t.astype(np.int64, copy=False),
-    expand_dims=lambda x, axis: x[..., None] if axis == -1 else np.expand_dims(x, axis),
-    max=_max,
-    pick=operator.getitem,
-    position=_position,
-    replace=_replace,
-    squeeze=lambda x, axis: x[..., 0] if axis == -1 else np.squeeze(x, axis),
-    sum=_sum,
-    take=operator.getitem,
-)
+xp: Namespace = _Numpy(np)
 
 
 @functools.cache
@@ -114,8 +122,9 @@ def _do(jobs: list[Any]) -> None:
         job()
 
 
-machine = tiles.Machine(
+blockwise = blocks.Blockwise(
     xp,
+    _Finite(np),
     lambda shape, x: np.empty(shape, x.dtype),
     lambda x: x.flags.c_contiguous,
     _each,
@@ -137,7 +146,7 @@ class NumpyBackend(Backend):
         other = isinstance(x, np.matrix) or (ma is not None and isinstance(x, ma.MaskedArray))
         return None if isinstance(x, (np.ndarray, np.generic)) and not other else f"numpy {type(x).__name__}"
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         return (x.dtype, targets.dtype) if type(x) is type(targets) is np.ndarray else None
 
     def dtype(self, x: Array) -> str:
@@ -161,11 +170,11 @@ class NumpyBackend(Backend):
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
         with np.errstate(all="ignore"):
-            return np.asarray(tiles.run(machine, formulas.value, loss, options, np.asarray(x), operands)[0], x.dtype)
+            return np.asarray(blocks.run(blockwise, formulas.value, loss, options, np.asarray(x), operands)[0], x.dtype)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         with np.errstate(all="ignore"):
-            first, second = tiles.run(machine, formula, loss, options, np.asarray(x), operands)[0]
+            first, second = blocks.run(blockwise, formula, loss, options, np.asarray(x), operands)[0]
             return np.asarray(first, x.dtype), np.asarray(second, x.dtype)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:

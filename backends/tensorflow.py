@@ -14,13 +14,8 @@ import tensorflow as tf
 from .. import formulas
 from ..backend import Backend
 from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..namespace import Extended
 from .tensorflow_internals import internals
-
-
-def _where(condition: Array, a: Any, b: Any) -> Array:
-    dtype = (a if isinstance(a, tf.Tensor) else b).dtype  # the other may be a Python scalar
-    return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
-
 
 SHORT = 128  # numbers that are added up as TensorFlow likes
 WAYS = 8
@@ -47,65 +42,95 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=-1, keepdims=keepdims), x.dtype)
 
 
-def _position(x: Array, t: Array) -> tuple[Array, Array]:
-    """Where each row has its class: to gather it, and as a mask, as replacing by a scatter takes longer."""
-    t = tf.cast(t, tf.int32)  # long integers take longer; by now they are class indices
-    return t, tf.range(tf.shape(x)[-1]) == tf.expand_dims(t, -1)
-
-
-def _replace(x: Array, position: tuple[Array, Array], values: Any) -> Array:
-    values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
-    return tf.where(position[1], values, x)
-
-
 def _on_device_of(x: Array) -> Any:
     """Eager operations go where TensorFlow likes best, not where their input is."""
     return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
 
 
-def _permute_dims(x: Array, axes: tuple[int, ...]) -> Array:
-    with _on_device_of(x):
-        return tf.transpose(x, axes)
-
-
-def _reshape(x: Array, shape: Any) -> Array:
-    with _on_device_of(x):
-        return tf.reshape(x, shape)
-
-
 # The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
-xp = SimpleNamespace(
+STANDARD = SimpleNamespace(
     abs=tf.abs,
-    as_index=lambda t: tf.cast(t, tf.int64),
-    arange=lambda n, device=None: tf.range(tf.cast(n, tf.int64)),
     any=tf.reduce_any,
-    astype=lambda x, dtype, copy=True: tf.cast(x, dtype),
     bool=tf.bool,
     exp=tf.exp,
     expand_dims=tf.expand_dims,
-    extent=lambda x, axis: tf.shape(x, out_type=tf.int64)[axis],
     float32=tf.float32,
-    isfinite=tf.math.is_finite,
     isinf=tf.math.is_inf,
-    logical_and=tf.logical_and,
-    logical_or=tf.logical_or,
     log=tf.math.log,
     log1p=tf.math.log1p,
+    logical_and=tf.logical_and,
+    logical_or=tf.logical_or,
     max=tf.reduce_max,
     maximum=tf.maximum,
     multiply=tf.multiply,
     ones_like=tf.ones_like,
-    permute_dims=_permute_dims,
-    pick=lambda x, position: tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1),
-    position=_position,
-    replace=_replace,
-    reshape=_reshape,
     squeeze=tf.squeeze,
     stop_gradient=tf.stop_gradient,
     sum=_sum,
-    take=tf.gather,
-    where=_where,
 )
+
+
+class _Plain(Extended):
+    """Where nothing is differentiated."""
+
+    take = staticmethod(tf.gather)
+
+    def arange(self, n: Any, device: Any = None) -> Array:
+        return tf.range(tf.cast(n, tf.int64))
+
+    def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
+        return tf.cast(x, dtype)
+
+    def extent(self, x: Array, axis: int) -> Array:
+        n = x.shape[axis]
+        return tf.shape(x, out_type=tf.int64)[axis] if n is None else n
+
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
+        with _on_device_of(x):
+            return tf.transpose(x, axes)
+
+    def reshape(self, x: Array, shape: Any) -> Array:
+        with _on_device_of(x):
+            return tf.reshape(x, shape)
+
+    def where(self, condition: Array, a: Any, b: Any) -> Array:
+        dtype = (a if isinstance(a, tf.Tensor) else b).dtype  # the other may be a Python scalar
+        return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return tf.cast(targets, tf.int64)
+
+    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+        """To gather it, and as a mask, as replacing by a scatter takes longer."""
+        index = tf.cast(index, tf.int32)  # long integers take longer; by now they are class indices
+        return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
+
+    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
+        return tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1)
+
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
+        values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
+        return tf.where(position[1], values, x)
+
+
+class _Differentiable(_Plain):
+    groups: tuple[str, ...] = ("autodiff",)
+
+
+class _Forward(_Differentiable):
+    """Where a ForwardAccumulator watches.
+
+    It adds to the derivative of x · c what a change of c would make, though c is constant: x · 0, NaN for an infinite
+    x. Here 0 times infinity is 0.
+    """
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        return tf.where(tf.math.is_nan(x), x, tf.math.multiply_no_nan(x, y))
+
+
+plain: Namespace = _Plain(STANDARD)
+differentiable: Namespace = _Differentiable(STANDARD)
+forward: Namespace = _Forward(STANDARD)
 
 
 EAGER = type(tf.constant(0))
@@ -125,7 +150,7 @@ def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Opera
         "sample_weight": shape[:-1],
         "label_smoothing": shape[:0],
     }
-    if loss.per_row:  # else these broadcast
+    if loss.per_example:  # else these broadcast
         wanted |= {"weight": shape[-1:], "where": shape}
     fitted = {}
     for name, array in operands._asdict().items():
@@ -135,25 +160,12 @@ def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Opera
     return operands._replace(**fitted)
 
 
-def _multiply_to_0(x: Array, y: Array) -> Array:
-    return tf.where(tf.math.is_nan(x), x, tf.math.multiply_no_nan(x, y))
-
-
-# ForwardAccumulator adds to the derivative of x · c what a change of c would make, though c is constant: x · 0, NaN for
-# an infinite x. Here 0 times infinity is 0.
-forward_xp = SimpleNamespace(**vars(xp) | {"multiply": _multiply_to_0})
-
-
-def _space(*arrays: Array) -> Namespace:
-    """The namespace to compute in: another one if a ForwardAccumulator watches one of these arrays."""
-    return forward_xp if internals.has_tangents(arrays) else xp
-
-
 def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     given = operands._asdict()
     moving = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
-    space = _space(x, *moving.values())
-    forward = space is forward_xp  # a ForwardAccumulator sees no custom gradients: it differentiates the expressions
+    # A ForwardAccumulator sees no custom gradients: it differentiates the expressions.
+    watched = internals.has_tangents((x, *moving.values()))
+    closed, derived = (forward, forward) if watched else (plain, differentiable)
 
     def put(arrays: Any) -> Operands:
         return Operands(**given | dict(zip(moving, arrays, strict=True)))
@@ -165,11 +177,11 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
                 copies = [tf.identity(array) for array in (x, cotangent, *arrays)]
                 tape.watch(copies)
                 again, *others = copies
-                first = formulas.gradient(space, loss, options, again, put(others[1:]), others[0], by_autodiff=True)
+                first = formulas.gradient(derived, loss, options, again, put(others[1:]), others[0])
             seconds: list[Array] = tape.gradient(first, copies, second, unconnected_gradients="zero")
             return seconds
 
-        return formulas.gradient(space, loss, options, x, put(arrays), cotangent, by_autodiff=forward), pullback
+        return formulas.gradient(closed, loss, options, x, put(arrays), cotangent), pullback
 
     @tf.custom_gradient
     def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
@@ -182,11 +194,11 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
                     copies = [tf.identity(array) for array in arrays]
                     with tf.GradientTape() as tape:
                         tape.watch(copies)
-                        value = formulas.value(space, loss, options, x, put(copies), by_autodiff=True)
+                        value = formulas.value(derived, loss, options, x, put(copies))
                     gradients += tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
             return gradients
 
-        return formulas.value(space, loss, options, x, put(arrays), by_autodiff=forward), pullback
+        return formulas.value(closed, loss, options, x, put(arrays)), pullback
 
     return run(x, *moving.values())
 
@@ -197,7 +209,7 @@ def _is_eager(x: Array, operands: Operands) -> bool:
     return (
         tf.executing_eagerly()
         and not any(tf.is_symbolic_tensor(array) for array in arrays)
-        and _space(*arrays) is xp
+        and not internals.has_tangents(arrays)
         and internals.can_pause()
     )
 
@@ -220,7 +232,7 @@ def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Ope
         program = _calls.get(key, 0)
         if isinstance(program, int):
             program = _counted(key, formula, loss, options, names, arrays)
-        return formula(xp, loss, options, x, operands, *more) if program is None else program(*arrays)
+        return formula(plain, loss, options, x, operands, *more) if program is None else program(*arrays)
 
 
 def _counted(key: Any, formula: Any, loss: Loss, options: Options, names: tuple[str, ...], arrays: Any) -> Any:
@@ -238,7 +250,7 @@ def _counted(key: Any, formula: Any, loss: Loss, options: Options, names: tuple[
         @tf.function(autograph=False, jit_compile=True)
         def run(x: Array, *arrays: Array) -> Any:
             operands = Operands(**dict(zip(names, arrays, strict=False)))
-            return formula(xp, loss, options, x, operands, *arrays[len(names) :])
+            return formula(plain, loss, options, x, operands, *arrays[len(names) :])
 
         _calls[key] = program = internals.program(run.get_concrete_function(*arrays))
         return program
@@ -260,7 +272,7 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
     def pullback(cotangent: Array) -> list[Array]:
         cotangent = tf.convert_to_tensor(cotangent)
         if not tf.executing_eagerly() or internals.is_recording() or tf.is_symbolic_tensor(cotangent):
-            return [formulas.gradient(xp, loss, options, x, operands, cotangent, by_autodiff=True)]
+            return [formulas.gradient(differentiable, loss, options, x, operands, cotangent)]
         if gradient is not None:
             with tf.device(x.device):
                 return [tf.multiply(gradient, cotangent)]
@@ -281,7 +293,7 @@ class TensorflowBackend(Backend):
         return "/device:" + str(x.device).rpartition("device:")[2]
 
     def namespace(self, x: Array) -> Namespace:
-        return xp
+        return plain
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if not isinstance(x, (tf.Tensor, tf.Variable)):
@@ -293,7 +305,7 @@ class TensorflowBackend(Backend):
     def rankless(self, x: Array) -> bool:
         return x.shape.rank is None
 
-    def rows(self, per_row: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+    def rows(self, per_example: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
         shape = tf.shape(x)
         two = tf.stack([-1, shape[-1]])
 
@@ -306,7 +318,7 @@ class TensorflowBackend(Backend):
         def each(data: Any) -> Array:
             return None if data is None else tf.reshape(_fit(tensor(data), shape[:-1]), [-1])
 
-        if per_row:  # integers are class indices, though they might be distributions if the rank were known
+        if per_example:  # integers are class indices, though they might be distributions if the rank were known
             indices = operands.targets is not None and tensor(operands.targets).dtype.is_integer
             targets, weight = each(operands.targets) if indices else None, operands.weight
         else:
@@ -318,11 +330,11 @@ class TensorflowBackend(Backend):
         )
 
         def finish(losses: Array) -> Array:
-            return tf.reshape(losses, shape[:-1] if per_row else shape)
+            return tf.reshape(losses, shape[:-1] if per_example else shape)
 
         return tf.reshape(x, two), operands, lambda array: tf.reshape(array, shape), finish
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         if type(x) is not EAGER or type(targets) is not EAGER:
             return None
         return x.dtype, targets.dtype
@@ -371,7 +383,8 @@ class TensorflowBackend(Backend):
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         x = tf.convert_to_tensor(x)
         with _on_device_of(x):
-            return formulas.activation(_space(x), function, x, half, by_autodiff=True)
+            space = forward if internals.has_tangents((x,)) else differentiable
+            return formulas.activation(space, function, x, half)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         with tf.GradientTape() as tape:

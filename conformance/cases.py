@@ -18,6 +18,22 @@ MULTILABEL, SOFTMAX = "multilabel_logistic_loss", "softmax_nll"
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
+class Loss(NamedTuple):
+    """What a loss is a loss of."""
+
+    per_example: bool  # its classes are mutually exclusive; else there is a loss for each element
+    takes: str
+
+
+LOSSES = {
+    MULTILABEL: Loss(False, "logits"),
+    SOFTMAX: Loss(True, "logits"),
+    "binary_cross_entropy": Loss(False, "probabilities"),
+    "cross_entropy": Loss(True, "probabilities"),
+    "nll": Loss(True, "log-probabilities"),
+}
+
+
 class Tensor(NamedTuple):
     """An array as data: its shape and its values, the last axis fastest."""
 
@@ -123,7 +139,7 @@ class Maker:
             axis = options.get("axis", -1)
             axes = [i % max(1, len(logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
             shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
-            shape = logits.shape if loss in (MULTILABEL, "binary_cross_entropy") else shape
+            shape = shape if LOSSES[loss].per_example else logits.shape
         cotangent = self.numbers(shape, 0.5, 2.0)
         flags += ("cotangent",) if shape and not flags else ()
         name = f"{self.dtype}/{self.family}/{self.count}"

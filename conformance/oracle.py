@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mpmath import mp
 
-from .cases import Case, Tensor
+from .cases import LOSSES, Case, Tensor
 
 BITS = 200
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -55,9 +55,7 @@ class Parts(NamedTuple):
 
 def expected(case: Case) -> Expected:
     with mp.workprec(BITS):
-        if case.loss in ("multilabel_logistic_loss", "binary_cross_entropy"):
-            return _elements(case)
-        return _rows(case)
+        return _per_example(case) if LOSSES[case.loss].per_example else _elementwise(case)
 
 
 # --- The definitions --------------------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def _label(loss: Number, mass: Number, shift: Number = 0) -> Exact:
 # --- Targets, weights, masks, reductions ------------------------------------------------------------------------------
 
 
-def _elements(case: Case) -> Expected:
+def _elementwise(case: Case) -> Expected:
     options = case.options
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
     eps = mp.mpf(EPS[case.dtype] if options.get("eps") is None else options["eps"])
@@ -216,7 +214,7 @@ def element(
     return value, slope, curvature, _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
 
 
-def _rows(case: Case) -> Expected:
+def _per_example(case: Case) -> Expected:
     options, axes = case.options, _axes(case)
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
     eps = mp.mpf(EPS[case.dtype] if options.get("eps") is None else options["eps"])

@@ -13,8 +13,8 @@ from rich.text import Text
 import unilabel
 
 from .cases import FAMILIES, FLAGS, Case, Tensor
-from .compare import Verdict
 from .runner import Job, Run
+from .tolerances import Verdict
 
 FAILURES_SHOWN = 5  # in full, of each column
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
 from .cases import DTYPES, FAMILIES, Case
-from .compare import Verdict, judge
 from .modes import MODES, has
 from .oracle import expected
 from .subjects import imported
+from .tolerances import Verdict, judge
 from .worker import selected
 
 

@@ -18,7 +18,7 @@ from mpmath import mp
 
 import unilabel
 
-from .cases import DTYPES, FAMILIES, FLAGS, FULL, LONG, MULTILABEL, SOFTMAX, Case, Tensor, cases
+from .cases import DTYPES, FAMILIES, FLAGS, FULL, LONG, LOSSES, Case, Tensor, cases
 from .oracle import BITS, Exact, Expected, expected
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -158,13 +158,13 @@ def _test(case: Case) -> dict[str, Any]:
 
 def _comment(case: Case) -> str:
     """'4×5 logits, class indices; reduction none, where'"""
-    binary = case.loss in (MULTILABEL, "binary_cross_entropy")
+    loss = LOSSES[case.loss]
     soft = any(isinstance(z, float) for z in case.targets.values)
-    operand = {MULTILABEL: "logits", SOFTMAX: "logits", "nll": "log-probabilities"}.get(case.loss, "probabilities")
-    targets = ("soft labels" if soft else "labels") if binary else "distributions" if soft else "class indices"
+    kinds = ("class indices", "distributions") if loss.per_example else ("labels", "soft labels")
+    targets = kinds[soft]
     shape = "×".join(map(str, case.logits.shape))
     options = [name if isinstance(given, Tensor) else f"{name} {given}" for name, given in case.options.items()]
-    return f"{shape} {operand}, {targets}" + "; " * bool(options) + ", ".join(options)
+    return f"{shape} {loss.takes}, {targets}" + "; " * bool(options) + ", ".join(options)
 
 
 def _written(given: Any) -> Any:

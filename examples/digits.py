@@ -1,6 +1,6 @@
 """Reads handwritten digits, with two heads on one small model, in the framework that you choose.
 
-One head says which digit it is: ten classes that exclude each other, `ul.softmax_nll`. The other says what is true of
+One head says which digit it is: ten mutually exclusive classes, `ul.softmax_nll`. The other says what is true of
 it: four attributes, any number of them at once, `ul.multilabel_logistic_loss`. The model and the loss below are written
 once, for all frameworks; each framework then trains them in its own way, and the four loss curves are the same.
 

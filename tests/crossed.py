@@ -10,14 +10,14 @@ import itertools
 import random
 
 import numpy as np
-from unilabel.conformance.cases import Maker, Tensor
+from unilabel.conformance.cases import LOSSES, Maker, Tensor
 from unilabel.conformance.oracle import expected
 
 import unilabel as ul
 
 SEED = 20261125
-LOSSES = ("multilabel_logistic_loss", "softmax_nll", "binary_cross_entropy", "cross_entropy", "nll")
-PER_EXAMPLE = ("softmax_nll", "cross_entropy", "nll")
+PER_EXAMPLE = tuple(name for name, loss in LOSSES.items() if loss.per_example)
+ELEMENTWISE = tuple(name for name in LOSSES if name not in PER_EXAMPLE)
 RANGES = {"multilabel_logistic_loss": (-6, 6), "softmax_nll": (-6, 6), "nll": (-6, -0.01)}
 
 # The levels of each factor. The first is what a call without options has.

@@ -63,29 +63,45 @@ def test_a_mode_that_a_backend_does_not_have():
     assert "numpy has no graph mode" in done.stderr
 
 
-BUGS = {
-    "sign": ("- t.positive * e_down", "+ t.positive * e_down", "seed"),
-    "clamp": ("logical_or(p < eps,", "logical_or(p < 2 * eps,", "probabilities"),
-    "gradient at 0": ("(negative * e_up", "(negative * (t.x != 0) * e_up", "zero"),
-    "mean for sum": ('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"', "seed"),
+BUGS = {  # each in its file, and the cases that show it
+    "sign": ("formulas/logistic.py", "- positive * e_down", "+ positive * e_down", "seed"),
+    "clamp": ("formulas/probabilities.py", "logical_or(p < eps,", "logical_or(p < 2 * eps,", "probabilities"),
+    "gradient at 0": ("formulas/logistic.py", "else negative) * e_up", "else negative) * (t.x != 0) * e_up", "zero"),
+    "mean for sum": (
+        "formulas/reduce.py",
+        'options.reduction not in ("mean", "batchmean")',
+        'options.reduction == "none"',
+        "seed",
+    ),
     "sum for mean": (
+        "formulas/reduce.py",
         "return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)",
         "return xp.sum(values)",
         "seed",
     ),
-    "digits": ("xp.log1p(t.s)", "xp.log(1 + t.s)", "confident"),
-    "mask": ("ignored = targets == options.ignore_index", "ignored = targets != options.ignore_index", "masked"),
-    "infinity": ("xp.where(xp.logical_and(mass == 0, xp.isinf(size)), 0.0, size)", "size", "infinite"),
+    "digits": ("formulas/softmax.py", "xp.log1p(s)", "xp.log(1 + s)", "confident"),
+    "mask": (
+        "formulas/targets.py",
+        "ignored = index == options.ignore_index",
+        "ignored = index != options.ignore_index",
+        "masked",
+    ),
+    "infinity": (
+        "namespace.py",
+        "self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size)",
+        "size",
+        "infinite",
+    ),
 }
 
 
 @pytest.mark.parametrize("bug", [bug if bug == "sign" else pytest.param(bug, marks=pytest.mark.full) for bug in BUGS])
 def test_planted_bug(tmp_path, bug):
-    """A bug in formulas.py makes the command exit with 1 and name the case."""
-    right, wrong, family = BUGS[bug]
+    """A bug in a formula makes the command exit with 1 and name the case."""
+    file, right, wrong, family = BUGS[bug]
     for folder, place in {"unilabel": "", "backends": "backends", "conformance": "conformance"}.items():
         shutil.copytree(ROOT / folder, tmp_path / "unilabel" / place, dirs_exist_ok=True)
-    formulas = tmp_path / "unilabel" / "formulas.py"
+    formulas = tmp_path / "unilabel" / file
     text = formulas.read_text()
     assert right in text
     formulas.write_text(text.replace(right, wrong))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("unilabel", "unilabel.backends", "unilabel.conformance")
+PACKAGES = ("unilabel", "unilabel.formulas", "unilabel.layers", "unilabel.backends", "unilabel.conformance")
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from unilabel.backends.torch import MultilabelLogisticLoss, SoftmaxNLL
 
 import unilabel as ul
+from unilabel.layers.torch import MultilabelLogisticLoss, SoftmaxNLL
 
 X = torch.tensor([[0.1, -0.2, 0.0], [0.4, 0.1, -0.3]])
 Z = torch.tensor([[1, 0, 1], [0, 1, 0]])
@@ -57,7 +57,7 @@ def test_a_module_trains_under_compile():
 KERAS = """
 import keras, numpy as np
 import unilabel as ul
-from unilabel.backends.keras import MultilabelLogisticLoss, SoftmaxNLL
+from unilabel.layers.keras import MultilabelLogisticLoss, SoftmaxNLL
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(64, 4)).astype("float32")
@@ -114,3 +114,16 @@ def test_keras_half_precision_would_round_class_indices():
     logits = np.zeros((1, 300), "float32")
     logits[0, 257] = 100
     assert float(loss(index, logits)) == 0
+
+
+def test_where_they_were_before():
+    from unilabel.backends import keras, torch
+
+    from unilabel.layers import keras as keras_layers
+    from unilabel.layers import torch as torch_layers
+
+    for old, new in ((torch, torch_layers), (keras, keras_layers)):
+        assert old.MultilabelLogisticLoss is new.MultilabelLogisticLoss
+        assert old.SoftmaxNLL is new.SoftmaxNLL
+    with pytest.raises(AttributeError, match="no attribute 'HingeLoss'"):
+        _ = torch.HingeLoss

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from crossed import PER_EXAMPLE, Exact, Row, Sample, close, tensor
+from crossed import ELEMENTWISE, PER_EXAMPLE, Exact, Row, Sample, close, tensor
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,7 +26,6 @@ import unilabel as ul
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-ELEMENTWISE = ("multilabel_logistic_loss", "binary_cross_entropy")
 FULL = pytest.mark.full
 SEVERAL = ("multilabel_logistic_loss", "softmax_nll")
 OTHERS = [pytest.param(loss, marks=FULL) for loss in ("binary_cross_entropy", "cross_entropy", "nll")]

@@ -12,16 +12,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from crossed import LOSSES, Exact, close, tensor
+from crossed import ELEMENTWISE, LOSSES, Exact, close, tensor
 from mpmath import mp
 from tensorflow.python.eager import context
-from unilabel.backends.keras import MultilabelLogisticLoss, SoftmaxNLL
 from unilabel.conformance.cases import Maker
 from unilabel.conformance.oracle import expected
 
 import unilabel as ul
+from unilabel.layers.keras import MultilabelLogisticLoss, SoftmaxNLL
 
-ELEMENTWISE = ("multilabel_logistic_loss", "binary_cross_entropy")
 UNREDUCED = {"reduction": "none"}
 defaults = pytest.mark.parametrize("sample", LOSSES, indirect=True)
 either_way = pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unilabel.conformance.cases import LOSSES as KINDS
 from unilabel.conformance.cases import MULTILABEL, REDUCTIONS, SOFTMAX, Case, Maker, Tensor
-from unilabel.conformance.compare import judge
 from unilabel.conformance.oracle import expected
+from unilabel.conformance.tolerances import judge
 from unilabel.conformance.worker import answer
 
 import unilabel as ul
@@ -32,8 +33,8 @@ EACH_REDUCTION = pytest.mark.parametrize(  # in a quick run the mean alone
 def calls(draw: Any) -> Case:
     """A loss with any of its options, of small shapes (few, so that compilers see them again)."""
     maker = Maker("options", "float64", draw(st.integers(0, 2**20)))
-    loss = draw(st.sampled_from([MULTILABEL, SOFTMAX, "binary_cross_entropy", "cross_entropy", "nll"]))
-    by_row = loss in (SOFTMAX, "cross_entropy", "nll")
+    loss = draw(st.sampled_from(list(KINDS)))
+    per_example = KINDS[loss].per_example
     low, high = {MULTILABEL: (-9, 9), SOFTMAX: (-9, 9), "nll": (-9, 0)}.get(loss, (0, 1))
     shape, axis = draw(
         st.sampled_from(
@@ -53,7 +54,7 @@ def calls(draw: Any) -> Case:
         if whole:
             values = [x if k else maker.random.choice(GARBAGE) for x, k in zip(logits.values, keep.values, strict=True)]
             logits = Tensor(shape, values)
-    if by_row:
+    if per_example:
         for name, size in (("weight", (classes,)), ("sample_weight", batch)):
             if draw(st.booleans()):
                 options[name] = maker.numbers(size, 0.1, 3)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from mpmath import mp, mpf
 from unilabel.conformance import oracle
-from unilabel.conformance.cases import MULTILABEL, SOFTMAX, Maker, nearest
-from unilabel.conformance.compare import judge
+from unilabel.conformance.cases import LOSSES, MULTILABEL, SOFTMAX, Maker, nearest
+from unilabel.conformance.tolerances import judge
 
 
 def expected(loss, logits, targets, **options):
@@ -185,3 +185,12 @@ def test_hessian_is_the_slope_of_the_gradient():
 
                 slope = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
                 assert abs(slope - exact.hessian[i].value) < mpf(2) ** -100
+
+
+def test_the_table_of_losses_is_unilabels():
+    """The suite has a table of its own, as the oracle shares nothing with what it judges."""
+    from unilabel import formulas
+
+    takes = {"logits": "logits", "probs": "probabilities", "log_probs": "log-probabilities"}
+    table = {name: (loss.per_example, takes[loss.takes]) for name, loss in formulas.LOSSES.items()}
+    assert table == {name: tuple(loss) for name, loss in LOSSES.items()}

@@ -14,8 +14,8 @@ from jsonschema import Draft202012Validator, ValidationError
 from mpmath import mp
 from unilabel.conformance import cli, oracle, vectors
 from unilabel.conformance.cases import DTYPES, FAMILIES, FULL, LONG, Tensor, cases
-from unilabel.conformance.compare import judge
 from unilabel.conformance.oracle import expected
+from unilabel.conformance.tolerances import judge
 from unilabel.conformance.vectors import FOLDER, SCHEMA, load, stale, write
 from unilabel.conformance.worker import answer
 

@@ -1,18 +1,8 @@
 """Multilabel logistic loss and softmax + NLL for NumPy, PyTorch, JAX and TensorFlow tensors: one implementation."""
 
-from .losses import (
-    binary_cross_entropy,
-    cross_entropy,
-    grad_and_hess,
-    log_sigmoid,
-    log_softmax,
-    multilabel_logistic_loss,
-    nll,
-    sigmoid,
-    softmax,
-    softmax_nll,
-    value_and_grad,
-)
+from .activations import log_sigmoid, log_softmax, sigmoid, softmax
+from .derivatives import grad_and_hess, value_and_grad
+from .losses import binary_cross_entropy, cross_entropy, multilabel_logistic_loss, nll, softmax_nll
 
 __all__ = [
     "binary_cross_entropy",

@@ -6,6 +6,7 @@ the module that it comes from. Only then is the one file of `unilabel.backends` 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 
 from . import formulas
 from .compilers import constant_in_dynamo
-from .formulas import Array, Loss, Namespace, Operands, Options
+from .formulas import Array, Loss, Operands, Options
+from .namespace import Extended, Namespace
 
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
@@ -45,8 +47,8 @@ class Backend:
         return "cpu"
 
     def namespace(self, x: Array) -> Namespace:
-        """The array API namespace that the formulas run in."""
-        return x.__array_namespace__()
+        """The namespace that the formulas run in where nothing is differentiated."""
+        return _extended(x.__array_namespace__())
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         """What keeps an object of this framework from being an array to compute with; None if nothing does.
@@ -55,7 +57,7 @@ class Backend:
         """
         return None
 
-    def settled(self, x: Array, targets: Any) -> Any:
+    def cache_key(self, x: Array, targets: Any) -> Any:
         """What two arrays of this framework, on one device, have to be checked for, beside their shapes, as a key.
 
         A call like an earlier one is not checked again. None: check each time.
@@ -66,7 +68,7 @@ class Backend:
         """Whether the number of dimensions is not known before it runs; then there is `rows`."""
         return False
 
-    def rows(self, per_row: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+    def rows(self, per_example: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
         """The array with its last axis and one more, operands to match, and the ways back for gradients and losses."""
         raise NotImplementedError
 
@@ -108,40 +110,16 @@ class Backend:
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         """One of the activations of `formulas`, differentiable by the framework's autodiff if it has one."""
-        return formulas.activation(self.namespace(x), function, x, half, by_autodiff=self.autodiff)
+        return formulas.activation(self.namespace(x), function, x, half)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         """function(x), and its derivative times the cotangent by the framework's own autodiff."""
         raise TypeError(f"{self.name} has no autodiff: use unilabel.value_and_grad.")
 
 
-class Extended:
-    """An array API namespace with functions added to the standard's, or put in their place.
-
-    It may be given by its name: then it is imported when it is first asked for a function, or by `load`.
-    """
-
-    # The formulas ask for these each time; searching the base takes long.
-    pick = softmax = softplus = step = sym_max = None
-
-    def __init__(self, base: Any, **functions: Any) -> None:
-        self.__dict__.update(functions, _base=base)
-
-    def load(self) -> None:
-        """Take over all functions at once: a compiler that traces them may not write down one after the other."""
-        name = self._base
-        if isinstance(name, str):
-            base = importlib.import_module(name)
-            more = {key: found for key, found in vars(base).items() if not hasattr(Extended, key)}
-            self.__dict__.update(more | self.__dict__ | {"_base": base})
-
-    def __getattr__(self, name: str) -> Any:
-        base = self.__dict__["_base"]
-        if isinstance(base, str):
-            self.load()
-            return getattr(self, name)
-        found = self.__dict__[name] = getattr(base, name)
-        return found
+@functools.cache
+def _extended(library: Any) -> Namespace:
+    return Extended(library)
 
 
 def backend_of(logits: Any, *others: Any) -> Backend:

@@ -31,12 +31,6 @@ def product(lengths: Iterable[Length]) -> Length:
     return result
 
 
-def extent(xp: Any, x: Any, axis: int) -> Any:
-    """The length of an axis: a number, or an array of no dimensions where it is not known before it runs."""
-    n = x.shape[axis]
-    return xp.extent(x, axis) if n is None else n
-
-
 def count(xp: Any, x: Any, axes: Iterable[int]) -> Any:
     """How many elements these axes have, 1 for none: a number to divide by, or an array in the dtype of x."""
     axes = tuple(axes)
@@ -44,4 +38,4 @@ def count(xp: Any, x: Any, axes: Iterable[int]) -> Any:
     unknown = [xp.astype(xp.extent(x, axis), x.dtype) for axis in axes if x.shape[axis] is None]
     if unknown:
         return xp.maximum(math.prod(unknown, start=known), 1)
-    return xp.sym_max(known, 1) if getattr(xp, "sym_max", None) else max(known, 1)
+    return xp.longest(known, 1)

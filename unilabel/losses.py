@@ -1,4 +1,4 @@
-"""The public functions. Each checks its call (arrange), then has the logits' framework run the formula (backend).
+"""The losses. Each brings its call into canonical form, then has the logits' framework run the formula.
 
 Which loss? It is part of the model, not of taste:
 
@@ -12,14 +12,12 @@ Which loss? It is part of the model, not of taste:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from . import formulas
-from .arrange import Arranged, arrange, arrange_activation
+from .canonical import Given, canonical
 from .compilers import as_it_is_in_autograph
-from .formulas import Loss
+from .formulas import BINARY, CATEGORICAL, LOGISTIC, NLL, SOFTMAX, Loss, Operands
 
 Array = TypeVar("Array")
 
@@ -71,20 +69,9 @@ def multilabel_logistic_loss(
     >>> print(f"{loss:.6f}")
     2.023725
     """
-    return _run(
-        arrange(
-            formulas.LOGISTIC,
-            logits,
-            targets,
-            weight=weight,
-            pos_weight=pos_weight,
-            where=where,
-            label_smoothing=label_smoothing,
-            axis=axis,
-            reduction=reduction,
-            validate=validate,
-        )
-    )
+    operands = Operands(targets, weight=weight, pos_weight=pos_weight, where=where)
+    given = Given(reduction, axis, label_smoothing, validate=validate)
+    return _run(LOGISTIC, logits, operands, given)
 
 
 def softmax_nll(
@@ -100,7 +87,7 @@ def softmax_nll(
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
-    """Softmax and negative log-likelihood, in one: classes that exclude each other, exactly one label per example.
+    """Softmax and negative log-likelihood, in one: mutually exclusive classes, exactly one label per example.
 
     `L = -(1/N) Σ_n log softmax(x_n)[y_n]`, or `-(1/N) Σ_n Σ_c z_nc log softmax(x_n)_c` for a distribution z.
 
@@ -138,21 +125,9 @@ def softmax_nll(
     >>> print(f"{loss:.6f}")
     0.396378
     """
-    return _run(
-        arrange(
-            formulas.SOFTMAX,
-            logits,
-            targets,
-            weight=weight,
-            sample_weight=sample_weight,
-            where=where,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            axis=axis,
-            reduction=reduction,
-            validate=validate,
-        )
-    )
+    operands = Operands(targets, weight=weight, sample_weight=sample_weight, where=where)
+    given = Given(reduction, axis, label_smoothing, ignore_index=ignore_index, validate=validate)
+    return _run(SOFTMAX, logits, operands, given)
 
 
 def binary_cross_entropy(
@@ -191,21 +166,9 @@ def binary_cross_entropy(
     >>> print(binary_cross_entropy(np.array([0.9, 0.2, 1.0]), [1, 0, 1], reduction="none").round(6))
     [0.105361 0.223144 0.      ]
     """
-    return _run(
-        arrange(
-            formulas.BINARY,
-            probs,
-            targets,
-            eps=eps,
-            weight=weight,
-            pos_weight=pos_weight,
-            where=where,
-            label_smoothing=label_smoothing,
-            axis=axis,
-            reduction=reduction,
-            validate=validate,
-        )
-    )
+    operands = Operands(targets, weight=weight, pos_weight=pos_weight, where=where)
+    given = Given(reduction, axis, label_smoothing, eps=eps, validate=validate)
+    return _run(BINARY, probs, operands, given)
 
 
 def cross_entropy(
@@ -244,22 +207,9 @@ def cross_entropy(
     >>> print(cross_entropy(np.array([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]]), [0, 2], reduction="none").round(6))
     [0.356675 0.693147]
     """
-    return _run(
-        arrange(
-            formulas.CATEGORICAL,
-            probs,
-            targets,
-            eps=eps,
-            weight=weight,
-            sample_weight=sample_weight,
-            where=where,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            axis=axis,
-            reduction=reduction,
-            validate=validate,
-        )
-    )
+    operands = Operands(targets, weight=weight, sample_weight=sample_weight, where=where)
+    given = Given(reduction, axis, label_smoothing, ignore_index=ignore_index, eps=eps, validate=validate)
+    return _run(CATEGORICAL, probs, operands, given)
 
 
 def nll(
@@ -297,230 +247,24 @@ def nll(
     >>> print(nll(np.log([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25]]), [0, 2], reduction="none").round(6))
     [0.356675 1.386294]
     """
-    return _run(
-        arrange(
-            formulas.NLL,
-            log_probs,
-            targets,
-            weight=weight,
-            sample_weight=sample_weight,
-            where=where,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            axis=axis,
-            reduction=reduction,
-            validate=validate,
-        )
-    )
+    operands = Operands(targets, weight=weight, sample_weight=sample_weight, where=where)
+    given = Given(reduction, axis, label_smoothing, ignore_index=ignore_index, validate=validate)
+    return _run(NLL, log_probs, operands, given)
 
 
-def value_and_grad(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss and its gradient by the logits, in closed form: no tape, on every framework, NumPy among them.
-
-    Args:
-        loss: a loss of unilabel: `multilabel_logistic_loss`, `softmax_nll`, `binary_cross_entropy`, `cross_entropy`
-            or `nll`.
-
-    Returns:
-        A function that is called like the loss, `(logits, targets, **options)`, and returns the loss and its
-        derivative by the logits, in their shape, dtype and framework. With `reduction="none"`: the losses, and the
-        gradient of their sum. Under `torch.autocast`, of half-precision logits: in float32, as PyTorch's own losses.
-
-    Raises:
-        TypeError: `loss` is not one of unilabel's.
-
-    >>> import numpy as np
-    >>> loss, gradient = value_and_grad(softmax_nll)(np.array([[2.0, 0.5, -1.0]]), [0])
-    >>> print(f"{loss:.6f}", gradient.round(6))
-    0.241311 [[-0.214403  0.17529   0.039113]]
-    """
-
-    return _found(loss, _WITH_GRADIENT)
-
-
-def grad_and_hess(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient and the diagonal of the Hessian of a loss, per logit: what boosting libraries ask an objective for.
-
-    `g = dL/dx_nc,  h = d²L/dx_nc²` of the summed loss L. Multilabel: `h = w σ(x) (1 - σ(x))`, with pos_weight in w
-    where z is 1; softmax: `h = w p (1 - p)`.
-
-    Args:
-        loss: a loss of unilabel, as in `value_and_grad`.
-
-    Returns:
-        A function that is called like the loss, `(logits, targets, **options)`, and returns g and h, each in the
-        logits' shape, dtype and framework. There is nothing to reduce: "sum" is the only `reduction` it takes.
-
-    Raises:
-        TypeError: `loss` is not one of unilabel's.
-
-    The Hessian of a softmax is not diagonal. To make up for the rest, XGBoost doubles the diagonal, and LightGBM takes
-    it times K / (K - 1) for K classes: do the same with h to train as they do.
-
-    >>> import numpy as np
-    >>> gradient, hessian = grad_and_hess(multilabel_logistic_loss)(np.array([0.0, 2.0, -50.0]), [1, 1, 0])
-    >>> print(gradient.round(6), hessian.round(6))
-    [-0.5      -0.119203  0.      ] [0.25     0.104994 0.      ]
-    """
-
-    return _found(loss, _WITH_HESSIAN)
-
-
-def _found(loss: Any, functions: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
-    if loss not in functions:
-        names = ", ".join(function.__name__ for function in functions)
-        raise TypeError(f"Expected a loss of unilabel: {names}. Received: {loss!r}.")
-    return functions[loss]
-
-
-def _with_gradient(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any]:
-    def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, _, settled, x, operands, restore, finish = arrange(formula, logits, targets, **options)
-        value, gradient = backend.closed_form(formulas.value_and_gradient, formula, settled, x, operands)
-        return value if finish is None else finish(value), restore(gradient)
-
-    returns = "The loss and its gradient by the logits, in closed form."
-    return _called_like(loss, "value_and_grad", returns, run)
-
-
-def _with_hessian(loss: Callable[..., Any], formula: Loss) -> Callable[..., Any]:
-    def run(logits: Any, targets: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        backend, _, settled, x, operands, restore, _ = arrange(formula, logits, targets, **options)
-        gradient, hessian = backend.closed_form(formulas.gradient_and_hessian, formula, settled, x, operands)
-        return restore(gradient), restore(hessian)
-
-    returns = "The gradient and the diagonal of the Hessian of the summed loss, per logit, in closed form."
-    return _called_like(loss, "grad_and_hess", returns, run, reduction="sum")
-
-
-def _called_like(
-    loss: Callable[..., Any], name: str, returns: str, run: Callable[..., Any], **fixed: Any
-) -> Callable[..., Any]:
-    """A function with the options of a loss and their defaults; those that are fixed have one choice."""
-    defaults: dict[str, Any] = (loss.__kwdefaults__ or {}) | fixed
-
-    def called(logits: Any, targets: Any, **options: Any) -> tuple[Any, Any]:
-        if not options.keys() <= defaults.keys():
-            choices, unknown = ", ".join(defaults), ", ".join(sorted(options.keys() - defaults.keys()))
-            raise TypeError(f"Expected options of {loss.__name__}: {choices}. Received: {unknown}.")
-        for option, value in fixed.items():
-            if options.get(option, value) != value:
-                raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
-        return run(logits, targets, defaults | options)
-
-    called.__name__ = called.__qualname__ = f"{name}({loss.__name__})"
-    called.__doc__ = f"{returns} Arguments are those of `{loss.__name__}`."
-    _, *others = inspect.signature(loss).parameters.values()
-    others = [other.replace(default=fixed.get(other.name, other.default)) for other in others]
-    logits, *_ = inspect.signature(called).parameters.values()
-    called.__signature__ = inspect.Signature([logits, *others])  # type: ignore[attr-defined]
-    globals()[called.__name__] = called  # where pickle looks for it
-    as_it_is_in_autograph(called)
-    return called
-
-
-def sigmoid(x: Array) -> Array:
-    """The logistic function, `1 / (1 + exp(-x))`, exact in both tails.
-
-    Args:
-        x: an array of any framework, shape and floating dtype.
-
-    Returns:
-        Values from 0 to 1, each for itself: they do not sum to 1. Of x's framework, dtype, shape and device.
-
-    Raises:
-        TypeError: x is not a floating-point array.
-
-    >>> import numpy as np
-    >>> print(sigmoid(np.array([0.0, 2.0, -50.0])))
-    [5.00000000e-01 8.80797078e-01 1.92874985e-22]
-    """
-    return _activation(formulas.sigmoid, x, None)
-
-
-def log_sigmoid(x: Array) -> Array:
-    """The logarithm of the logistic function, `-log(1 + exp(-x))`, without the loss of digits of `log(sigmoid(x))`.
-
-    Args:
-        x: an array of any framework, shape and floating dtype.
-
-    Returns:
-        Values up to 0, of x's framework, dtype, shape and device.
-
-    Raises:
-        TypeError: x is not a floating-point array.
-
-    >>> import numpy as np
-    >>> print(log_sigmoid(np.array([0.0, 50.0, -1000.0])))
-    [-6.93147181e-01 -1.92874985e-22 -1.00000000e+03]
-    """
-    return _activation(formulas.log_sigmoid, x, None)
-
-
-def softmax(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """The softmax, `exp(x_c) / Σ_k exp(x_k)` along the class axis.
-
-    Args:
-        x: an array of any framework and floating dtype. -inf is a class that cannot be.
-        axis: the class axis, or a tuple of axes read as one.
-
-    Returns:
-        Values from 0 to 1 that sum to 1 along the axis, of x's framework, dtype, shape and device.
-
-    Raises:
-        TypeError: x is not a floating-point array.
-        ValueError: x has no such axis, or no class along it.
-
-    >>> import numpy as np
-    >>> print(softmax(np.array([1000.0, 1000.0, -np.inf])))
-    [0.5 0.5 0. ]
-    """
-    return _activation(formulas.softmax, x, axis)
-
-
-def log_softmax(x: Array, axis: int | tuple[int, ...] = -1) -> Array:
-    """The logarithm of the softmax, `x_c - log Σ_k exp(x_k)` along the class axis, exact where p is close to 1.
-
-    Args:
-        x: an array of any framework and floating dtype. -inf is a class that cannot be.
-        axis: the class axis, or a tuple of axes read as one.
-
-    Returns:
-        Values up to 0, of x's framework, dtype, shape and device.
-
-    Raises:
-        TypeError: x is not a floating-point array.
-        ValueError: x has no such axis, or no class along it.
-
-    >>> import numpy as np
-    >>> print(log_softmax(np.array([17.0, 0.0])))
-    [-4.13993763e-08 -1.70000000e+01]
-    """
-    return _activation(formulas.log_softmax, x, axis)
-
-
-def _run(arranged: Arranged) -> Any:
-    backend, loss, options, x, operands, _, finish = arranged
+def _run(loss: Loss, logits: Any, operands: Operands, given: Given) -> Any:
+    backend, _, options, x, operands, _, finish = canonical(loss, logits, operands, given)
     value = backend.loss(loss, options, x, operands)
     return value if finish is None else finish(value)
 
 
-def _activation(function: Any, x: Any, axis: Any) -> Any:
-    backend, half, x, restore = arrange_activation(x, axis)
-    return restore(backend.activation(function, x, half))
-
-
-_FORMULAS: dict[Any, Loss] = {
-    multilabel_logistic_loss: formulas.LOGISTIC,
-    softmax_nll: formulas.SOFTMAX,
-    binary_cross_entropy: formulas.BINARY,
-    cross_entropy: formulas.CATEGORICAL,
-    nll: formulas.NLL,
+FORMULAS: dict[Callable[..., Any], Loss] = {
+    multilabel_logistic_loss: LOGISTIC,
+    softmax_nll: SOFTMAX,
+    binary_cross_entropy: BINARY,
+    cross_entropy: CATEGORICAL,
+    nll: NLL,
 }
 
-for _public in (*_FORMULAS, sigmoid, log_sigmoid, softmax, log_softmax):
-    as_it_is_in_autograph(_public)
-
-# Made once: the same function each time, so that compilers that key on it do not compile again.
-_WITH_GRADIENT = {loss: _with_gradient(loss, formula) for loss, formula in _FORMULAS.items()}
-_WITH_HESSIAN = {loss: _with_hessian(loss, formula) for loss, formula in _FORMULAS.items()}
+for _loss in FORMULAS:
+    as_it_is_in_autograph(_loss)

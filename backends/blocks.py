@@ -20,10 +20,11 @@ from ..formulas import Array, Divisor, Loss, Namespace, Operands, Options
 np.empty(1 << 24, np.uint8)
 
 
-class Machine(NamedTuple):
+class Blockwise(NamedTuple):
     """What a framework brings."""
 
     xp: Namespace
+    finite: Namespace  # the same, for finite logits and class indices in range
     empty: Callable[[tuple[int, ...], Array], Array]  # memory of a shape, for an array's dtype
     is_contiguous: Callable[[Array], bool]
     each: Callable[[Callable[[slice], Any], list[slice]], Iterable[Any]]  # maps, on several threads or on one
@@ -35,7 +36,8 @@ class Machine(NamedTuple):
 class Call(NamedTuple):
     """A call whose arrays have the rows (of a loss per element: or the elements) along the first axis."""
 
-    machine: Machine
+    blockwise: Blockwise
+    xp: Namespace
     loss: Loss
     options: Options
     x: Array
@@ -44,7 +46,7 @@ class Call(NamedTuple):
 
     def each(self, formula: Callable[..., Any], write: Callable[[slice, Any], Any], cotangent: Any = None) -> list[Any]:
         """Computes all blocks by a formula, of half precision in float32, and writes each; what the writing returns."""
-        xp = self.machine.xp
+        xp = self.xp
         unreduced = self.options.reduction == "none"
         options = self.options._replace(half=False, reduction="none" if unreduced else "sum")
 
@@ -54,37 +56,37 @@ class Call(NamedTuple):
             more = () if cotangent is None else (cotangent[rows] if unreduced else cotangent,)
             return write(rows, formula(xp, self.loss, options, x, operands, *more))
 
-        return list(self.machine.each(one, self.rows))
+        return list(self.blockwise.each(one, self.rows))
 
     def _of(self, name: str, rows: slice) -> Array | None:
         array = getattr(self.operands, name)
-        if array is None or array.ndim == 0 or (self.loss.per_row and name == "weight"):
+        if array is None or array.ndim == 0 or (self.loss.per_example and name == "weight"):
             return array
-        broadcasts = not self.loss.per_row and (array.ndim < self.x.ndim or array.shape[0] == 1)
+        broadcasts = not self.loss.per_example and (array.ndim < self.x.ndim or array.shape[0] == 1)
         return array if broadcasts else array[rows]
 
     def divided(self, total: Any, whole: Array) -> Any:
         """A number times what the reduction divides by; `whole` has the caller's shape."""
         if self.options.reduction not in ("mean", "batchmean"):
             return total
-        xp, parts = self.machine.xp, [None]
+        xp, counts = self.xp, [None]
         chosen = self.options.ignore_index is not None or any(array is not None for array in self.operands[1:])
         if self.options.reduction == "mean" and chosen:
-            parts = self.each(formulas.parts, lambda _, part: None if part is None else float(part))
-        if parts[0] is None:
-            divisor = formulas.counted(xp, self.loss, whole, self.options)
+            counts = self.each(formulas.counts, lambda _, count: None if count is None else float(count))
+        if counts[0] is None:
+            divisor = formulas.counted(xp, self.loss, self.options, whole)
         else:
-            divisor = Divisor(None, xp.asarray(_added(parts), dtype=_working(xp, whole)))
+            divisor = Divisor(None, xp.asarray(_added(counts), dtype=_working(xp, whole)))
         return formulas.mean(xp, total, divisor)
 
     def summed(self, values: list[float], whole: Array) -> Array:
         """The reduction of all, from the blocks' sums: numbers, as arrays would keep the memory around them apart."""
-        return self.machine.xp.asarray(self.divided(_added(values), whole), dtype=whole.dtype)
+        return self.xp.asarray(self.divided(_added(values), whole), dtype=whole.dtype)
 
-    def memory(self, whole: Array, per_row: bool) -> tuple[Array, Array]:
+    def memory(self, whole: Array, per_example: bool) -> tuple[Array, Array]:
         """For a result of the logits' shape, or with a number for each row: as it is returned, and as it is written."""
-        out = self.machine.empty(tuple(whole.shape)[: -1 if per_row else None], whole)
-        return out, out.reshape(tuple(self.x.shape)[: -1 if per_row else None])
+        out = self.blockwise.empty(tuple(whole.shape)[: -1 if per_example else None], whole)
+        return out, out.reshape(tuple(self.x.shape)[: -1 if per_example else None])
 
 
 def _added(sums: list[Any]) -> float:
@@ -94,48 +96,57 @@ def _added(sums: list[Any]) -> float:
 
 
 def run(
-    machine: Machine, formula: Callable[..., Any], loss: Loss, options: Options, x: Array, operands: Operands
-) -> tuple[Any, Options]:
-    """The result of `value`, `value_and_gradient`, … of `formulas`, and the options that it was computed with.
+    blockwise: Blockwise, formula: Callable[..., Any], loss: Loss, options: Options, x: Array, operands: Operands
+) -> tuple[Any, Namespace]:
+    """The result of `value`, `value_and_gradient`, … of `formulas`, and the namespace that it was computed with.
 
-    At first it is computed without care for infinite logits and wrong indices: where one counts, a loss comes out as
-    infinite or NaN, or there is an IndexError.
+    At first it is computed without care for infinite logits and class indices out of range: where one counts, a loss
+    comes out as infinite or NaN, or there is an IndexError.
     """
     if formula is not formulas.gradient_and_hessian:
-        quick = options._replace(finite=True)
         try:
-            result = _run(machine, formula, loss, quick, x, operands)
-            if machine.all_finite(result[0] if isinstance(result, tuple) else result):
-                return result, quick
+            result = _run(blockwise, blockwise.finite, formula, loss, options, x, operands)
+            if blockwise.all_finite(result[0] if isinstance(result, tuple) else result):
+                return result, blockwise.finite
         except IndexError:
             pass
-    return _run(machine, formula, loss, options, x, operands), options
+    return _run(blockwise, blockwise.xp, formula, loss, options, x, operands), blockwise.xp
 
 
-def gradient(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
-    """As `formulas.gradient`."""
-    call = _in_blocks(machine, loss, options, x, operands)
+def gradient(
+    blockwise: Blockwise,
+    xp: Namespace,
+    loss: Loss,
+    options: Options,
+    x: Array,
+    operands: Operands,
+    cotangent: Array,
+) -> Array:
+    """As `formulas.gradient`, with the namespace that the loss was computed with."""
+    call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formulas.gradient(machine.xp, loss, options, x, operands, cotangent)
+        return formulas.gradient(xp, loss, options, x, operands, cotangent)
     out, flat = call.memory(x, False)
     if options.reduction == "none":
-        cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_row else None])
+        cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_example else None])
     else:
-        cotangent = call.divided(machine.xp.astype(cotangent, _working(machine.xp, x), copy=False), x)
+        cotangent = call.divided(xp.astype(cotangent, _working(xp, x), copy=False), x)
     call.each(formulas.gradient, flat.__setitem__, cotangent)
     return out
 
 
-def _run(machine: Machine, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-    call = _in_blocks(machine, loss, options, x, operands)
+def _run(
+    blockwise: Blockwise, xp: Namespace, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands
+) -> Any:
+    call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formula(machine.xp, loss, options, x, operands)
+        return formula(xp, loss, options, x, operands)
     return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
 
 
 def _value(call: Call, x: Array) -> Array:
     if call.options.reduction == "none":
-        out, flat = call.memory(x, call.loss.per_row)
+        out, flat = call.memory(x, call.loss.per_example)
         call.each(formulas.value, flat.__setitem__)
         return out
     return call.summed(call.each(formulas.value, lambda _, part: float(part)), x)
@@ -146,7 +157,7 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     scale = call.divided(1.0, x)
     second, flat_second = call.memory(x, False)
     unreduced = call.options.reduction == "none" or not has_value
-    first, flat_first = call.memory(x, has_value and call.loss.per_row) if unreduced else (None, None)
+    first, flat_first = call.memory(x, has_value and call.loss.per_example) if unreduced else (None, None)
 
     def write(rows: slice, pair: tuple[Array, Array]) -> float | None:
         flat_second[rows] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
@@ -159,22 +170,24 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     return call.summed(values, x) if first is None else first, second
 
 
-def _in_blocks(machine: Machine, loss: Loss, options: Options, x: Array, operands: Operands) -> Call | None:
+def _in_blocks(
+    blockwise: Blockwise, xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
+) -> Call | None:
     """None if it is too small for that."""
     size = math.prod(x.shape)
-    if size < machine.large or (loss.per_row and x.ndim == 1):
+    if size < blockwise.large or (loss.per_example and x.ndim == 1):
         return None
-    contiguous = machine.is_contiguous
+    contiguous = blockwise.is_contiguous
     if contiguous(x):  # make the first axis longer, where that takes no copy
-        if loss.per_row:
+        if loss.per_example:
             rows = {name: _by_rows(name, array, x) for name, array in operands._asdict().items()}
             x, operands = x.reshape(-1, x.shape[-1]), Operands(**rows)
         elif all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
             operands = Operands(*(a if a is None or a.ndim == 0 else a.reshape(-1) for a in operands))
             x = x.reshape(-1)
-    step = max(1, min(machine.block, size // 2) * x.shape[0] // size)
+    step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
     blocks = [slice(start, start + step) for start in range(0, x.shape[0], step)]
-    return Call(machine, loss, options, x, operands, blocks)
+    return Call(blockwise, xp, loss, options, x, operands, blocks)
 
 
 def _working(xp: Namespace, x: Array) -> Any:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from unilabel.backends import numpy as numpy_backend
 from unilabel.conformance.cases import cases
-from unilabel.conformance.compare import judge
 from unilabel.conformance.oracle import expected
+from unilabel.conformance.tolerances import judge
 from unilabel.conformance.worker import answer
 
 import unilabel as ul
@@ -27,7 +27,7 @@ def small(monkeypatch, request):
     for name in request.config.getoption("--backend") or ("numpy", "torch"):
         if name in ("numpy", "torch"):
             module = importlib.import_module(f"unilabel.backends.{name}")
-            monkeypatch.setattr(module, "machine", module.machine._replace(large=1, block=4))
+            monkeypatch.setattr(module, "blockwise", module.blockwise._replace(large=1, block=4))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_summed_apart_in_jax(step, right, request, monkeypatch):
 def large(rows=900, classes=500):
     rng = np.random.default_rng(20261121)
     x = rng.normal(0, 5, (rows, classes)).astype("float32")
-    assert x.size > numpy_backend.machine.block > numpy_backend.machine.large
+    assert x.size > numpy_backend.blockwise.block > numpy_backend.blockwise.large
     return x, rng.integers(0, 2, x.shape), rng.integers(0, classes, rows)
 
 
@@ -199,7 +199,7 @@ def fork():
 def test_after_a_fork():
     """The parent's threads are not in the child. In a process of its own: other frameworks may not be forked."""
     subprocess.run(
-        [sys.executable, "-c", "import test_tiles; test_tiles.fork()"], cwd=Path(__file__).parent, check=True
+        [sys.executable, "-c", "import test_blocks; test_blocks.fork()"], cwd=Path(__file__).parent, check=True
     )
 
 

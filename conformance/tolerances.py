@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from mpmath import mp
 
-from .cases import DTYPES, LARGEST, Case, Tensor
+from .cases import DTYPES, LARGEST, LOSSES, Case, Tensor
 from .oracle import Exact, Expected
 
 # ULP for (value, gradient), as measured for each framework's exp and log1p. Others are held to NumPy's.
 ELEMENTS = {"numpy": (4, 4), "torch": (3, 3), "jax": (4, 3), "tensorflow": (6, 4)}
 ELEMENTS_POS_WEIGHT = {"numpy": (6, 5), "torch": (4, 4), "jax": (6, 4), "tensorflow": (6, 4)}
-ROWS = {"numpy": (5, 7), "torch": (5, 6), "jax": (5, 7), "tensorflow": (6, 7)}
+PER_EXAMPLE = {"numpy": (5, 7), "torch": (5, 6), "jax": (5, 7), "tensorflow": (6, 7)}
 FACTOR = 1  # more for each further factor: a weight, a sample weight, an incoming gradient
 CURVATURE = 2  # more for the Hessian diagonal: its products are one longer than the gradient's
 SUM = 20  # more for a sum or a mean of many numbers, and for a row of more than LONG classes
@@ -41,12 +41,12 @@ class Verdict(NamedTuple):
 
 def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]], backend: str) -> dict[str, Verdict]:
     """A verdict on each quantity (value, gradient, hessian) that a backend computed, in one way or several."""
-    by_row = case.loss not in ("multilabel_logistic_loss", "binary_cross_entropy")
-    table = ROWS if by_row else ELEMENTS_POS_WEIGHT if "pos_weight" in case.options else ELEMENTS
+    per_example = LOSSES[case.loss].per_example
+    table = PER_EXAMPLE if per_example else ELEMENTS_POS_WEIGHT if "pos_weight" in case.options else ELEMENTS
     value, gradient = table.get(backend, table["numpy"])
     factors = FACTOR * len({"weight", "sample_weight"} & case.options.keys())
     value, gradient = value + factors, gradient + factors + FACTOR
-    long = SUM if by_row and len(case.logits.values) > LONG else 0
+    long = SUM if per_example and len(case.logits.values) > LONG else 0
     reduced = min(SUM, exact.summands - 1)
     bounds: dict[str, float] = {
         "value": value + long + reduced,

@@ -1,0 +1,136 @@
+"""PyTorch's functions for the formulas: eager, for a compiler, for autodiff, and for DTensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..namespace import Array, Extended, Namespace
+
+COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call, and which eager ones can do without
+
+
+class _Indexing(Extended):
+    """Class indices are used as such, not by masks."""
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return targets.to(torch.int64)
+
+    def take(self, weight: Array, index: Array) -> Array:
+        return weight[index]
+
+
+class _Plain(Extended):
+    """The standard's functions, where nothing is differentiated but no kernel may be relied on: a DTensor's, say."""
+
+    longest = staticmethod(torch.sym_max)
+    stop_gradient = staticmethod(torch.Tensor.detach)
+
+
+class _Differentiable(_Plain):
+    """The same where torch differentiates, transforms or exports what it sees."""
+
+    groups: tuple[str, ...] = ("autodiff",)
+
+
+class _Traced(_Plain, _Indexing):
+    """Where a compiler traces what has its derivative beside it."""
+
+    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+        """To gather it, and as a mask, which a compiler does with all else in one loop."""
+        classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        return index.unsqueeze(-1), classes == index.unsqueeze(-1).to(torch.int32)
+
+    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
+        return x.gather(-1, position[0]).squeeze(-1)
+
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
+        return self.where(position[1], values if isinstance(values, float) else values.unsqueeze(-1), x)
+
+
+class _Eager(_Indexing):
+    """Torch's own functions, and kernels that do several steps at once."""
+
+    groups: tuple[str, ...] = ("sigmoid",)
+    sigmoid = staticmethod(torch.sigmoid)
+    expand_dims = staticmethod(torch.unsqueeze)
+    max = staticmethod(torch.amax)
+    multiply = staticmethod(torch.mul)
+    longest = staticmethod(torch.sym_max)
+
+    def softplus(self, x: Array) -> Array:
+        return torch.nn.functional.softplus(x, 1, 60.0)  # beyond, it is x to the last digit
+
+    def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
+        return x if x.dtype is dtype else x.to(dtype)
+
+    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        return torch.sum(x) if axis is None else torch.sum(x, axis, keepdims)
+
+    def position(self, x: Array, index: Array) -> Array:
+        return index.unsqueeze(-1)
+
+    def take_along_axis(self, x: Array, position: Array) -> Array:
+        try:
+            return x.gather(-1, position).squeeze(-1)
+        except RuntimeError as error:
+            raise IndexError(*error.args) from None
+
+    def put_along_axis(self, x: Array, position: Array, values: Any) -> Array:
+        return x.scatter_(-1, position, values if isinstance(values, float) else values.unsqueeze(-1))
+
+
+class _Finite(_Eager):
+    groups: tuple[str, ...] = ("sigmoid", "softmax")
+    assume_finite = True
+
+    def softmax(self, x: Array) -> Array:
+        if x.shape[-1] >= 16 or x.numel() < 1000:
+            return torch.softmax(x, -1)
+        e = torch.exp(x - torch.amax(x, -1, True))  # torch's own is slow where rows are shorter than its vectors
+        return e.div_(torch.sum(e, -1, True))
+
+
+plain: Namespace = _Plain(COMPAT)
+differentiable: Namespace = _Differentiable(COMPAT)
+traced: Namespace = _Traced(COMPAT)
+eager: Namespace = _Eager(torch)
+finite: Namespace = _Finite(torch)
+
+
+def replicated(data: Array, like: Array) -> Array:
+    """Data that every process has, beside a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(data, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+
+
+def sharded_like(x: Array, autodiff: bool = False) -> Namespace:
+    """The namespace for a DTensor, whose classes may be spread over processes: they exchange rows, never logits."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
+
+    class Sharded(_Plain):
+        groups = differentiable.groups if autodiff else ()
+
+        def arange(self, n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
+            return replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
+
+        def any(self, x: Array, **options: Any) -> Array:
+            return self._at_once(plain.any, x, **options)
+
+        def max(self, x: Array, **options: Any) -> Array:
+            return self._at_once(plain.max, x, **options)
+
+        def sum(self, x: Array, **options: Any) -> Array:
+            return self._at_once(plain.sum, x, **options)
+
+        def _at_once(self, reduce: Any, x: Array, *, axis: int | None = None, **options: Any) -> Array:
+            """The reduction with its result exchanged. Later, it would be when it has met all logits of a row."""
+            rows = reduce(x, axis=axis, **options)
+            done = [Replicate() if place.is_partial() else place for place in rows.placements]
+            return rows if axis is None else rows.redistribute(placements=done)
+
+    return Sharded(COMPAT)

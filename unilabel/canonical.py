@@ -1,0 +1,179 @@
+"""A call in canonical form, which is what the formulas take, and the cache of the calls that came through all checks.
+
+All arrays are of the logits' framework and on their device, mutually exclusive classes are along the last axis, and the
+options are resolved and hashable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import checks
+from .backend import Backend, backend_of, is_number
+from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, REDUCTIONS, choices, fail
+from .formulas import Array, Loss, Operands, Options
+from .lengths import Shape
+from .namespace import Namespace
+
+
+class Given(NamedTuple):
+    """Every option of a loss that is not an operand, as the caller gave it."""
+
+    reduction: str
+    axis: int | tuple[int, ...] = -1
+    label_smoothing: Any = 0.0
+    ignore_index: int | None = None
+    eps: float | None = None
+    validate: bool = False
+
+
+class Canonical(NamedTuple):
+    """A call, ready to run. `restore` gives an array laid out like `x` the layout of the caller's logits.
+
+    `finish` does so for what reduction="none" returns; None: nothing to do.
+    """
+
+    backend: Backend
+    loss: Loss
+    options: Options
+    x: Array
+    operands: Operands
+    restore: Callable[[Array], Array]
+    finish: Callable[[Array], Array] | None = None
+
+
+def as_it_is(array: Array) -> Array:
+    return array
+
+
+def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
+    """Check a call of a loss and bring it into canonical form."""
+    # A number is an option; an array, traced or to be learned, is an operand.
+    if not is_number(given.label_smoothing):
+        operands, given = operands._replace(label_smoothing=given.label_smoothing), given._replace(label_smoothing=0.0)
+    backend = backend_of(logits, *operands)
+    key = _key(backend, loss, logits, operands, given)
+    found = None if key is None else _checked.get(key)
+    if found is not None:
+        return Canonical(backend, loss, found, logits, operands, as_it_is)
+    call = _canonical(backend, loss, logits, operands, given)
+    if key is not None and call.operands.targets is operands.targets and call.restore is as_it_is:
+        if len(_checked) >= 1000:  # shapes that never come again
+            _checked.clear()
+        _checked[key] = call.options
+    return call
+
+
+_checked: dict[Any, Options] = {}  # the options of calls that came through all checks with nothing to convert
+_HASHABLE = {int, float, bool, str, type(None)}
+
+
+def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Any:
+    """What two calls have in common that need the same checks; None if it is not to be told."""
+    targets, *others = operands
+    if given.validate or any(other is not None for other in others):
+        return None
+    arrays = backend.cache_key(logits, targets)
+    kinds = None if arrays is None else tuple(map(type, given))  # 1, 1.0 and True are equal
+    if kinds is None or not _HASHABLE.issuperset(kinds):
+        return None
+    return loss.name, given, kinds, arrays, logits.shape, targets.shape
+
+
+def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
+    name = checks.check_array(backend, logits, loss.takes)
+    if backend.rankless(logits):
+        checks.only_last_axis(given.axis, loss.takes)
+        smoothing = operands.label_smoothing
+        logits, operands, restore, finish = backend.rows(loss.per_example, logits, operands)
+        call = _canonical(backend, loss, logits, operands._replace(label_smoothing=smoothing), given)
+        return call._replace(restore=restore, finish=finish if given.reduction == "none" else None)
+    shape: Shape = tuple(logits.shape)
+    axes = checks.class_axes(given.axis, len(shape), loss.takes, loss.per_example)
+    if given.reduction not in REDUCTIONS:
+        fail(ValueError, "reduction", choices(map(repr, REDUCTIONS)), repr(given.reduction))
+    options = Options(
+        reduction=given.reduction,
+        axes=(-1,) if loss.per_example else axes,
+        label_smoothing=checks.fraction("label_smoothing", given.label_smoothing, 1.0) or None,
+        eps=EPSILON[name] if given.eps is None else checks.fraction("eps", given.eps, 0.5),
+        half=name in HALVES,
+    )
+    if 0 < options.eps < (2.0**-1022 if name == "float64" else 2.0**-126):
+        fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(given.eps))
+    if operands.targets is None:
+        fail(TypeError, "targets", "an array", "None")
+    dtypes = {}
+    for label, data in operands._asdict().items():
+        if data is not None:
+            array, dtypes[label] = checks.operand(backend, label, data, TAKES[label], logits, name)
+            operands = operands._replace(**{label: array})
+    checks.has_shape("label_smoothing", operands.label_smoothing, (), lambda: "a number, or an array of no dimensions")
+    checks.broadcasts("where", operands.where, shape, loss.takes)
+    if not loss.per_example:
+        checks.elementwise_shapes(loss, shape, operands)
+    else:
+        options = checks.per_example_shapes(
+            loss, shape, axes, operands, dtypes["targets"], options, given.axis, given.ignore_index
+        )
+    if given.validate:
+        checks.values(backend, loss, logits, operands, options, axes, dtypes["targets"])
+    if not loss.per_example:
+        return Canonical(backend, loss, options, logits, operands, as_it_is)
+
+    xp = backend.namespace(logits)
+    if operands.where is not None:  # broadcast by arithmetic: a length may be unknown before it runs
+        keep = operands.where
+        for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
+            keep = xp.expand_dims(keep, axis=0)
+        operands = operands._replace(where=xp.logical_and(keep, xp.ones_like(logits, dtype=xp.bool)))
+    last, restore = _class_axis_last(xp, axes, logits)
+    z, where = operands.targets, operands.where
+    operands = operands._replace(
+        targets=z if options.indices else last(z), where=None if where is None else last(where)
+    )
+    return Canonical(backend, loss, options, last(logits), operands, restore)
+
+
+TAKES = dict.fromkeys(Operands._fields, NUMBERS) | {"where": ("bool",), "label_smoothing": (*INTEGERS, *FLOATS)}
+
+
+def canonical_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Backend, bool, Array, Any]:
+    """The backend, whether x is of half precision, x with its class axis (None: it has none) last, and the way back."""
+    backend = backend_of(x)
+    half = checks.check_array(backend, x, "x") in HALVES
+    if axis is None:
+        return backend, half, x, as_it_is
+    if backend.rankless(x):
+        checks.only_last_axis(axis, "x")
+        x, _, restore, _ = backend.rows(True, x, Operands(None))
+        return backend, half, x, restore
+    axes = checks.class_axes(axis, len(x.shape), "x", True)
+    checks.some_class("x", x.shape, axes, axis)
+    last, restore = _class_axis_last(backend.namespace(x), axes, x)
+    return backend, half, last(x), restore
+
+
+def _class_axis_last(
+    xp: Namespace, axes: tuple[int, ...], x: Array
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """How to move the class axes of arrays of this shape to the end, as one, and how to move them back."""
+    ndim = len(x.shape)
+    if axes == (-1,):
+        return as_it_is, as_it_is
+    order = [i for i in range(ndim) if i - ndim not in axes] + [i + ndim for i in axes]
+    back = [order.index(i) for i in range(ndim)]
+    moved = [xp.extent(x, i) for i in order]
+    flat = [*moved[: ndim - len(axes)], math.prod(moved[ndim - len(axes) :])]
+
+    def last(array: Array) -> Array:
+        array = xp.permute_dims(array, tuple(order))
+        return array if len(axes) == 1 else xp.reshape(array, tuple(flat))
+
+    def restore(array: Array) -> Array:
+        array = array if len(axes) == 1 else xp.reshape(array, tuple(moved))
+        return xp.permute_dims(array, tuple(back))
+
+    return last, restore

@@ -1,0 +1,238 @@
+"""Every check of a call, and every error text: what was expected, what came, and the choices."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from .backend import Backend, backend_of, is_plain
+from .formulas import Array, Loss, Operands, Options
+from .lengths import Shape, product, same
+
+HALVES = ("float16", "bfloat16")
+FLOATS = (*HALVES, "float32", "float64")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+NUMBERS = (*INTEGERS, *FLOATS, "bool")
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def fail(kind: type[Exception], label: str, expected: str, received: Any) -> NoReturn:
+    raise kind(f"Expected {label}: {expected}. Received: {received}.")
+
+
+def shape_text(shape: Any) -> str:
+    return "(" + ", ".join("?" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def choices(names: Any) -> str:
+    *head, tail = names
+    return f"{', '.join(head)} or {tail}" if head else str(tail)
+
+
+def check_array(backend: Backend, x: Array, label: str) -> str:
+    """The name of the dtype of a floating-point array."""
+    problem = backend.problem(x)
+    if problem is not None:
+        fail(TypeError, label, f"a plain array of {backend.name}", problem)
+    name = backend.dtype(x)
+    if name not in FLOATS:
+        fail(TypeError, label, "dtype " + choices(FLOATS), name)
+    return name
+
+
+def class_axes(axis: Any, ndim: int, what: str, per_example: bool) -> tuple[int, ...]:
+    """The class axes, negative and in the order given. One element of a loss per element has none."""
+    given = axis if isinstance(axis, tuple) else (axis,)
+    axes = tuple(integer("axis", i) for i in given)
+    if ndim == 0 and not per_example and axes in ((-1,), (0,)):
+        return ()
+    if not axes or not all(-ndim <= i < ndim for i in axes):
+        which = f"one of the {what}' axes, {-ndim} to {ndim - 1}" if ndim else f"{what} that have an axis"
+        fail(ValueError, "axis", f"{which}, or a tuple of them", f"{axis} for {ndim} dimensions")
+    axes = tuple(i - ndim if i >= 0 else i for i in axes)
+    if len(set(axes)) < len(axes):
+        fail(ValueError, "axis", "axes that differ", str(axis))
+    return axes
+
+
+def only_last_axis(axis: Any, what: str) -> None:
+    if axis not in (-1, (-1,)):
+        fail(ValueError, "axis", f"-1, as the rank of the {what} is not known (tf.ensure_shape sets it)", axis)
+
+
+def operand(
+    backend: Backend, label: str, data: Any, dtypes: tuple[str, ...], logits: Array, name: str
+) -> tuple[Array, str]:
+    """An operand as an array of the logits' framework, beside them, and the dtype that it came in.
+
+    Plain floats come in the dtype that is computed in.
+    """
+    import numpy
+
+    if not is_plain(data):
+        own = backend_of(data)
+        problem = own.problem(data, logits if own is backend else None)
+        if problem is not None:
+            fail(TypeError, label, "a plain array", problem)
+    try:
+        array = backend.read(data)
+    except Exception as error:  # whatever the objects in a list raise
+        fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
+    plain = isinstance(array, numpy.ndarray)
+    dtype = array.dtype.name if plain else backend.dtype(array)
+    if isinstance(data, (list, tuple, range)) and 0 in array.shape:
+        dtype = dtypes[0]  # an empty list fits any dtype
+        array = array.astype(dtype) if plain else backend.cast(array, dtype)
+    if dtype not in dtypes:
+        fail(TypeError, label, "dtype " + choices(dtypes), dtype)
+    if plain and dtype in FLOATS:
+        with numpy.errstate(all="ignore"):  # a masked label may be any number
+            array = array.astype("float32" if name in HALVES else name, copy=False)
+    return backend.asarray(array, like=logits), dtype
+
+
+def has_shape(label: str, array: Array | None, shape: Shape, expected: Callable[[], str]) -> None:
+    """`expected` is called on failure only: compilers trace what is called, and cannot make text of a length."""
+    if array is not None and not same(array.shape, shape):
+        fail(ValueError, label, expected(), f"shape {shape_text(array.shape)}")
+
+
+def broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> None:
+    if array is None:
+        return
+    own = tuple(array.shape)
+    tail = shape[len(shape) - len(own) :]
+    if len(own) > len(shape) or not same([n if n != 1 else m for n, m in zip(own, tail, strict=True)], tail):
+        fail(ValueError, label, f"a shape that broadcasts to that of the {what}, {shape_text(shape)}", shape_text(own))
+
+
+def fraction(label: str, number: Any, high: float) -> float:
+    try:
+        converted = -1.0 if _is_no_number(number) else float(number)
+    except (TypeError, ValueError):
+        converted = -1.0
+    if not 0 <= converted <= high:
+        fail(ValueError, label, f"a number from 0 to {high}", repr(number))
+    return converted
+
+
+def _is_no_number(given: Any) -> bool:
+    """A truth value or text, either also as NumPy's: `float` would read them."""
+    if isinstance(given, (int, float)):  # a compiler's open number too, which is not to be asked for attributes
+        return isinstance(given, bool)
+    return isinstance(given, (str, bytes)) or getattr(getattr(given, "dtype", None), "kind", "") in tuple("bSU")
+
+
+def integer(label: str, number: Any) -> int:
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)
+    except TypeError:
+        fail(TypeError, label, "an integer" + (" or a tuple of integers" if label == "axis" else ""), repr(number))
+
+
+def elementwise_shapes(loss: Loss, shape: Shape, operands: Operands) -> None:
+    """The operands of an elementwise loss."""
+    has_shape("targets", operands.targets, shape, lambda: f"the shape of the {loss.takes}, {shape_text(shape)}")
+    broadcasts("weight", operands.weight, shape, loss.takes)
+    broadcasts("pos_weight", operands.pos_weight, shape, loss.takes)
+
+
+def per_example_shapes(
+    loss: Loss,
+    shape: Shape,
+    axes: tuple[int, ...],
+    operands: Operands,
+    dtype: str,
+    options: Options,
+    axis: Any,
+    ignore_index: Any,
+) -> Options:
+    """The operands of a loss of mutually exclusive classes; the options with the kind of its targets."""
+    batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
+    classes = some_class(loss.takes, shape, axes, axis)
+
+    def kinds() -> str:
+        return f"integer class indices of shape {shape_text(batch)} or a distribution of shape {shape_text(shape)}"
+
+    indices = len(operands.targets.shape) == len(batch)
+    has_shape("targets", operands.targets, batch if indices else shape, kinds)
+    if indices and dtype not in INTEGERS:
+        fail(TypeError, "targets", kinds(), f"{dtype} of shape {shape_text(batch)}")
+    if ignore_index is not None:
+        if not indices:
+            fail(ValueError, "ignore_index", "None, as the targets are a distribution (mask with where)", ignore_index)
+        ignore_index = integer("ignore_index", ignore_index)
+        if not -(2**31) < ignore_index < 2**31 - 1:
+            fail(ValueError, "ignore_index", "an integer of 32 bits", ignore_index)
+        bits = int(dtype.removeprefix("u").removeprefix("int"))
+        low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+        ignore_index = ignore_index if low <= ignore_index < high else None  # the targets' dtype cannot hold it
+    has_shape("weight", operands.weight, (classes,), lambda: f"one weight for each of {classes} classes")
+    has_shape("sample_weight", operands.sample_weight, batch, lambda: f"one weight per example, {shape_text(batch)}")
+    return options._replace(indices=indices, ignore_index=ignore_index)
+
+
+def some_class(label: str, shape: Shape, axes: tuple[int, ...], axis: Any) -> Any:
+    """How many classes there are."""
+    classes = product(shape[i] for i in axes)
+    if classes == 0:
+        fail(ValueError, label, "at least one class", f"shape {shape_text(shape)} with class axis {axis}")
+    return classes
+
+
+def values(
+    backend: Backend,
+    loss: Loss,
+    logits: Array,
+    operands: Operands,
+    options: Options,
+    axes: tuple[int, ...],
+    dtype: str,
+) -> None:
+    """validate=True: read the values, and raise ValueError that names the first wrong one and its position."""
+    import numpy as np
+
+    what = loss.takes
+    x = np.asarray(backend.to_numpy(logits), dtype="float64")
+    if operands.label_smoothing is not None:
+        smoothing = np.asarray(backend.to_numpy(operands.label_smoothing), dtype="float64")
+        _first(smoothing, ~((smoothing >= 0) & (smoothing <= 1)), "label_smoothing", "a number from 0 to 1")
+    z = backend.to_numpy(operands.targets)
+    keep = np.broadcast_to(True if operands.where is None else backend.to_numpy(operands.where), x.shape)
+    if options.indices:
+        classes = math.prod(x.shape[i] for i in axes)
+        kept = np.moveaxis(keep, axes, range(-len(axes), 0)).reshape(*z.shape, classes)
+        inside = (z >= 0) & (z < classes)
+        names = np.take_along_axis(kept, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
+        taken = kept.any(axis=-1)  # a row with no class left is ignored
+        expected = f"class indices from 0 to {classes - 1}"
+        if options.ignore_index is not None:
+            taken = taken & (z != options.ignore_index)
+            expected += f", or ignore_index={options.ignore_index}"
+        _first(z, taken & ~inside, "targets", expected)
+        _first(z, taken & inside & ~names, "targets", "class indices that where does not mask")
+        keep = keep & np.expand_dims(taken, tuple(axes))
+    else:
+        z = np.asarray(z, dtype="float64")
+        _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
+        if loss.per_example:  # to half the digits of the dtype that they came in or that is computed in
+            working = "float32" if options.half else backend.dtype(logits)
+            total, tolerance = np.where(keep, z, 0).sum(axis=axes), max(EPSILON.get(dtype, 0), EPSILON[working]) ** 0.5
+            wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))
+            _first(total, wrong, "targets", "distributions that sum to 1")
+    valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]
+    expected = {"logits": "no NaN", "probs": "values from 0 to 1", "log_probs": "values up to 0"}[what]
+    _first(x, keep & ~valid, what, expected)
+
+
+def _first(values: Any, wrong: Any, label: str, expected: str) -> None:
+    import numpy
+
+    if wrong.any():
+        position = tuple(int(i) for i in numpy.argwhere(wrong)[0])
+        fail(ValueError, label, expected, f"{values[position]} at {shape_text(position)}")

@@ -1,0 +1,146 @@
+"""A loss with its gradient, and the gradient with the diagonal of the Hessian, in closed form."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from . import formulas
+from .canonical import Canonical, Given, canonical
+from .compilers import as_it_is_in_autograph
+from .formulas import Operands
+from .losses import FORMULAS
+
+
+class Derivative:
+    """A function that is called like a loss: `(logits, targets, **options)`."""
+
+    def __init__(self, maker: Callable[..., Derivative], loss: Callable[..., Any], returns: str, **fixed: Any) -> None:
+        self.maker, self.loss, self.fixed = maker, loss, fixed
+        self.defaults: dict[str, Any] = (loss.__kwdefaults__ or {}) | fixed
+        self.__name__ = self.__qualname__ = f"{maker.__name__}({loss.__name__})"
+        self.__doc__ = f"{returns} Arguments are those of `{loss.__name__}`."
+        first, *others = inspect.signature(loss).parameters.values()
+        others = [other.replace(default=fixed.get(other.name, other.default)) for other in others]
+        self.__signature__ = inspect.Signature([first.replace(name="logits"), *others])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.maker, (self.loss,)
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    def __call__(self, logits: Any, targets: Any, **options: Any) -> tuple[Any, Any]:
+        if not options.keys() <= self.defaults.keys():
+            choices, unknown = ", ".join(self.defaults), ", ".join(sorted(options.keys() - self.defaults.keys()))
+            raise TypeError(f"Expected options of {self.loss.__name__}: {choices}. Received: {unknown}.")
+        for option, value in self.fixed.items():
+            if options.get(option, value) != value:
+                name = self.maker.__name__
+                raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
+        options = self.defaults | options
+        operands = {name: value for name, value in options.items() if name in OPERANDS}
+        given = {name: value for name, value in options.items() if name not in OPERANDS}
+        call = canonical(FORMULAS[self.loss], logits, Operands(targets, **operands), Given(**given))
+        return self.run(call)
+
+    def run(self, call: Canonical) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+
+OPERANDS = ("weight", "pos_weight", "sample_weight", "where")
+as_it_is_in_autograph(Derivative)
+
+
+class ValueAndGradient(Derivative):
+    def run(self, call: Canonical) -> tuple[Any, Any]:
+        backend, loss, options, x, operands, restore, finish = call
+        value, gradient = backend.closed_form(formulas.value_and_gradient, loss, options, x, operands)
+        return value if finish is None else finish(value), restore(gradient)
+
+
+class GradientAndHessian(Derivative):
+    def run(self, call: Canonical) -> tuple[Any, Any]:
+        backend, loss, options, x, operands, restore, _ = call
+        gradient, hessian = backend.closed_form(formulas.gradient_and_hessian, loss, options, x, operands)
+        return restore(gradient), restore(hessian)
+
+
+def value_and_grad(loss: Callable[..., Any]) -> Derivative:
+    """A loss and its gradient by the logits, in closed form: no tape, on every framework, NumPy among them.
+
+    Args:
+        loss: a loss of unilabel: `multilabel_logistic_loss`, `softmax_nll`, `binary_cross_entropy`, `cross_entropy`
+            or `nll`.
+
+    Returns:
+        A function that is called like the loss, `(logits, targets, **options)`, and returns the loss and its
+        derivative by the logits, in their shape, dtype and framework. With `reduction="none"`: the losses, and the
+        gradient of their sum. Under `torch.autocast`, of half-precision logits: in float32, as PyTorch's own losses.
+
+    Raises:
+        TypeError: `loss` is not one of unilabel's.
+
+    >>> import numpy as np
+    >>> from unilabel import softmax_nll
+    >>> loss, gradient = value_and_grad(softmax_nll)(np.array([[2.0, 0.5, -1.0]]), [0])
+    >>> print(f"{loss:.6f}", gradient.round(6))
+    0.241311 [[-0.214403  0.17529   0.039113]]
+    """
+    return _derivative(loss, _WITH_GRADIENT)
+
+
+def grad_and_hess(loss: Callable[..., Any]) -> Derivative:
+    """The gradient and the diagonal of the Hessian of a loss, per logit: what boosting libraries ask an objective for.
+
+    `g = dL/dx_nc,  h = d²L/dx_nc²` of the summed loss L. Multilabel: `h = w σ(x) (1 - σ(x))`, with pos_weight in w
+    where z is 1; softmax: `h = w p (1 - p)`.
+
+    Args:
+        loss: a loss of unilabel, as in `value_and_grad`.
+
+    Returns:
+        A function that is called like the loss, `(logits, targets, **options)`, and returns g and h, each in the
+        logits' shape, dtype and framework. There is nothing to reduce: "sum" is the only `reduction` it takes.
+
+    Raises:
+        TypeError: `loss` is not one of unilabel's.
+
+    The Hessian of a softmax is not diagonal. To make up for the rest, XGBoost doubles the diagonal, and LightGBM takes
+    it times K / (K - 1) for K classes: do the same with h to train as they do.
+
+    >>> import numpy as np
+    >>> from unilabel import multilabel_logistic_loss
+    >>> gradient, hessian = grad_and_hess(multilabel_logistic_loss)(np.array([0.0, 2.0, -50.0]), [1, 1, 0])
+    >>> print(gradient.round(6), hessian.round(6))
+    [-0.5      -0.119203  0.      ] [0.25     0.104994 0.      ]
+    """
+    return _derivative(loss, _WITH_HESSIAN)
+
+
+for _maker in (value_and_grad, grad_and_hess):
+    as_it_is_in_autograph(_maker)
+
+
+def _derivative(loss: Any, derivatives: dict[Any, Derivative]) -> Derivative:
+    if loss not in derivatives:
+        names = ", ".join(function.__name__ for function in derivatives)
+        raise TypeError(f"Expected a loss of unilabel: {names}. Received: {loss!r}.")
+    return derivatives[loss]
+
+
+# Made once: the same object each time, so that compilers that key on it do not compile again.
+_WITH_GRADIENT: dict[Any, Derivative] = {
+    loss: ValueAndGradient(value_and_grad, loss, "The loss and its gradient by the logits, in closed form.")
+    for loss in FORMULAS
+}
+_WITH_HESSIAN: dict[Any, Derivative] = {
+    loss: GradientAndHessian(
+        grad_and_hess,
+        loss,
+        "The gradient and the diagonal of the Hessian of the summed loss, per logit, in closed form.",
+        reduction="sum",
+    )
+    for loss in FORMULAS
+}

@@ -1,0 +1,64 @@
+"""Value, gradient and Hessian diagonal of each loss, once, in pure array API: what unilabel exists for.
+
+A family of losses has a page: logistic.py, softmax.py, probabilities.py. Every function takes the array namespace `xp`
+first and has the class axis last. A loss is computed in three steps:
+
+    target weights             how much of the loss each class carries, whatever the kind of targets (targets.py)
+    terms                      what value, gradient and Hessian have in common (the exponentials)
+    value, gradient, hessian   closed forms in these terms, which reduce.py sums up
+"""
+
+from ..namespace import Array, Namespace
+from .logistic import LOGISTIC, log_sigmoid, sigmoid
+from .probabilities import BINARY, CATEGORICAL, NLL
+from .reduce import (
+    Divisor,
+    activation,
+    counted,
+    counts,
+    factor,
+    gradient,
+    gradient_and_hessian,
+    jvp,
+    mean,
+    unreduced_gradient,
+    value,
+    value_and_gradient,
+    value_and_unscaled_gradient,
+)
+from .softmax import SOFTMAX, log_softmax, softmax
+from .types import Form, Loss, Operands, Options
+
+LOSSES = {loss.name: loss for loss in (LOGISTIC, SOFTMAX, BINARY, CATEGORICAL, NLL)}
+
+__all__ = [
+    "BINARY",
+    "CATEGORICAL",
+    "LOGISTIC",
+    "LOSSES",
+    "NLL",
+    "SOFTMAX",
+    "Array",
+    "Divisor",
+    "Form",
+    "Loss",
+    "Namespace",
+    "Operands",
+    "Options",
+    "activation",
+    "counted",
+    "counts",
+    "factor",
+    "gradient",
+    "gradient_and_hessian",
+    "jvp",
+    "log_sigmoid",
+    "log_softmax",
+    "mean",
+    "sigmoid",
+    "softmax",
+    "unreduced_gradient",
+    "value",
+    "value_and_gradient",
+    "value_and_unscaled_gradient",
+]

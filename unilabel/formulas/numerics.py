@@ -1,0 +1,10 @@
+"""Small steps that several pages share."""
+
+from __future__ import annotations
+
+from ..namespace import Array, Namespace
+
+
+def weigh_logits(xp: Namespace, weight: Array, size: Array) -> Array:
+    """weight · size, where size is infinite only if a logit is; then 0 if the weight is 0."""
+    return xp.multiply(size, weight) if xp.assume_finite else xp.weigh(weight, size)

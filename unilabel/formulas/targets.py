@@ -1,0 +1,179 @@
+"""Target weights: how much of the loss each class carries, of targets, weights, smoothing and masks.
+
+They hold no logits. `like` is an array of the logits' shape and device in the dtype that is computed in.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from .. import lengths
+from ..namespace import Array, Namespace, Position
+from .types import Operands, Options
+
+
+class Elementwise(NamedTuple):
+    """Of independent classes: each element's weight of the label 0, and of the label 1."""
+
+    negative: Array | None  # None: 1 - positive
+    positive: Array
+    total: Array | None  # the sum of the two; None: 1
+    keep: Array | None  # False where the element does not exist
+    counts: Array | None  # what each element adds to the divisor of the mean; None: 1
+
+    def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
+        """x with a harmless number wherever it does not exist."""
+        return x if self.keep is None else xp.where(self.keep, x, fill)
+
+
+class Distribution(NamedTuple):
+    """Of mutually exclusive classes: the weight of each class."""
+
+    weights: Array
+    where: Array | None  # False where the class does not exist
+    ignored: Array | None  # True for an example that does not exist
+    keep: Array | None  # False for either; None: all exist
+    counts: Array | None  # what each example adds to the divisor of the mean; None: 1
+
+    def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
+        x = x if self.where is None else xp.where(self.where, x, fill)
+        return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)
+
+
+class ClassIndex(NamedTuple):
+    """Of mutually exclusive classes: the one that carries all of an example's loss."""
+
+    position: Position
+    weight: Array | None  # one for each example; None: 1
+    keep: Array | None  # False for an example that does not exist
+    counts: Array | None
+
+    def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
+        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, 0.0)
+
+
+TargetWeights = Elementwise | Distribution | ClassIndex
+
+
+def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
+    """`negative = w (1 - z)` and `positive = w · pos_weight · z`, where smoothing makes z (1 - ε) + ε/2 of z."""
+    z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
+    weight, pos_weight = (_like(xp, array, like) for array in (operands.weight, operands.pos_weight))
+    keep, counts = operands.where, None
+    if keep is not None:
+        # Masked before the arithmetic: a NaN that stands there must not reach a derivative either.
+        counts = xp.where(keep, xp.ones_like(like), 0.0)
+        z = xp.where(keep, z, 0.0)
+        weight = counts if weight is None else xp.where(keep, weight, 0.0)
+        pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    if weight is None and pos_weight is None and smoothing is None:
+        return Elementwise(None, z, None, keep, counts)
+    negative, positive = 1 - z, z
+    if smoothing is not None:
+        negative = negative * (1 - smoothing) + smoothing / 2
+        positive = positive * (1 - smoothing) + smoothing / 2
+    if pos_weight is not None:
+        positive = positive * pos_weight
+    if weight is not None:
+        negative, positive = negative * weight, positive * weight
+    total = None if weight is None and pos_weight is None else negative + positive
+    return Elementwise(negative, positive, total, keep, counts)
+
+
+def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
+    """`w_c z_c`, where smoothing makes z_c (1 - ε) + ε/K of z_c, K the classes of the example."""
+    targets, weight, _, sample_weight, where, _ = operands
+    smoothing = _smoothing(xp, like, operands, options)
+    ignored = wrong = named = None
+    if options.indices:
+        index = xp.as_index(targets, like)
+        named = xp.classes(like) == xp.expand_dims(index, axis=-1)
+        if where is not None:
+            named = xp.logical_and(named, where)
+        z = xp.astype(named, like.dtype)
+        wrong = ~xp.any(named, axis=-1)
+        if options.ignore_index is not None:
+            ignored = index == options.ignore_index
+    else:
+        z = xp.astype(targets, like.dtype, copy=False)
+        z = z if where is None else xp.where(where, z, 0.0)
+    if where is not None:
+        empty = ~xp.any(where, axis=-1)
+        ignored = empty if ignored is None else xp.logical_or(ignored, empty)
+
+    counts = None
+    if weight is not None:
+        weight = xp.astype(weight, like.dtype, copy=False)
+        weight = weight if where is None else xp.where(where, weight, 0.0)
+        if named is not None and smoothing is None:  # an infinite weight of another class
+            weight = xp.where(named, weight, 0.0)
+        counts = xp.sum(z * weight, axis=-1)
+    if sample_weight is not None:
+        sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
+        if ignored is not None:
+            sample_weight = xp.where(ignored, 0.0, sample_weight)
+        counts = sample_weight if counts is None else counts * sample_weight
+    if ignored is not None:
+        counts = xp.astype(~ignored, like.dtype) if counts is None else xp.where(ignored, 0.0, counts)
+
+    if smoothing is not None:
+        if where is None:
+            z = z * (1 - smoothing) + smoothing / lengths.count(xp, like, (-1,))
+        else:
+            k = xp.sum(xp.astype(where, like.dtype), axis=-1, keepdims=True)
+            uniform = xp.where(where, smoothing / xp.where(k == 0, 1.0, k), 0.0)
+            z = z * (1 - smoothing) + uniform
+    if weight is not None:
+        z = z * weight
+    if sample_weight is not None:
+        z = z * xp.expand_dims(sample_weight, axis=-1)
+    if wrong is not None:
+        if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
+            wrong = xp.logical_and(wrong, ~ignored)
+        z = xp.where(xp.expand_dims(wrong, axis=-1), math.nan, z)
+    keep = where
+    if ignored is not None:
+        z = xp.where(xp.expand_dims(ignored, axis=-1), 0.0, z)
+        exists = xp.expand_dims(~ignored, axis=-1)
+        keep = exists if where is None else xp.logical_and(where, exists)
+    return Distribution(z, where, ignored, keep, counts)
+
+
+def class_index(xp: Namespace, like: Array, operands: Operands, options: Options) -> ClassIndex:
+    """w_t for the class t of each example. An index out of range makes its weight, and so the loss, NaN."""
+    targets, weight, _, sample_weight, _, _ = operands
+    targets = xp.as_index(targets, like)
+    ignored = None if options.ignore_index is None else targets == options.ignore_index
+    wrong = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
+    off = ignored if wrong is None else wrong  # ignore_index may be a class
+    index = targets if off is None else xp.where(off, 0, targets)
+
+    total = None
+    if weight is not None:
+        total = xp.take(xp.astype(weight, like.dtype, copy=False), index)
+    if sample_weight is not None:
+        sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
+        total = sample_weight if total is None else total * sample_weight
+    if ignored is not None:
+        total = xp.astype(~ignored, like.dtype) if total is None else xp.where(ignored, 0.0, total)
+    counts = total
+    if wrong is not None:
+        if weight is not None:
+            counts = xp.where(wrong, 0.0, counts)
+        wrong = wrong if ignored is None else xp.logical_and(wrong, ~ignored)
+        total = xp.where(wrong, math.nan, xp.astype(~wrong, like.dtype) if total is None else total)
+    keep = None if ignored is None else xp.expand_dims(~ignored, axis=-1)
+    return ClassIndex(xp.position(like, index), total, keep, counts)
+
+
+def _like(xp: Namespace, array: Array | None, like: Array) -> Array | None:
+    return None if array is None else xp.astype(array, like.dtype, copy=False)
+
+
+def _smoothing(xp: Namespace, like: Array, operands: Operands, options: Options) -> Any:
+    """ε: None, a number, or an array, which nobody has checked: NaN where it is not from 0 to 1."""
+    if operands.label_smoothing is None:
+        return options.label_smoothing
+    smoothing = xp.astype(operands.label_smoothing, like.dtype, copy=False)
+    return xp.where((smoothing < 0) | (smoothing > 1), math.nan, smoothing)

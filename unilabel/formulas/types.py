@@ -1,0 +1,61 @@
+"""The records of a computation: a loss and its forms, what it is computed of, and with which options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..namespace import Array, Namespace
+
+
+class Operands(NamedTuple):
+    """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none."""
+
+    targets: Array
+    weight: Array | None = None
+    pos_weight: Array | None = None
+    sample_weight: Array | None = None
+    where: Array | None = None
+    label_smoothing: Array | None = None  # of no dimensions: traced, or to be learned; a plain number is an option
+
+
+class Options(NamedTuple):
+    """What is not an array: hashable, so that compilers can key on it."""
+
+    reduction: str
+    axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for elementwise losses
+    indices: bool = False  # the targets are class indices, not a distribution
+    ignore_index: int | None = None
+    label_smoothing: float | None = None  # None: none, or an operand
+    eps: float = 0.0
+    half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
+
+
+PLAIN = Options("none")
+
+
+class Form(NamedTuple):
+    """One way to compute a loss: each function takes the namespace, and what the one before it returned.
+
+    The value of a form that needs "autodiff", or of a loss that has no such form, is differentiated right by a
+    framework, and so is its gradient.
+    """
+
+    weights: Callable[[Namespace, Array, Operands, Options], Any]  # how much of the loss each class carries
+    terms: Callable[[Namespace, Array, Any, Options], Any]  # what value, gradient and Hessian have in common
+    value: Callable[[Namespace, Any], Array]
+    gradient: Callable[[Namespace, Any], Array]  # less a factor for each example, if there is `scale`
+    hessian: Callable[[Namespace, Any], Array] | None = None  # its diagonal
+    scale: Callable[[Namespace, Any], Array] | None = None  # that factor: rows are multiplied once, with all there is
+    needs: str = ""  # a group of the namespace
+    of_one_class: bool = False  # for class indices alone, with neither smoothing nor masked classes
+
+
+class Loss(NamedTuple):
+    """A loss, and its forms, the fastest first."""
+
+    name: str
+    per_example: bool  # one loss for each example (its classes are mutually exclusive), not one for each element
+    takes: str  # "logits", "probs" or "log_probs"
+    masked: float  # what an input is set to where it is masked
+    forms: tuple[Form, ...]

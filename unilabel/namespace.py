@@ -1,0 +1,170 @@
+"""What the formulas ask of an array namespace: functions of the array API standard, and a few beyond it.
+
+A backend makes its namespace of a module that keeps to the standard (https://data-apis.org/array-api): a subclass of
+`Extended` with what its framework does in another way, or faster.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+Array = Any
+Position = Any  # where each example has its class: `position` gives it to the two functions after it
+
+
+class Namespace(Protocol):
+    """A namespace of arrays whose classes are along the last axis."""
+
+    # Of the standard:
+
+    @property
+    def bool(self) -> Any: ...
+    @property
+    def float32(self) -> Any: ...
+    @property
+    def float64(self) -> Any: ...
+
+    def abs(self, x: Array, /) -> Array: ...
+    def any(self, x: Array, /, *, axis: int) -> Array: ...
+    def arange(self, n: Any, /, *, device: Any) -> Array: ...
+    def asarray(self, x: Any, /, *, dtype: Any) -> Array: ...
+    def astype(self, x: Array, dtype: Any, /, *, copy: Any = True) -> Array: ...
+    def exp(self, x: Array, /) -> Array: ...
+    def expand_dims(self, x: Array, /, *, axis: int) -> Array: ...
+    def isinf(self, x: Array, /) -> Array: ...
+    def log(self, x: Array, /) -> Array: ...
+    def log1p(self, x: Array, /) -> Array: ...
+    def logical_and(self, x: Array, y: Array, /) -> Array: ...
+    def logical_or(self, x: Array, y: Array, /) -> Array: ...
+    def max(self, x: Array, /, *, axis: int, keepdims: Any = False) -> Array: ...
+    def maximum(self, x: Array, y: Array, /) -> Array: ...
+    def minimum(self, x: Array, y: Array, /) -> Array: ...
+    def multiply(self, x: Array, y: Array, /) -> Array: ...
+    def ones_like(self, x: Array, /, *, dtype: Any = None) -> Array: ...
+    def permute_dims(self, x: Array, axes: tuple[int, ...], /) -> Array: ...
+    def reshape(self, x: Array, shape: tuple[Any, ...], /) -> Array: ...
+    def squeeze(self, x: Array, /, *, axis: int) -> Array: ...
+    def sum(self, x: Array, /, *, axis: int | None = None, keepdims: Any = False) -> Array: ...
+    def where(self, condition: Array, x: Any, y: Any, /) -> Array: ...
+
+    # Beyond it, each with a default in `Extended`:
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The optional groups that it has, see below."""
+
+    @property
+    def assume_finite(self) -> Any:
+        """True: logits are finite and class indices in range; if not, a loss is not finite, or there is IndexError."""
+
+    def load(self) -> None:
+        """Have all functions at hand: a compiler that traces them may not import."""
+
+    def heaviside(self, x: Array, /) -> Array:
+        """1 where x >= 0, else 0."""
+
+    def weigh(self, weight: Array, size: Array, /) -> Array:
+        """weight · size, and 0 where an infinite size has weight 0."""
+
+    def classes(self, x: Array, /) -> Array:
+        """The classes of x: 0, 1, …"""
+
+    def as_index(self, targets: Array, like: Array, /) -> Array:
+        """Class indices in the dtype that the functions below take."""
+
+    def take(self, weight: Array, index: Array, /) -> Array:
+        """The elements of a vector at class indices."""
+
+    def position(self, x: Array, index: Array, /) -> Position:
+        """Where x has the classes of these indices."""
+
+    def take_along_axis(self, x: Array, position: Position, /) -> Array:
+        """The element of each example that is there."""
+
+    def put_along_axis(self, x: Array, position: Position, values: Any, /) -> Array:
+        """x with other elements there; it may write into x."""
+
+    def extent(self, x: Array, axis: int, /) -> Any:
+        """The length of an axis, as an array of no dimensions if it is not known before it runs."""
+
+    def longest(self, a: Any, b: Any, /) -> Any:
+        """The larger of two lengths, which a compiler may have left open."""
+
+    # The group "autodiff", where a framework differentiates the results:
+
+    def stop_gradient(self, x: Array, /) -> Array: ...
+
+    # The group "sigmoid", each in one go and right to the last digit:
+
+    def sigmoid(self, x: Array, /) -> Array: ...
+    def softplus(self, x: Array, /) -> Array:
+        """log(1 + exp x)"""
+
+    def relu(self, x: Array, /) -> Array: ...
+    def lerp(self, a: Array, b: Array, t: Array, /) -> Array:
+        """a (1 - t) + b t"""
+
+    # The group "softmax":
+
+    def softmax(self, x: Array, /) -> Array: ...
+
+
+class Extended:
+    """A module's functions, those that a subclass puts in their place, and defaults for those beyond the standard.
+
+    The module may be given by its name: it is imported when it is first asked for a function, or by `load`.
+    """
+
+    groups: tuple[str, ...] = ()
+    assume_finite = False
+
+    def __init__(self, base: Any) -> None:
+        self._base = base
+
+    def load(self) -> None:
+        """Take over all functions at once: a compiler that traces them may not write down one after the other."""
+        if isinstance(self._base, str):
+            self._base = importlib.import_module(self._base)
+            more = {name: found for name, found in vars(self._base).items() if not hasattr(type(self), name)}
+            self.__dict__.update(more | self.__dict__)
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__["_base"]
+        if isinstance(base, str):
+            self.load()
+            return getattr(self, name)
+        found = self.__dict__[name] = getattr(base, name)
+        return found
+
+    def heaviside(self, x: Array) -> Array:
+        return self.astype(x >= 0, x.dtype)
+
+    def weigh(self, weight: Array, size: Array) -> Array:
+        return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
+
+    def classes(self, x: Array) -> Array:
+        return self.arange(self.extent(x, -1), device=getattr(x, "device", None))
+
+    # By masks, as the standard writes to no place, and reads from none that may be out of range.
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return self.astype(targets, self.classes(like).dtype, copy=False)
+
+    def take(self, weight: Array, index: Array) -> Array:
+        return self.sum(self.where(self.position(weight, index), weight, 0.0), axis=-1)
+
+    def position(self, x: Array, index: Array) -> Position:
+        return self.classes(x) == self.expand_dims(index, axis=-1)
+
+    def take_along_axis(self, x: Array, position: Position) -> Array:
+        return self.sum(self.where(position, x, 0.0), axis=-1)
+
+    def put_along_axis(self, x: Array, position: Position, values: Any) -> Array:
+        return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=-1), x)
+
+    def extent(self, x: Array, axis: int) -> Any:
+        return x.shape[axis]
+
+    def longest(self, a: Any, b: Any) -> Any:
+        return max(a, b)
