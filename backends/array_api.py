@@ -10,8 +10,8 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ..backend import Backend
-from ..namespace import Array, Extended, Namespace
+from ..backend import Array, Backend
+from ..namespace import Extended, Namespace
 
 MODULES = {
     "cupy": "array_api_compat.cupy",

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import formulas
-from ..formulas import Array, Divisor, Loss, Namespace, Operands, Options
+from ..backend import Array
+from ..formulas import Divisor, Loss, Namespace, Operands, Options
 
 # The C library gives memory from 128 kB up back to the system when it is freed, and the system clears it each time that
 # it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc keeps such.
@@ -58,7 +59,7 @@ class Call(NamedTuple):
 
         return list(self.blockwise.each(one, self.rows))
 
-    def _of(self, name: str, rows: slice) -> Array | None:
+    def _of(self, name: str, rows: slice) -> Any:
         array = getattr(self.operands, name)
         if array is None or array.ndim == 0 or (self.loss.per_example and name == "weight"):
             return array
@@ -183,7 +184,7 @@ def _in_blocks(
             rows = {name: _by_rows(name, array, x) for name, array in operands._asdict().items()}
             x, operands = x.reshape(-1, x.shape[-1]), Operands(**rows)
         elif all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
-            operands = Operands(*(a if a is None or a.ndim == 0 else a.reshape(-1) for a in operands))
+            operands = Operands(*map(_flat, operands))
             x = x.reshape(-1)
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
     blocks = [slice(start, start + step) for start in range(0, x.shape[0], step)]
@@ -195,7 +196,11 @@ def _working(xp: Namespace, x: Array) -> Any:
     return xp.float64 if x.dtype.itemsize == 8 else xp.float32
 
 
-def _by_rows(name: str, array: Array | None, x: Array) -> Array | None:
+def _flat(array: Array) -> Any:
+    return array if array is None or array.ndim == 0 else array.reshape(-1)
+
+
+def _by_rows(name: str, array: Array, x: Array) -> Any:
     if array is None or array.ndim == 0 or name == "weight":
         return array
     return array.reshape(-1) if array.ndim < x.ndim else array.reshape(-1, x.shape[-1])

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import formulas
-from ..backend import Backend
-from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..backend import Array, Backend
+from ..formulas import Loss, Namespace, Operands, Options
 from ..namespace import Extended
 
 

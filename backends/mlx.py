@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from .. import formulas
-from ..backend import Backend
-from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..backend import Array, Backend
+from ..formulas import Loss, Namespace, Operands, Options
 from ..namespace import Extended
 from .array_api import sum_in_blocks
 
@@ -41,7 +41,7 @@ def _exp_jvp(x: Array, tangent: Array) -> Array:
 
 class _Plain(Extended):
     bool = mx.bool_
-    exp = staticmethod(_exp)
+    exp: Any = staticmethod(_exp)
 
     # In 64 bits: a class index that 32 do not hold must not wrap around to a class that exists.
     def arange(self, n: int, device: Any = None) -> Array:

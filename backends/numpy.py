@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import formulas
-from ..backend import Backend
-from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..backend import Array, Backend
+from ..formulas import Loss, Namespace, Operands, Options
 from ..namespace import Extended
 from . import blocks
 

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from .. import formulas
-from ..backend import Backend
-from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..backend import Array, Backend
+from ..formulas import Loss, Namespace, Operands, Options
 from ..namespace import Extended
 from .tensorflow_internals import internals
 
@@ -305,34 +305,35 @@ class TensorflowBackend(Backend):
     def rankless(self, x: Array) -> bool:
         return x.shape.rank is None
 
-    def rows(self, per_example: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+    def rows(self, per_example: bool, x: Array, operands: Operands | None) -> tuple[Array, Any, Any, Any]:
         shape = tf.shape(x)
         two = tf.stack([-1, shape[-1]])
-
-        def tensor(data: Any) -> Array:
-            return data if isinstance(data, (tf.Tensor, tf.Variable)) else tf.convert_to_tensor(self.read(data))
-
-        def full(data: Any) -> Array:
-            return None if data is None else tf.reshape(tf.broadcast_to(tensor(data), shape), two)
-
-        def each(data: Any) -> Array:
-            return None if data is None else tf.reshape(_fit(tensor(data), shape[:-1]), [-1])
-
-        if per_example:  # integers are class indices, though they might be distributions if the rank were known
-            indices = operands.targets is not None and tensor(operands.targets).dtype.is_integer
-            targets, weight = each(operands.targets) if indices else None, operands.weight
-        else:
-            indices, weight = False, full(operands.weight)
-        if not indices and operands.targets is not None:
-            targets = tf.reshape(_fit(tensor(operands.targets), shape), two)
-        operands = Operands(
-            targets, weight, full(operands.pos_weight), each(operands.sample_weight), full(operands.where)
-        )
 
         def finish(losses: Array) -> Array:
             return tf.reshape(losses, shape[:-1] if per_example else shape)
 
-        return tf.reshape(x, two), operands, lambda array: tf.reshape(array, shape), finish
+        def restore(array: Array) -> Array:
+            return tf.reshape(array, shape)
+
+        if operands is None:
+            return tf.reshape(x, two), None, restore, finish
+
+        def tensor(data: Any) -> Array:
+            return data if isinstance(data, (tf.Tensor, tf.Variable)) else tf.convert_to_tensor(self.read(data))
+
+        def full(data: Any) -> Any:
+            return None if data is None else tf.reshape(tf.broadcast_to(tensor(data), shape), two)
+
+        def each(data: Any) -> Any:
+            return None if data is None else tf.reshape(_fit(tensor(data), shape[:-1]), [-1])
+
+        targets, weight, pos_weight, sample_weight, where, _ = operands
+        # Integers are class indices, though they might be distributions if the rank were known.
+        indices = per_example and tensor(targets).dtype.is_integer
+        targets = each(targets) if indices else tf.reshape(_fit(tensor(targets), shape), two)
+        weight = weight if per_example else full(weight)
+        operands = Operands(targets, weight, full(pos_weight), each(sample_weight), full(where))
+        return tf.reshape(x, two), operands, restore, finish
 
     def cache_key(self, x: Array, targets: Any) -> Any:
         if type(x) is not EAGER or type(targets) is not EAGER:
@@ -375,8 +376,8 @@ class TensorflowBackend(Backend):
         if _is_eager(x, operands):
             return tuple(_eagerly(formula, loss, options, x, operands))
         # No tape may see these expressions: they are not written to be differentiated.
-        x, *others = (None if array is None else tf.stop_gradient(array) for array in (x, *operands))
-        operands = Operands(*others)
+        x = tf.stop_gradient(x)
+        operands = Operands(*(None if a is None else tf.stop_gradient(a) for a in operands))
         with _on_device_of(x):
             return super().closed_form(formula, loss, options, x, _fitted(loss, options, x, operands))
 

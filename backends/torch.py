@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from .. import formulas
-from ..backend import Backend
+from ..backend import Array, Backend
 from ..compilers import constant_in_dynamo
-from ..formulas import Array, Loss, Namespace, Operands, Options
+from ..formulas import Loss, Namespace, Operands, Options
 from . import blocks
 from .torch_internals import internals
 from .torch_namespaces import differentiable, eager, finite, plain, replicated, sharded_like, traced
@@ -42,7 +42,7 @@ class _Loss(torch.autograd.Function):
     """Of small arrays the gradient is computed with the loss, and kept. Of large ones, only what came in is kept."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
+    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Any) -> Array:
         given, ctx.gradient = Operands(*operands), None
         large = x.numel() >= blockwise.large or not _on_cpu(x)
         if large or given.where is not None or options.ignore_index is not None:
@@ -79,7 +79,7 @@ class _TracedLoss(torch.autograd.Function):
     """For a compiler: it makes one program of both, and differentiates neither."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Array | None) -> Array:
+    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Any) -> Array:
         ctx.loss, ctx.options = loss, options
         ctx.save_for_backward(x, *operands)
         return formulas.value(traced, loss, options, x, Operands(*operands))
@@ -209,7 +209,7 @@ class TorchBackend(Backend):
         return value if nested else value.detach(), gradient
 
 
-def _plain(x: Array, operands: Operands) -> bool:
+def _plain(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
     return (
         (type(x) in ORDINARY or _is_sharded(x))
@@ -224,7 +224,7 @@ def _plain(x: Array, operands: Operands) -> bool:
     )
 
 
-def _is_only_compiled(x: Array, operands: Operands) -> bool:
+def _is_only_compiled(x: Array, operands: tuple[Any, ...]) -> bool:
     """The same under torch.compile, where whatever else is to be done with the losses is in the program, too."""
     return (
         type(x) in ORDINARY

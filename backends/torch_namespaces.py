@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..namespace import Array, Extended, Namespace
+from ..backend import Array
+from ..namespace import Extended, Namespace
 
 COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call, and which eager ones can do without
 

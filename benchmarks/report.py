@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +97,40 @@ def _mark(row: Record) -> str:
     return {True: "✓", False: "✗", None: ""}[row["passed"]]
 
 
+NAMES = {"bce": "multilabel", "nll": "softmax + NLL"}
+TICKS = (0.1, 0.25, 0.5, 1, 2, 4)
+
+
 def plot(file: Path, found: Record) -> None:
-    """Ratio by size for each backend, from min to max, both axes logarithmic; the line is the peer."""
+    """A panel for each framework and mode: each case's ratio, a dot on the line from the least to the largest."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
     rows = found["speed"]
     runs = list(dict.fromkeys((row["backend"], row["mode"], row["dtype"]) for row in rows))
-    for color, run in enumerate(runs):
-        for loss, marker, line in (("bce", "o", "-"), ("nll", "s", "--")):
-            mine = [r for r in rows if (r["backend"], r["mode"], r["dtype"]) == run and r["loss"] == loss]
-            mine.sort(key=lambda row: row["rows"] * row["classes"])
-            middle = [row["ratio"]["median"] for row in mine]
-            low = [row["ratio"]["median"] - row["ratio"]["min"] for row in mine]
-            high = [row["ratio"]["max"] - row["ratio"]["median"] for row in mine]
-            sizes = [row["rows"] * row["classes"] for row in mine]
-            style: dict[str, Any] = {"color": f"C{color}", "marker": marker, "linestyle": line, "capsize": 2}
-            axes.errorbar(sizes, middle, yerr=(low, high), label=f"{' '.join(run)}, {loss}", **style)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="logits", ylabel="time, unilabel / peer")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.set_title(header(found), fontsize=6, loc="left")
-    figure.legend(loc="outside right upper", fontsize=7)
+    cases = list(dict.fromkeys((row["loss"], row["rows"], row["classes"]) for row in rows))
+    columns = min(3, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    figure = Figure(figsize=(1.5 + 2.8 * columns, 0.9 + lines * (0.6 + 0.24 * len(cases))), layout="constrained")
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for panel, run in zip(panels, runs, strict=False):
+        for row in rows:
+            if (row["backend"], row["mode"], row["dtype"]) == run:
+                place, ratio = cases.index((row["loss"], row["rows"], row["classes"])), row["ratio"]
+                color = {"bce": "C0", "nll": "C1"}[row["loss"]]
+                panel.plot([ratio["min"], ratio["max"]], [place, place], color=color, alpha=0.35, linewidth=4)
+                panel.plot(ratio["median"], place, "o", color=color)
+        panel.axvline(1, color="black", linewidth=1)
+        panel.set_title(" ".join(run), fontsize=10)
+        panel.set(xscale="log", xticks=TICKS, yticks=range(len(cases)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.tick_params(axis="x", labelsize=8)
+        panel.minorticks_off()
+        panel.grid(axis="x", alpha=0.3)
+    for above, panel in zip(panels[len(runs) - columns :], panels[len(runs) :], strict=False):
+        above.tick_params(labelbottom=True)
+        panel.set_axis_off()
+    panels[0].set_yticklabels([f"{NAMES[loss]} {rows}×{classes}" for loss, rows, classes in cases])
+    panels[0].invert_yaxis()
+    figure.supxlabel("time, unilabel / peer: left of the line unilabel is faster", fontsize=9)
+    figure.suptitle(header(found), fontsize=6, x=0.01, ha="left")
     figure.savefig(file, dpi=150)

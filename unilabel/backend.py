@@ -15,9 +15,10 @@ from typing import Any
 
 from . import formulas
 from .compilers import constant_in_dynamo
-from .formulas import Array, Loss, Operands, Options
+from .formulas import Loss, Operands, Options
 from .namespace import Extended, Namespace
 
+Array = Any  # of any framework: what it has besides what the formulas ask, its own backend knows
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
 MORE = ("mlx",)  # these have a file too, but are left out unless they are asked for
@@ -68,7 +69,7 @@ class Backend:
         """Whether the number of dimensions is not known before it runs; then there is `rows`."""
         return False
 
-    def rows(self, per_example: bool, x: Array, operands: Operands) -> tuple[Array, Operands, Any, Any]:
+    def rows(self, per_example: bool, x: Array, operands: Operands | None) -> tuple[Array, Any, Any, Any]:
         """The array with its last axis and one more, operands to match, and the ways back for gradients and losses."""
         raise NotImplementedError
 

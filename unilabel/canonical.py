@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import checks
-from .backend import Backend, backend_of, is_number
+from .backend import Array, Backend, backend_of, is_number
 from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, REDUCTIONS, choices, fail
-from .formulas import Array, Loss, Operands, Options
+from .formulas import Loss, Operands, Options
 from .lengths import Shape
 from .namespace import Namespace
 
@@ -84,27 +84,28 @@ def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given:
 
 def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
     name = checks.check_array(backend, logits, loss.takes)
+    if operands.targets is None:
+        fail(TypeError, "targets", "an array", "None")
     if backend.rankless(logits):
         checks.only_last_axis(given.axis, loss.takes)
         smoothing = operands.label_smoothing
         logits, operands, restore, finish = backend.rows(loss.per_example, logits, operands)
         call = _canonical(backend, loss, logits, operands._replace(label_smoothing=smoothing), given)
         return call._replace(restore=restore, finish=finish if given.reduction == "none" else None)
+    reduction, axis, label_smoothing, ignore_index, eps, validate = given  # each: one that is forgotten is an error
     shape: Shape = tuple(logits.shape)
-    axes = checks.class_axes(given.axis, len(shape), loss.takes, loss.per_example)
-    if given.reduction not in REDUCTIONS:
-        fail(ValueError, "reduction", choices(map(repr, REDUCTIONS)), repr(given.reduction))
+    axes = checks.class_axes(axis, len(shape), loss.takes, loss.per_example)
+    if reduction not in REDUCTIONS:
+        fail(ValueError, "reduction", choices(map(repr, REDUCTIONS)), repr(reduction))
     options = Options(
-        reduction=given.reduction,
+        reduction=reduction,
         axes=(-1,) if loss.per_example else axes,
-        label_smoothing=checks.fraction("label_smoothing", given.label_smoothing, 1.0) or None,
-        eps=EPSILON[name] if given.eps is None else checks.fraction("eps", given.eps, 0.5),
+        label_smoothing=checks.fraction("label_smoothing", label_smoothing, 1.0) or None,
+        eps=EPSILON[name] if eps is None else checks.fraction("eps", eps, 0.5),
         half=name in HALVES,
     )
     if 0 < options.eps < (2.0**-1022 if name == "float64" else 2.0**-126):
-        fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(given.eps))
-    if operands.targets is None:
-        fail(TypeError, "targets", "an array", "None")
+        fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(eps))
     dtypes = {}
     for label, data in operands._asdict().items():
         if data is not None:
@@ -115,10 +116,8 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
     if not loss.per_example:
         checks.elementwise_shapes(loss, shape, operands)
     else:
-        options = checks.per_example_shapes(
-            loss, shape, axes, operands, dtypes["targets"], options, given.axis, given.ignore_index
-        )
-    if given.validate:
+        options = checks.per_example_shapes(loss, shape, axes, operands, dtypes["targets"], options, axis, ignore_index)
+    if validate:
         checks.values(backend, loss, logits, operands, options, axes, dtypes["targets"])
     if not loss.per_example:
         return Canonical(backend, loss, options, logits, operands, as_it_is)
@@ -148,7 +147,7 @@ def canonical_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[
         return backend, half, x, as_it_is
     if backend.rankless(x):
         checks.only_last_axis(axis, "x")
-        x, _, restore, _ = backend.rows(True, x, Operands(None))
+        x, _, restore, _ = backend.rows(True, x, None)
         return backend, half, x, restore
     axes = checks.class_axes(axis, len(x.shape), "x", True)
     checks.some_class("x", x.shape, axes, axis)

@@ -7,8 +7,8 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .backend import Backend, backend_of, is_plain
-from .formulas import Array, Loss, Operands, Options
+from .backend import Array, Backend, backend_of, is_plain
+from .formulas import Loss, Operands, Options
 from .lengths import Shape, product, same
 
 HALVES = ("float16", "bfloat16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +20,15 @@ class Derivative:
         self.defaults: dict[str, Any] = (loss.__kwdefaults__ or {}) | fixed
         self.__name__ = self.__qualname__ = f"{maker.__name__}({loss.__name__})"
         self.__doc__ = f"{returns} Arguments are those of `{loss.__name__}`."
-        first, *others = inspect.signature(loss).parameters.values()
-        others = [other.replace(default=fixed.get(other.name, other.default)) for other in others]
-        self.__signature__ = inspect.Signature([first.replace(name="logits"), *others])
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "__signature__":
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.", name=name, obj=self)
+        from inspect import Signature, signature  # importing it takes as long as all of unilabel
+
+        first, *others = signature(self.loss).parameters.values()
+        others = [other.replace(default=self.defaults.get(other.name, other.default)) for other in others]
+        return Signature([first.replace(name="logits"), *others])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.maker, (self.loss,)
@@ -49,7 +54,7 @@ class Derivative:
         raise NotImplementedError
 
 
-OPERANDS = ("weight", "pos_weight", "sample_weight", "where")
+OPERANDS = set(Operands._fields) - {"targets", "label_smoothing"}  # smoothing is an option that may be an array
 as_it_is_in_autograph(Derivative)
 
 

@@ -11,59 +11,58 @@ two numbers: log(1 + exp x) = max(x, 0) + log1p(exp -|x|). Likewise σ(x) = exp 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
 from .numerics import weigh_logits
 from .targets import Elementwise, elementwise
-from .types import PLAIN, Form, Loss, Options
+from .types import Form, Loss
 
 
 class Terms(NamedTuple):
     x: Array
     up: Array  # 1 where x >= 0, else 0
     e: Array  # exp -|x|
-    weights: Elementwise
 
 
-def terms(xp: Namespace, x: Array, weights: Elementwise, options: Options = PLAIN) -> Terms:
-    return Terms(x, xp.heaviside(x), xp.exp(-xp.abs(x)), weights)
+def terms(xp: Namespace, x: Array, *_: Any) -> Terms:
+    return Terms(x, xp.heaviside(x), xp.exp(-xp.abs(x)))
 
 
-def value(xp: Namespace, t: Terms) -> Array:
-    negative, positive, total, *_ = t.weights
+def value(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
+    negative, positive, total, *_ = weights
     log_term = xp.log1p(t.e)
     # negative · max(x, 0) + positive · max(-x, 0)
-    slope = t.up - positive if negative is None else t.up * negative - (1 - t.up) * positive
-    return weigh_logits(xp, slope, t.x) + (log_term if total is None else log_term * total)
+    weight = t.up - positive if negative is None else t.up * negative - (1 - t.up) * positive
+    return weigh_logits(xp, weight, t.x) + (log_term if total is None else log_term * total)
 
 
-def gradient(xp: Namespace, t: Terms) -> Array:
-    return _gradient(t, xp.maximum(t.up, t.e), xp.maximum(1 - t.up, t.e))
+def gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
+    return _gradient(t, weights, xp.maximum(t.up, t.e), xp.maximum(1 - t.up, t.e))
 
 
-def _gradient(t: Terms, e_up: Array, e_down: Array) -> Array:
+def _gradient(t: Terms, weights: Elementwise, e_up: Array, e_down: Array) -> Array:
     """`e_up` and `e_down` are exp min(x, 0) and exp min(-x, 0)."""
-    negative, positive, *_ = t.weights
+    negative, positive, *_ = weights
     return ((1 - positive if negative is None else negative) * e_up - positive * e_down) / (1 + t.e)
 
 
-def hessian(xp: Namespace, t: Terms) -> Array:
-    curvature = t.e / ((1 + t.e) * (1 + t.e))
-    return curvature if t.weights.total is None else t.weights.total * curvature
+def hessian(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
+    product = t.e / ((1 + t.e) * (1 + t.e))  # σ(x) σ(-x)
+    return product if weights.total is None else weights.total * product
 
 
 # For autodiff: of arithmetic alone, which differentiates right at x = 0, where abs and maximum do not.
 
 
-def differentiable_terms(xp: Namespace, x: Array, weights: Elementwise, options: Options = PLAIN) -> Terms:
+def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> Terms:
     up = xp.heaviside(x)
-    return Terms(x, up, xp.exp(-xp.multiply(x, 2 * up - 1)), weights)
+    return Terms(x, up, xp.exp(-xp.multiply(x, 2 * up - 1)))
 
 
-def differentiable_gradient(xp: Namespace, t: Terms) -> Array:
+def differentiable_gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
     down = 1 - t.up
-    return _gradient(t, t.up + down * t.e, t.up * t.e + down)
+    return _gradient(t, weights, t.up + down * t.e, t.up * t.e + down)
 
 
 # With functions that the namespace has for all of it.
@@ -72,15 +71,14 @@ def differentiable_gradient(xp: Namespace, t: Terms) -> Array:
 class NativeTerms(NamedTuple):
     x: Array
     minus: Array
-    weights: Elementwise
 
 
-def native_terms(xp: Namespace, x: Array, weights: Elementwise, options: Options = PLAIN) -> NativeTerms:
-    return NativeTerms(x, -x, weights)
+def native_terms(xp: Namespace, x: Array, *_: Any) -> NativeTerms:
+    return NativeTerms(x, -x)
 
 
-def native_value(xp: Namespace, t: NativeTerms) -> Array:
-    negative, positive, total, *_ = t.weights
+def native_value(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Array:
+    negative, positive, total, *_ = weights
     log_term = xp.softplus(xp.minimum(t.x, t.minus))
     above, below = xp.relu(t.x), xp.relu(t.minus)
     if negative is None and xp.assume_finite:
@@ -90,8 +88,8 @@ def native_value(xp: Namespace, t: NativeTerms) -> Array:
     return linear_term + (log_term if total is None else log_term * total)
 
 
-def native_gradient(xp: Namespace, t: NativeTerms) -> Array:
-    negative, positive, *_ = t.weights
+def native_gradient(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Array:
+    negative, positive, *_ = weights
     p, q = xp.sigmoid(t.x), xp.sigmoid(t.minus)
     return xp.lerp(p, -q, positive) if negative is None else negative * p - positive * q
 
@@ -113,7 +111,7 @@ def sigmoid(xp: Namespace, x: Array) -> Array:
     """σ(x) = exp min(x, 0) / (1 + exp -|x|)"""
     if "sigmoid" in xp.groups:
         return xp.sigmoid(x)
-    _, up, e, _ = _terms(xp, x)
+    _, up, e = _terms(xp, x)
     return (up + (1 - up) * e) / (1 + e)
 
 
@@ -121,12 +119,9 @@ def log_sigmoid(xp: Namespace, x: Array) -> Array:
     """log σ(x) = min(x, 0) - log(1 + exp -|x|)"""
     if "sigmoid" in xp.groups:
         return -xp.softplus(-x)
-    _, up, e, _ = _terms(xp, x)
+    _, up, e = _terms(xp, x)
     return xp.weigh(1 - up, x) - xp.log1p(e)
 
 
 def _terms(xp: Namespace, x: Array) -> Terms:
-    return (differentiable_terms if "autodiff" in xp.groups else terms)(xp, x, NO_WEIGHTS)
-
-
-NO_WEIGHTS = Elementwise(None, None, None, None, None)
+    return (differentiable_terms if "autodiff" in xp.groups else terms)(xp, x)

@@ -18,7 +18,7 @@ A derivative is 0 where p is clamped.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
 from .targets import Distribution, Elementwise, distribution, elementwise
@@ -30,7 +30,6 @@ class BinaryTerms(NamedTuple):
     p_free: Array  # True where the clamp leaves p alone, and so has a derivative
     q_free: Array  # the same for 1 - p
     negative: Array
-    positive: Array
     floor: float
 
 
@@ -38,10 +37,10 @@ def binary_terms(xp: Namespace, p: Array, weights: Elementwise, options: Options
     negative, positive, *_ = weights
     negative = 1 - positive if negative is None else negative
     p_free, q_free = _free(xp, p, positive, options.eps), _free(xp, 1 - p, negative, options.eps)
-    return BinaryTerms(p, p_free, q_free, negative, positive, _log(options.eps))
+    return BinaryTerms(p, p_free, q_free, negative, _log(options.eps))
 
 
-def binary_value(xp: Namespace, t: BinaryTerms) -> Array:
+def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
     small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
     log_q = xp.where(
@@ -49,62 +48,56 @@ def binary_value(xp: Namespace, t: BinaryTerms) -> Array:
         xp.log1p(-xp.where(small, t.p, 0.0)),
         _clamped_log(xp, xp.where(small, 1.0, 1 - t.p), t.q_free, t.floor),
     )
-    return xp.weigh(t.negative, -log_q) + xp.weigh(t.positive, -log_p)
+    return xp.weigh(t.negative, -log_q) + xp.weigh(weights.positive, -log_p)
 
 
-def binary_gradient(xp: Namespace, t: BinaryTerms) -> Array:
-    return _quotient(xp, t.negative, 1 - t.p, t.q_free) - _quotient(xp, t.positive, t.p, t.p_free)
+def binary_gradient(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
+    return _quotient(xp, t.negative, 1 - t.p, t.q_free) - _quotient(xp, weights.positive, t.p, t.p_free)
 
 
-def binary_hessian(xp: Namespace, t: BinaryTerms) -> Array:
+def binary_hessian(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
     q = 1 - t.p
     by_q = _quotient(xp, _quotient(xp, t.negative, q, t.q_free), q, t.q_free)
-    return by_q + _quotient(xp, _quotient(xp, t.positive, t.p, t.p_free), t.p, t.p_free)
+    return by_q + _quotient(xp, _quotient(xp, weights.positive, t.p, t.p_free), t.p, t.p_free)
 
 
 class Terms(NamedTuple):
     p: Array
     free: Array  # True where the clamp leaves p alone, and so has a derivative
-    z: Array
     floor: float
 
 
 def terms(xp: Namespace, p: Array, weights: Distribution, options: Options) -> Terms:
-    return Terms(p, _free(xp, p, weights.weights, options.eps), weights.weights, _log(options.eps))
+    return Terms(p, _free(xp, p, weights.z, options.eps), _log(options.eps))
 
 
-def value(xp: Namespace, t: Terms) -> Array:
+def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     log_p = _clamped_log(xp, t.p, t.free, t.floor)
-    return xp.sum(xp.weigh(t.z, -log_p), axis=-1)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=-1)
 
 
-def gradient(xp: Namespace, t: Terms) -> Array:
-    return -_quotient(xp, t.z, t.p, t.free)
+def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
+    return -_quotient(xp, weights.z, t.p, t.free)
 
 
-def hessian(xp: Namespace, t: Terms) -> Array:
-    return _quotient(xp, _quotient(xp, t.z, t.p, t.free), t.p, t.free)
+def hessian(xp: Namespace, t: Terms, weights: Distribution) -> Array:
+    return _quotient(xp, _quotient(xp, weights.z, t.p, t.free), t.p, t.free)
 
 
-class LogTerms(NamedTuple):
-    log_p: Array
-    z: Array
+def log_terms(xp: Namespace, log_p: Array, *_: Any) -> Array:
+    return log_p
 
 
-def log_terms(xp: Namespace, log_p: Array, weights: Distribution, options: Options) -> LogTerms:
-    return LogTerms(log_p, weights.weights)
+def log_value(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=-1)
 
 
-def log_value(xp: Namespace, t: LogTerms) -> Array:
-    return xp.sum(xp.weigh(t.z, -t.log_p), axis=-1)
+def log_gradient(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
+    return -weights.z
 
 
-def log_gradient(xp: Namespace, t: LogTerms) -> Array:
-    return -t.z
-
-
-def log_hessian(xp: Namespace, t: LogTerms) -> Array:
-    return 0 * t.z
+def log_hessian(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
+    return 0 * weights.z
 
 
 def _free(xp: Namespace, p: Array, weight: Array, eps: float) -> Array:

@@ -65,14 +65,14 @@ def working(xp: Namespace, options: Options, x: Array) -> Array:
 
 def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The reduced loss."""
-    form, _, terms, divisor = _prepare(xp, loss, options, x, operands)
-    return xp.astype(_reduced(xp, options, form.value(xp, terms), divisor), x.dtype, copy=False)
+    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
+    return xp.astype(_reduced(xp, options, form.value(xp, terms, weights), divisor), x.dtype, copy=False)
 
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
     """The cotangent of the reduced loss times its derivative by the logits."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    found = _gradient(xp, form, terms)
+    found = _gradient(xp, form, terms, weights)
     cotangent = xp.astype(cotangent, found.array.dtype, copy=False)
     return xp.astype(_scaled(xp, loss, options, found, weights, cotangent, divisor), x.dtype, copy=False)
 
@@ -82,8 +82,8 @@ def value_and_gradient(
 ) -> tuple[Array, Array]:
     """The reduced loss and the derivative of its sum by the logits, the exponentials computed once."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    total = _reduced(xp, options, form.value(xp, terms), divisor)
-    found = _scaled(xp, loss, options, _gradient(xp, form, terms), weights, None, divisor)
+    total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
+    found = _scaled(xp, loss, options, _gradient(xp, form, terms, weights), weights, None, divisor)
     return xp.astype(total, x.dtype, copy=False), xp.astype(found, x.dtype, copy=False)
 
 
@@ -91,9 +91,9 @@ def value_and_unscaled_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Gradient, Divisor | None]:
     """The reduced loss, and what is its gradient once it is multiplied with a `factor`; nothing may be masked."""
-    form, _, terms, divisor = _prepare(xp, loss, options, x, operands)
-    total = _reduced(xp, options, form.value(xp, terms), divisor)
-    return xp.astype(total, x.dtype, copy=False), _gradient(xp, form, terms), divisor
+    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
+    total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
+    return xp.astype(total, x.dtype, copy=False), _gradient(xp, form, terms, weights), divisor
 
 
 def gradient_and_hessian(
@@ -103,7 +103,7 @@ def gradient_and_hessian(
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands, hessian=True)
     assert form.hessian is not None
     first, second = (
-        _scaled(xp, loss, options, Gradient(derivative(xp, terms)), weights, None, divisor)
+        _scaled(xp, loss, options, Gradient(derivative(xp, terms, weights)), weights, None, divisor)
         for derivative in (form.gradient, form.hessian)
     )
     return xp.astype(first, x.dtype, copy=False), xp.astype(second, x.dtype, copy=False)
@@ -111,8 +111,8 @@ def gradient_and_hessian(
 
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The derivative of each loss by its own logits, before the reduction, in the dtype that is computed in."""
-    form, _, terms, _ = _prepare(xp, loss, options, x, operands)
-    array, scale = _gradient(xp, form, terms)
+    form, weights, terms, _ = _prepare(xp, loss, options, x, operands)
+    array, scale = _gradient(xp, form, terms, weights)
     return array if scale is None else array * xp.expand_dims(scale, axis=-1)
 
 
@@ -176,8 +176,8 @@ def mean(xp: Namespace, total: Any, divisor: Divisor) -> Any:
 # --- From the gradient of each loss to that of all --------------------------------------------------------------------
 
 
-def _gradient(xp: Namespace, form: Form, terms: Any) -> Gradient:
-    return Gradient(form.gradient(xp, terms), None if form.scale is None else form.scale(xp, terms))
+def _gradient(xp: Namespace, form: Form, terms: Any, weights: TargetWeights) -> Gradient:
+    return Gradient(form.gradient(xp, terms, weights), None if form.scale is None else form.scale(xp, terms, weights))
 
 
 def factor(

@@ -12,25 +12,24 @@ Higham 2021, "Accurately computing the log-sum-exp and softmax functions".)
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..namespace import Array, Namespace, Position
+from ..namespace import Array, Namespace
 from .numerics import weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
-from .types import PLAIN, Form, Loss, Options
+from .types import Form, Loss
 
 
 class Terms(NamedTuple):
     d: Array  # x - m
     e: Array  # exp d
     s: Array  # the sum of e over all classes but one of the largest
-    z: Array
 
 
-def terms(xp: Namespace, x: Array, weights: Distribution, options: Options = PLAIN) -> Terms:
+def terms(xp: Namespace, x: Array, *_: Any) -> Terms:
     top, d, e, others = _shifted(xp, x, xp.max(x, axis=-1, keepdims=True))
     ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True) - 1
-    return Terms(d, e, others + ties, weights.weights)
+    return Terms(d, e, others + ties)
 
 
 def _shifted(xp: Namespace, x: Array, m: Array) -> tuple[Array, Array, Array, Array]:
@@ -41,8 +40,8 @@ def _shifted(xp: Namespace, x: Array, m: Array) -> tuple[Array, Array, Array, Ar
     return top, d, e, xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True)
 
 
-def value(xp: Namespace, t: Terms) -> Array:
-    return _value(xp, t.z, t.d, t.s)
+def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
+    return _value(xp, weights.z, t.d, t.s)
 
 
 def _value(xp: Namespace, z: Array, log_ratio: Array, s: Array) -> Array:
@@ -51,9 +50,9 @@ def _value(xp: Namespace, z: Array, log_ratio: Array, s: Array) -> Array:
     return linear_term + xp.sum(z, axis=-1) * xp.squeeze(xp.log1p(s), axis=-1)
 
 
-def gradient(xp: Namespace, t: Terms) -> Array:
+def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     # 1 - p not by way of p, which is close to 1 where it is small.
-    return _gradient(xp, t.z, t.e, (1 - t.e) + t.s) / (1 + t.s)
+    return _gradient(xp, weights.z, t.e, (1 - t.e) + t.s) / (1 + t.s)
 
 
 def _gradient(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
@@ -65,8 +64,8 @@ def _gradient(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
     return p * ((largest - z) + rest) - z * q
 
 
-def hessian(xp: Namespace, t: Terms) -> Array:
-    return _hessian(xp, t.z, t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s))
+def hessian(xp: Namespace, t: Terms, weights: Distribution) -> Array:
+    return _hessian(xp, weights.z, t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s))
 
 
 def _hessian(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
@@ -84,12 +83,9 @@ class DifferentiableTerms(NamedTuple):
     others: Array  # the sum of e over all classes but the largest
     s: Array
     move: Array
-    z: Array
 
 
-def differentiable_terms(
-    xp: Namespace, x: Array, weights: Distribution, options: Options = PLAIN
-) -> DifferentiableTerms:
+def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> DifferentiableTerms:
     m = xp.max(x, axis=-1, keepdims=True)
     m = xp.where(m == math.inf, m, xp.stop_gradient(m))  # an infinite logit takes all: the others' loss is its own
     top, d, e, others = _shifted(xp, x, m)
@@ -97,23 +93,23 @@ def differentiable_terms(
     confident = xp.stop_gradient(s) < 1
     move = xp.where(confident, xp.sum(xp.where(top, d, 0.0), axis=-1, keepdims=True), 0.0)
     others = others * xp.exp(-move)
-    return DifferentiableTerms(d, e, others, xp.where(confident, others, s), move, weights.weights)
+    return DifferentiableTerms(d, e, others, xp.where(confident, others, s), move)
 
 
-def differentiable_value(xp: Namespace, t: DifferentiableTerms) -> Array:
-    return _value(xp, t.z, _log_ratio(xp, t), t.s)
+def differentiable_value(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
+    return _value(xp, weights.z, _log_ratio(xp, t), t.s)
 
 
 def _log_ratio(xp: Namespace, t: DifferentiableTerms) -> Array:
     return xp.where(t.e > t.s, 0.0, t.d - t.move)
 
 
-def differentiable_gradient(xp: Namespace, t: DifferentiableTerms) -> Array:
-    return _gradient(xp, t.z, *_probabilities(xp, t))
+def differentiable_gradient(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
+    return _gradient(xp, weights.z, *_probabilities(xp, t))
 
 
-def differentiable_hessian(xp: Namespace, t: DifferentiableTerms) -> Array:
-    return _hessian(xp, t.z, *_probabilities(xp, t))
+def differentiable_hessian(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
+    return _hessian(xp, weights.z, *_probabilities(xp, t))
 
 
 def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]:
@@ -130,15 +126,13 @@ def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]
 
 
 class IndexTerms(NamedTuple):
-    position: Position
     e: Array  # exp(x - m), or a multiple of it, and 0 at t
     e_t: Array
-    d_t: Array | None  # x_t - m; None where e are probabilities
     s: Array
-    weight: Array | None  # one for each example; None: 1
+    d_t: Array  # x_t - m
 
 
-def index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options = PLAIN) -> IndexTerms:
+def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
     at = weights.position
     m, x_t = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at), axis=-1)
     if xp.assume_finite:
@@ -148,37 +142,43 @@ def index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options =
         d, d_t = xp.where(x == math.inf, 0.0, x - m), xp.where(x_t == math.inf, 0.0, x_t - m)
     d_t = xp.squeeze(d_t, axis=-1)
     e, e_t = xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_t)
-    return IndexTerms(at, e, e_t, d_t, xp.sum(e, axis=-1), weights.weight)
+    return IndexTerms(e, e_t, xp.sum(e, axis=-1), d_t)
 
 
-def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, options: Options = PLAIN) -> IndexTerms:
+class NativeIndexTerms(NamedTuple):  # the same, of probabilities
+    e: Array
+    e_t: Array
+    s: Array
+
+
+def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> NativeIndexTerms:
     at, e = weights.position, xp.softmax(x)
     e_t = xp.take_along_axis(e, at)
     e = xp.put_along_axis(e, at, 0.0)
-    return IndexTerms(at, e, e_t, None, xp.sum(e, axis=-1), weights.weight)
+    return NativeIndexTerms(e, e_t, xp.sum(e, axis=-1))
 
 
-def index_value(xp: Namespace, t: IndexTerms) -> Array:
+def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     # log(s + e_t) - d_t. If t is the largest, e_t is 1 and d_t is 0; if not, s is 1 or more.
-    return _weighted(xp, t, xp.log1p(t.s + (t.e_t - 1)) - t.d_t)
+    return _weighted(xp, weights, xp.log1p(t.s + (t.e_t - 1)) - t.d_t)
 
 
-def native_index_value(xp: Namespace, t: IndexTerms) -> Array:
+def native_index_value(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex) -> Array:
     # Where e_t has lost more digits than a logarithm can do without, s / e_t is infinite.
-    return _weighted(xp, t, xp.log1p(t.s / t.e_t))
+    return _weighted(xp, weights, xp.log1p(t.s / t.e_t))
 
 
-def _weighted(xp: Namespace, t: IndexTerms, values: Array) -> Array:
-    return values if t.weight is None else weigh_logits(xp, t.weight, values)
+def _weighted(xp: Namespace, weights: ClassIndex, values: Array) -> Array:
+    return values if weights.weight is None else weigh_logits(xp, weights.weight, values)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms) -> Array:
-    return xp.put_along_axis(t.e, t.position, -t.s)
+def index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
+    return xp.put_along_axis(t.e, weights.position, -t.s)
 
 
-def index_scale(xp: Namespace, t: IndexTerms) -> Array:
+def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
     # Probabilities add up to 1 but for the digits that a native softmax loses in long rows: these are put right, too.
-    return (1 if t.weight is None else t.weight) / (t.s + t.e_t)
+    return (1 if weights.weight is None else weights.weight) / (t.s + t.e_t)
 
 
 SOFTMAX = Loss(
@@ -212,17 +212,14 @@ SOFTMAX = Loss(
 
 def softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
-        return _probabilities(xp, differentiable_terms(xp, x, NO_WEIGHTS))[0]
-    _, e, s, _ = terms(xp, x, NO_WEIGHTS)
+        return _probabilities(xp, differentiable_terms(xp, x))[0]
+    _, e, s = terms(xp, x)
     return e / (1 + s)
 
 
 def log_softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
-        t = differentiable_terms(xp, x, NO_WEIGHTS)
+        t = differentiable_terms(xp, x)
         return _log_ratio(xp, t) - xp.log1p(t.s)
-    d, _, s, _ = terms(xp, x, NO_WEIGHTS)
+    d, _, s = terms(xp, x)
     return d - xp.log1p(s)
-
-
-NO_WEIGHTS = Distribution(None, None, None, None, None)

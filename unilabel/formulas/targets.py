@@ -28,9 +28,9 @@ class Elementwise(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """Of mutually exclusive classes: the weight of each class."""
+    """Of mutually exclusive classes: how much of an example's loss each class carries."""
 
-    weights: Array
+    z: Array
     where: Array | None  # False where the class does not exist
     ignored: Array | None  # True for an example that does not exist
     keep: Array | None  # False for either; None: all exist

@@ -9,9 +9,12 @@ from ..namespace import Array, Namespace
 
 
 class Operands(NamedTuple):
-    """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none."""
+    """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none.
 
-    targets: Array
+    Before `canonical` they are what the caller gave.
+    """
+
+    targets: Any
     weight: Array | None = None
     pos_weight: Array | None = None
     sample_weight: Array | None = None
@@ -34,8 +37,11 @@ class Options(NamedTuple):
 PLAIN = Options("none")
 
 
+Formula = Callable[[Namespace, Any, Any], Array]  # of the namespace, the terms and the target weights
+
+
 class Form(NamedTuple):
-    """One way to compute a loss: each function takes the namespace, and what the one before it returned.
+    """One way to compute a loss: target weights and terms, and of these value and derivatives.
 
     The value of a form that needs "autodiff", or of a loss that has no such form, is differentiated right by a
     framework, and so is its gradient.
@@ -43,10 +49,10 @@ class Form(NamedTuple):
 
     weights: Callable[[Namespace, Array, Operands, Options], Any]  # how much of the loss each class carries
     terms: Callable[[Namespace, Array, Any, Options], Any]  # what value, gradient and Hessian have in common
-    value: Callable[[Namespace, Any], Array]
-    gradient: Callable[[Namespace, Any], Array]  # less a factor for each example, if there is `scale`
-    hessian: Callable[[Namespace, Any], Array] | None = None  # its diagonal
-    scale: Callable[[Namespace, Any], Array] | None = None  # that factor: rows are multiplied once, with all there is
+    value: Formula
+    gradient: Formula  # less a factor for each example, if there is `scale`
+    hessian: Formula | None = None  # its diagonal
+    scale: Formula | None = None  # that factor: rows are multiplied once, with all there is
     needs: str = ""  # a group of the namespace
     of_one_class: bool = False  # for class indices alone, with neither smoothing nor masked classes
 
