@@ -1,11 +1,8 @@
-"""TensorFlow: an array API namespace over tf.*, custom gradients with the closed form, eager calls compiled by XLA."""
+"""TensorFlow: custom gradients with the closed form; eager calls that come again are compiled by XLA."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import threading
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,124 +11,8 @@ import tensorflow as tf
 from .. import formulas
 from ..backend import Array, Backend
 from ..formulas import Loss, Namespace, Operands, Options
-from ..namespace import Extended
 from .tensorflow_internals import internals
-
-SHORT = 128  # numbers that are added up as TensorFlow likes
-WAYS = 8
-
-
-def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-    """The sum along the last axis, or of all elements, without the digits that are lost in long rows.
-
-    TensorFlow and XLA add the numbers of a row one after the other, or a few in turn, and of a million equal ones lose
-    up to four digits. So the eighths of a row are added to each other, which makes it an eighth as long: in float32
-    once, as float64 has digits enough for the rest, in float64 again and again. (XLA would undo a reshape to short
-    rows; float64 from the start takes more time and memory.)
-    """
-    n = x.shape.num_elements() if axis is None else x.shape[-1]
-    if n is not None and n <= SHORT:
-        return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-    if axis is None:
-        x = tf.reshape(x, [-1])
-    rounds = 1 if x.dtype == tf.float32 else 4 if n is None else math.ceil(math.log(n / WAYS, WAYS))
-    n = tf.shape(x)[-1] if n is None else n
-    for _ in range(rounds):
-        *parts, rest = tf.split(x, [n // WAYS] * WAYS + [n % WAYS], axis=-1)
-        x, n = tf.concat([tf.add_n(parts), rest], axis=-1), n // WAYS + n % WAYS
-    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=-1, keepdims=keepdims), x.dtype)
-
-
-def _on_device_of(x: Array) -> Any:
-    """Eager operations go where TensorFlow likes best, not where their input is."""
-    return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
-
-
-# The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
-STANDARD = SimpleNamespace(
-    abs=tf.abs,
-    any=tf.reduce_any,
-    bool=tf.bool,
-    exp=tf.exp,
-    expand_dims=tf.expand_dims,
-    float32=tf.float32,
-    isinf=tf.math.is_inf,
-    log=tf.math.log,
-    log1p=tf.math.log1p,
-    logical_and=tf.logical_and,
-    logical_or=tf.logical_or,
-    max=tf.reduce_max,
-    maximum=tf.maximum,
-    multiply=tf.multiply,
-    ones_like=tf.ones_like,
-    squeeze=tf.squeeze,
-    stop_gradient=tf.stop_gradient,
-    sum=_sum,
-)
-
-
-class _Plain(Extended):
-    """Where nothing is differentiated."""
-
-    take = staticmethod(tf.gather)
-
-    def arange(self, n: Any, device: Any = None) -> Array:
-        return tf.range(tf.cast(n, tf.int64))
-
-    def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
-        return tf.cast(x, dtype)
-
-    def extent(self, x: Array, axis: int) -> Array:
-        n = x.shape[axis]
-        return tf.shape(x, out_type=tf.int64)[axis] if n is None else n
-
-    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
-        with _on_device_of(x):
-            return tf.transpose(x, axes)
-
-    def reshape(self, x: Array, shape: Any) -> Array:
-        with _on_device_of(x):
-            return tf.reshape(x, shape)
-
-    def where(self, condition: Array, a: Any, b: Any) -> Array:
-        dtype = (a if isinstance(a, tf.Tensor) else b).dtype  # the other may be a Python scalar
-        return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
-
-    def as_index(self, targets: Array, like: Array) -> Array:
-        return tf.cast(targets, tf.int64)
-
-    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
-        """To gather it, and as a mask, as replacing by a scatter takes longer."""
-        index = tf.cast(index, tf.int32)  # long integers take longer; by now they are class indices
-        return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
-
-    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
-        return tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1)
-
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
-        values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
-        return tf.where(position[1], values, x)
-
-
-class _Differentiable(_Plain):
-    groups: tuple[str, ...] = ("autodiff",)
-
-
-class _Forward(_Differentiable):
-    """Where a ForwardAccumulator watches.
-
-    It adds to the derivative of x · c what a change of c would make, though c is constant: x · 0, NaN for an infinite
-    x. Here 0 times infinity is 0.
-    """
-
-    def multiply(self, x: Array, y: Array) -> Array:
-        return tf.where(tf.math.is_nan(x), x, tf.math.multiply_no_nan(x, y))
-
-
-plain: Namespace = _Plain(STANDARD)
-differentiable: Namespace = _Differentiable(STANDARD)
-forward: Namespace = _Forward(STANDARD)
-
+from .tensorflow_namespaces import differentiable, forward, on_device_of, plain
 
 EAGER = type(tf.constant(0))
 
@@ -173,7 +54,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     @tf.custom_gradient
     def gradient(x: Array, cotangent: Array, *arrays: Array) -> tuple[Array, Any]:
         def pullback(second: Array) -> list[Array]:
-            with _on_device_of(x), tf.GradientTape() as tape:
+            with on_device_of(x), tf.GradientTape() as tape:
                 copies = [tf.identity(array) for array in (x, cotangent, *arrays)]
                 tape.watch(copies)
                 again, *others = copies
@@ -187,7 +68,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     def run(x: Array, *arrays: Array) -> tuple[Array, Any]:
         def pullback(cotangent: Array) -> list[Array]:
             cotangent = tf.convert_to_tensor(cotangent)  # of gathered losses it is tf.IndexedSlices
-            with _on_device_of(x):
+            with on_device_of(x):
                 gradients = [gradient(x, cotangent, *arrays)]
                 if arrays:  # targets and weights: by the plain expression
                     # Copies: they may be the logits themselves.
@@ -368,7 +249,7 @@ class TensorflowBackend(Backend):
             others = [array for array in operands if array is not None and array.dtype.is_floating]
             if not (others and internals.is_watched(others)):
                 return _recorded_eagerly(loss, options, x, operands)
-        with _on_device_of(x):
+        with on_device_of(x):
             return _recorded_loss(loss, options, x, _fitted(loss, options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
@@ -378,12 +259,12 @@ class TensorflowBackend(Backend):
         # No tape may see these expressions: they are not written to be differentiated.
         x = tf.stop_gradient(x)
         operands = Operands(*(None if a is None else tf.stop_gradient(a) for a in operands))
-        with _on_device_of(x):
+        with on_device_of(x):
             return super().closed_form(formula, loss, options, x, _fitted(loss, options, x, operands))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         x = tf.convert_to_tensor(x)
-        with _on_device_of(x):
+        with on_device_of(x):
             space = forward if internals.has_tangents((x,)) else differentiable
             return formulas.activation(space, function, x, half)
 

@@ -1,0 +1,140 @@
+"""TensorFlow's namespaces: functions of the array API standard over tf.*, right to the last digits and where x is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import tensorflow as tf
+
+from ..backend import Array
+from ..formulas import Namespace
+from ..namespace import Extended
+
+SHORT = 128  # numbers that are added up as TensorFlow likes
+WAYS = 8
+
+
+def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+    """The sum along the last axis, or of all elements, without the digits that are lost in long rows.
+
+    TensorFlow and XLA add the numbers of a row one after the other, or a few in turn, and of a million equal ones lose
+    up to four digits. So the eighths of a row are added to each other, which makes it an eighth as long: in float32
+    once, as float64 has digits enough for the rest, in float64 again and again. (XLA would undo a reshape to short
+    rows; float64 from the start takes more time and memory.)
+    """
+    n = x.shape.num_elements() if axis is None else x.shape[-1]
+    if n is not None and n <= SHORT:
+        return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
+    if axis is None:
+        x = tf.reshape(x, [-1])
+    rounds = 1 if x.dtype == tf.float32 else 4 if n is None else math.ceil(math.log(n / WAYS, WAYS))
+    n = tf.shape(x)[-1] if n is None else n
+    for _ in range(rounds):
+        *parts, rest = tf.split(x, [n // WAYS] * WAYS + [n % WAYS], axis=-1)
+        x, n = tf.concat([tf.add_n(parts), rest], axis=-1), n // WAYS + n % WAYS
+    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=-1, keepdims=keepdims), x.dtype)
+
+
+def on_device_of(x: Array) -> Any:
+    """Eager operations go where TensorFlow likes best, not where their input is."""
+    return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
+
+
+def _beside(function: Callable[[Array], Array], inverse: Callable[[Array], Array], x: Array) -> Array:
+    """x with its elements in other places, and its gradient: on x's device, where TensorFlow's own gradient is not."""
+    if tf.is_symbolic_tensor(x):
+        return function(x)
+    with tf.device(x.device):
+        if len(tf.config.list_logical_devices()) == 1:
+            return function(x)
+        recorded = tf.custom_gradient(lambda x: (function(x), lambda cotangent: _beside(inverse, function, cotangent)))
+        return recorded(tf.convert_to_tensor(x))
+
+
+# The functions of the standard that the formulas use, in the standard's words. Operators are TensorFlow's own.
+STANDARD = SimpleNamespace(
+    abs=tf.abs,
+    any=tf.reduce_any,
+    bool=tf.bool,
+    exp=tf.exp,
+    expand_dims=tf.expand_dims,
+    float32=tf.float32,
+    isinf=tf.math.is_inf,
+    log=tf.math.log,
+    log1p=tf.math.log1p,
+    logical_and=tf.logical_and,
+    logical_or=tf.logical_or,
+    max=tf.reduce_max,
+    maximum=tf.maximum,
+    multiply=tf.multiply,
+    ones_like=tf.ones_like,
+    squeeze=tf.squeeze,
+    stop_gradient=tf.stop_gradient,
+    sum=_sum,
+)
+
+
+class _Plain(Extended):
+    """Where nothing is differentiated."""
+
+    take = staticmethod(tf.gather)
+
+    def arange(self, n: Any, device: Any = None) -> Array:
+        return tf.range(tf.cast(n, tf.int64))
+
+    def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
+        return tf.cast(x, dtype)
+
+    def extent(self, x: Array, axis: int) -> Array:
+        n = x.shape[axis]
+        return tf.shape(x, out_type=tf.int64)[axis] if n is None else n
+
+    def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        return _beside(lambda x: tf.transpose(x, axes), lambda y: tf.transpose(y, order), x)
+
+    def reshape(self, x: Array, shape: Any) -> Array:
+        return _beside(lambda x: tf.reshape(x, shape), lambda y: tf.reshape(y, x.shape), x)
+
+    def where(self, condition: Array, a: Any, b: Any) -> Array:
+        dtype = (a if isinstance(a, tf.Tensor) else b).dtype  # the other may be a Python scalar
+        return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return tf.cast(targets, tf.int64)
+
+    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+        """To gather it, and as a mask, as replacing by a scatter takes longer."""
+        index = tf.cast(index, tf.int32)  # long integers take longer; by now they are class indices
+        return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
+
+    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
+        return tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1)
+
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
+        values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
+        return tf.where(position[1], values, x)
+
+
+class _Differentiable(_Plain):
+    groups: tuple[str, ...] = ("autodiff",)
+
+
+class _Forward(_Differentiable):
+    """Where a ForwardAccumulator watches.
+
+    It adds to the derivative of x · c what a change of c would make, though c is constant: x · 0, NaN for an infinite
+    x. Here 0 times infinity is 0.
+    """
+
+    def multiply(self, x: Array, y: Array) -> Array:
+        return tf.where(tf.math.is_nan(x), x, tf.math.multiply_no_nan(x, y))
+
+
+plain: Namespace = _Plain(STANDARD)
+differentiable: Namespace = _Differentiable(STANDARD)
+forward: Namespace = _Forward(STANDARD)
