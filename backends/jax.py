@@ -112,7 +112,8 @@ LARGE = 1 << 20  # elements: from here on, memory takes more time than computing
 
 def _is_large_sum(loss: Loss, options: Options, x: Array, operands: Operands) -> bool:
     """Whether the value is one sum over many elements, none of them masked: faster apart from the gradient."""
-    summed = loss == formulas.LOGISTIC and options.reduction != "none" and operands.where is None
+    elementwise = not loss.per_example and loss.takes == "logits"
+    summed = elementwise and options.reduction != "none" and operands.where is None
     return summed and all(isinstance(n, int) for n in x.shape) and x.size >= LARGE
 
 

@@ -1,4 +1,6 @@
-"""The cases: what goes into a loss, as plain Python numbers, the same for a seed on every machine. Answers: `oracle`.
+"""The cases: inputs of the losses as plain Python numbers, the same on every machine for a given seed.
+
+The answers come from `oracle`.
 
 To add a case, extend a function marked with @family, or write one: it is given a Maker and yields cases.
 """
@@ -19,7 +21,7 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 class Loss(NamedTuple):
-    """What a loss is a loss of."""
+    """What a loss takes, and whether it has one value per example or one per element."""
 
     per_example: bool  # its classes are mutually exclusive; else there is a loss for each element
     takes: str
@@ -41,22 +43,22 @@ class Tensor(NamedTuple):
     values: list[Any]
 
 
-# What a case is about, where losses are known to go wrong.
+# What a case is about: where losses are known to go wrong.
 FLAGS = {
-    "confident": "nearly all probability on one side: the loss and its gradient are the small rest, and lose no digit",
-    "curvature": "the second derivative of a confident model is small, not 0",
-    "zero logit": "the gradient at a logit of exactly 0 is 0.5 - z, where |x| has its kink",
-    "offset": "large logits that differ little or not at all: log C, not 0",
+    "confident": "nearly all probability on one side: small losses and gradients keep their digits, and are not 0",
+    "curvature": "the second derivative of a confident prediction is small, not 0",
+    "zero logit": "at a logit of exactly 0, where |x| has a kink, the gradient is 0.5 - z",
+    "offset": "large logits that are equal, or nearly so: the loss is about log C, not 0",
     "unnormalised": "target distributions that do not sum to 1",
-    "soft saturated": "soft targets of a confident model: x z and softplus x cancel",
-    "excluded class": "a logit of -inf is a class that cannot be: no NaN where it has no target",
-    "infinite logit": "a logit of +inf or -inf is a sure model: 0 where it is right, infinite where it is wrong",
-    "nan logit": "a NaN logit is NaN in its own row, and nowhere else",
-    "masked": "what stands under a mask or an ignored index does not count, NaN and infinity neither",
-    "nothing takes part": "the mean over nothing is 0 with zero gradient",
-    "wrong index": "a class index that names no class makes its example NaN",
-    "half sum": "float16 and bfloat16 are summed in float32: no overflow, nothing swallowed",
-    "long sum": "a sum of many equal numbers, where every rounding is in one direction",
+    "soft saturated": "soft targets and a confident prediction: x z and softplus x cancel",
+    "excluded class": "a logit of -inf excludes its class: no NaN where the target gives that class no weight",
+    "infinite logit": "a logit of +inf or -inf is a certain prediction: the loss is 0 if right, infinite if wrong",
+    "nan logit": "a NaN logit makes its own loss NaN, and no other",
+    "masked": "masked elements and ignored examples do not count, even where they are NaN or infinite",
+    "nothing takes part": "every element is masked or ignored, or there is none: the mean is 0, with zero gradient",
+    "wrong index": "a class index that is out of range, or that of a masked class, makes its example NaN",
+    "half sum": "float16 and bfloat16 are summed in float32: no overflow, and no small term is lost",
+    "long sum": "a sum of many equal numbers, whose rounding errors all have the same sign",
     "kind": "the result has the logits' dtype",
     "cotangent": "an incoming gradient that differs from element to element",
 }
@@ -213,13 +215,13 @@ def moderate(make: Maker) -> Iterator[Case]:
 
 @family
 def confident(make: Maker) -> Iterator[Case]:
-    """Logits far from 0, where nearly all the probability is on one side: the digits are in the small rest."""
+    """Logits far from 0, with nearly all the probability on one side: a small loss must keep its digits."""
     for reach in (20, 80, 200, 900):
         yield from make.both(-reach, reach, reduction="none", flag="confident")
     yield from make.both(-100, 100, rows=20, flag="confident")
     for x in (10.0, 14.56, 15.0, 16.66, 17.0, 30.0, 60.0, 80.0):
-        sure = "confident, curvature"
-        yield make.case(MULTILABEL, [x, -x, x, -x], [1, 0, 0, 1], flag=sure, reduction="none")
+        flags = "confident, curvature"
+        yield make.case(MULTILABEL, [x, -x, x, -x], [1, 0, 0, 1], flag=flags, reduction="none")
         yield make.case(SOFTMAX, [[x, 0.0], [0.0, x], [-x, 0.0]], [0, 0, 1], flag="confident", reduction="none")
         yield make.case(SOFTMAX, [[x, 0.0, 1.0]], [[0.999, 0.001, 0.0]], flag="soft saturated", reduction="none")
         yield make.case(MULTILABEL, [x, -x], [0.999, 0.001], flag="soft saturated", reduction="none")
@@ -234,7 +236,7 @@ def confident(make: Maker) -> Iterator[Case]:
 
 @family
 def tails(make: Maker) -> Iterator[Case]:
-    """Down to subnormal results, and up to the largest numbers."""
+    """Results down to subnormal numbers, and logits up to the largest ones."""
     smallest = -math.log(2.0) * (DTYPES[make.dtype][1] - DTYPES[make.dtype][0] + 2)  # exp(-this) is the last above 0
     last = [smallest * share for share in (0.5, 0.8, 0.9, 0.96, 0.99)]
     for z in (0, 1):
@@ -257,7 +259,7 @@ def tails(make: Maker) -> Iterator[Case]:
 
 @family
 def targets(make: Maker) -> Iterator[Case]:
-    """Distributions of every kind: one that dominates, ties, parts of 1, more than 1, one class only."""
+    """Target distributions of every kind: a dominant class, ties, sums below and above 1, a single class."""
     x = make.numbers((1, 4), -5, 5)
     for z in ([0.9999, 0.0001, 0.0, 0.0], [0.25] * 4, [0.5, 0.5, 0.0, 0.0]):
         yield make.case(SOFTMAX, x, [z], reduction="none")
@@ -275,7 +277,7 @@ def targets(make: Maker) -> Iterator[Case]:
 
 @family
 def zero(make: Maker) -> Iterator[Case]:
-    """A zero-initialised head: the gradient is exactly 0.5 - z, where the absolute value has a kink."""
+    """The logits of a zero-initialised head: the gradient is exactly 0.5 - z, where |x| has a kink."""
     for z in (0.0, -0.0):
         yield make.case(MULTILABEL, [[z] * 3] * 2, [[1, 0, 1], [0, 1, 0]], flag="zero logit")
         yield make.case(MULTILABEL, [z] * 3, [0.25, 0.5, 1.0], flag="zero logit", reduction="none")
@@ -287,29 +289,29 @@ def zero(make: Maker) -> Iterator[Case]:
 
 @family
 def infinite(make: Maker) -> Iterator[Case]:
-    """Infinite logits: sure models, and classes that cannot be. Nothing is NaN but what has no value."""
+    """Infinite logits: certain predictions and excluded classes. Only an undefined result is NaN."""
     inf, nan = math.inf, math.nan
-    sure, out = "infinite logit", "excluded class"
-    yield make.case(MULTILABEL, [inf], [1], flag=sure, reduction="none")
-    yield make.case(MULTILABEL, [-inf], [0], flag=sure, reduction="none")
-    yield make.case(MULTILABEL, [inf, -inf], [0, 1], flag=sure, reduction="none")
-    yield make.case(MULTILABEL, [[inf, 0.0], [-inf, 1.0]], [[1, 0], [0, 1]], flag=sure)
-    yield make.case(MULTILABEL, [inf, -inf], [1, 0], flag=sure, label_smoothing=0.1, reduction="none")
-    yield make.case(MULTILABEL, [inf, -inf], [1, 0], flag=sure, pos_weight=2.0, weight=3.0, reduction="none")
+    certain, excluded = "infinite logit", "excluded class"
+    yield make.case(MULTILABEL, [inf], [1], flag=certain, reduction="none")
+    yield make.case(MULTILABEL, [-inf], [0], flag=certain, reduction="none")
+    yield make.case(MULTILABEL, [inf, -inf], [0, 1], flag=certain, reduction="none")
+    yield make.case(MULTILABEL, [[inf, 0.0], [-inf, 1.0]], [[1, 0], [0, 1]], flag=certain)
+    yield make.case(MULTILABEL, [inf, -inf], [1, 0], flag=certain, label_smoothing=0.1, reduction="none")
+    yield make.case(MULTILABEL, [inf, -inf], [1, 0], flag=certain, pos_weight=2.0, weight=3.0, reduction="none")
     yield make.case(MULTILABEL, [nan, 1.0], [1, 1], flag="nan logit", reduction="none")
-    yield make.case(SOFTMAX, [[1.0, -inf, 2.0], [-inf, -inf, 3.0]], [0, 2], flag=out, reduction="none")
-    yield make.case(SOFTMAX, [[1.0, -inf, 2.0]], [1], flag=out, reduction="none")
-    yield make.case(SOFTMAX, [[1.0, -inf]], [[1.0, 0.0]], flag=out, reduction="none")
-    yield make.case(SOFTMAX, [[inf, 0.0]], [0], flag=sure, reduction="none")
-    yield make.case(SOFTMAX, [[inf, 0.0], [inf, -inf]], [1, 0], flag=sure, reduction="none")
-    yield make.case(SOFTMAX, [[inf, 0.0, 1.0]], [[1.0, 0.0, 0.0]], flag=sure)
+    yield make.case(SOFTMAX, [[1.0, -inf, 2.0], [-inf, -inf, 3.0]], [0, 2], flag=excluded, reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf, 2.0]], [1], flag=excluded, reduction="none")
+    yield make.case(SOFTMAX, [[1.0, -inf]], [[1.0, 0.0]], flag=excluded, reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0]], [0], flag=certain, reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0], [inf, -inf]], [1, 0], flag=certain, reduction="none")
+    yield make.case(SOFTMAX, [[inf, 0.0, 1.0]], [[1.0, 0.0, 0.0]], flag=certain)
     yield make.case(SOFTMAX, [[-inf, -inf], [0.0, 1.0]], [0, 0], flag="nan logit", reduction="none")
     yield make.case(SOFTMAX, [[nan, 0.0], [0.0, 1.0]], [1, 0], flag="nan logit", reduction="none")
 
 
 @family
 def masked(make: Maker) -> Iterator[Case]:
-    """Missing labels, classes out of the softmax, ignored examples: whatever stands there, it does not count."""
+    """Missing labels, classes masked out of the softmax, ignored examples: none counts, whatever its value."""
     inf, nan = math.inf, math.nan
     for reduction in REDUCTIONS:
         whole: dict[str, Any] = {"flag": "masked", "reduction": reduction}
@@ -386,7 +388,7 @@ def weighted(make: Maker) -> Iterator[Case]:
         ignore_index=-1,
         label_smoothing=0.1,
     )
-    for smoothing in (0.0, 0.5):  # the targets weigh nothing, and so there is nothing to average
+    for smoothing in (0.0, 0.5):  # the targets have weight 0, so there is nothing to average
         options: dict[str, Any] = {"weight": [0.0, 0.0, 1.0], "label_smoothing": smoothing}
         yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 1], **options)
     for reduction in REDUCTIONS:
@@ -417,7 +419,7 @@ def smoothed(make: Maker) -> Iterator[Case]:
 
 @family
 def invalid(make: Maker) -> Iterator[Case]:
-    """Class indices that name no class: NaN for their example, never a plausible number."""
+    """Class indices out of range, or of a masked class: NaN for their example, never a plausible number."""
     x = make.numbers((5, 3), -4, 4)
     for reduction in ("none", "mean"):
         wrong: dict[str, Any] = {"flag": "wrong index", "reduction": reduction}
@@ -439,7 +441,7 @@ def invalid(make: Maker) -> Iterator[Case]:
 
 @family
 def shapes(make: Maker) -> Iterator[Case]:
-    """The class axis elsewhere, several class axes, more batch axes, one example, no example."""
+    """Another class axis, several class axes, more batch axes, a single example, no example."""
     for reduction in REDUCTIONS:
         yield make.case(MULTILABEL, make.numbers((2, 3, 4), -4, 4), make.chosen((2, 3, 4), 0, 1), axis=1)
         yield make.case(SOFTMAX, make.numbers((2, 3, 4), -4, 4), make.chosen((2, 4), 0, 1, 2), axis=1)
@@ -486,7 +488,7 @@ def probabilities(make: Maker) -> Iterator[Case]:
 
 @family
 def sums(make: Maker) -> Iterator[Case]:
-    """Sums and means that half precision overflows or sticks in."""
+    """Sums and means that overflow in half precision, or stop growing."""
     for rows, classes in ((300, 1), (70_000, 1)):
         shape = (rows, classes)
         same = Tensor(shape, [0.5] * rows), Tensor(shape, [1] * rows)
@@ -497,7 +499,7 @@ def sums(make: Maker) -> Iterator[Case]:
 @family
 @long
 def flat(make: Maker) -> Iterator[Case]:
-    """Long rows of equal numbers, where every rounding of a sum is in one direction: small ones beside a 1, too."""
+    """Long rows of equal numbers, where a sum's rounding errors all have the same sign; small ones beside a 1, too."""
     if make.dtype in ("float16", "bfloat16"):
         return  # computed in float32
     classes, flag = 6_000, "long sum"

@@ -26,11 +26,11 @@ from .vectors import FOLDER, files, stale, write
 @click.group()
 @click.version_option(unilabel.__version__, prog_name="unilabel")
 def main() -> None:
-    """Losses for every framework's tensors, and the proof that they are right."""
+    """Losses for every framework's tensors, and the checks that they are right."""
 
 
 def _file(_: object, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """A file to write: its folder has to be there before the work is done."""
+    """A file to write: its folder must exist before the work begins."""
     if value is not None and not value.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {str(value.absolute().parent)!r}.")
     return value
@@ -46,7 +46,7 @@ READ = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--device", metavar="NAME", help="'cpu', 'cuda', or a name that `unilabel backends` lists.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: float32 and float64.")
 @click.option("--case", "patterns", multiple=True, metavar="PATTERN", help="Families or case ids; * and ? match.")
-@click.option("--seed", default=0, show_default=True, help="Of the random cases.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random cases.")
 @click.option(
     "--subject",
     "subjects",
@@ -64,10 +64,10 @@ READ = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--full", is_flag=True, help="The large cases too, and all modes (hours, for torch.compile).")
 @click.option("--jobs", default=os.cpu_count() or 1, show_default=True, help="Processes at a time.")
-@click.option("--timeout", default=300.0, show_default=True, help="Seconds without an answer until a process is ended.")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds to wait for an answer of a process.")
 @click.option("--json", "json_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write the results there.")
 @click.option("--junit", "junit_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write a JUnit report there.")
-@click.option("--html", "html_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write a page there.")
+@click.option("--html", "html_file", type=WRITTEN, callback=_file, metavar="FILE", help="Write a web page there.")
 @click.pass_context
 def conformance(
     context: click.Context,
@@ -88,7 +88,7 @@ def conformance(
 ) -> None:
     """Check values, gradients and Hessian diagonals of every loss on every backend against the oracle.
 
-    Gradients by float targets too.
+    The gradients are those by the logits and by float targets.
 
     The exit code is 0 if all match, 1 if any does not (or a backend asked for is missing), 2 for a wrong call.
     """
@@ -138,7 +138,7 @@ def conformance(
 @conformance.command()
 @click.argument("a", type=READ)
 @click.argument("b", type=READ)
-@click.option("--ulp", default=0.0, show_default=True, help="How far the numbers of the two may be apart.")
+@click.option("--ulp", default=0.0, show_default=True, help="The largest difference that is allowed, in ULP.")
 def compare(a: Path, b: Path, ulp: float) -> None:
     """Compare two saved results number by number: a GPU's with a CPU's, this release's with the last one's.
 
@@ -157,10 +157,10 @@ def compare(a: Path, b: Path, ulp: float) -> None:
 
 @conformance.command()
 @click.option("--write", "action", flag_value="write", help="Write the files that are not up to date.")
-@click.option("--check", "action", flag_value="check", help="Say which they are, and where they first differ.")
+@click.option("--check", "action", flag_value="check", help="List the outdated files, and where each first differs.")
 @click.option("--to", "folder", type=FOLDERS, metavar="FOLDER", default=FOLDER, help="Default: the package's own.")
 def vectors(action: str | None, folder: Path) -> None:
-    """Write the cases and their answers to files of JSON for other languages, or check that the files are up to date.
+    """Write the cases and their answers as JSON files for other languages, or check that the files are up to date.
 
     The exit code of --check is 0 if they are, 1 if not.
     """

@@ -1,4 +1,4 @@
-"""Two saved results compared number by number: how far apart two machines, backends or releases are."""
+"""Compares two saved results number by number: how far apart two machines, backends or releases are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Difference(NamedTuple):
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
-    """Columns of the same title against each other; if there are none, each of a against each of b."""
+    """Compares the columns that have the same title in both; if none has, each column of a with each of b."""
     pairs = [(x, y) for x in a["runs"] for y in b["runs"]]
     same = [(x, y) for x, y in pairs if x["title"] == y["title"]]
     return [_difference(x, y) for x, y in same or pairs]
@@ -44,7 +44,7 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> Difference:
 
 
 def apart(x: float, y: float, dtype: str) -> float:
-    """|x - y| in ULP of the larger; 0 for two NaN or equal infinities, infinite if only one of them is."""
+    """|x - y| in ULP of the larger; 0 for two NaN or equal infinities, infinite where only one is NaN or infinite."""
     if x == y or (math.isnan(x) and math.isnan(y)):
         return 0.0
     if not (math.isfinite(x) and math.isfinite(y)):

@@ -1,4 +1,4 @@
-"""Results as one page for a browser: a heat map, and what failed, smallest input first. It loads nothing else."""
+"""Results as one web page: a heat map, then the failures, smallest input first. It loads no other file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .modes import MODES
 from .report import QUANTITIES, STATUSES, Results, quantities, ulps
 
 Case = dict[str, Any]
-FIRST = ("", ' class="first"')  # a column stands apart from the one before
-LEVELS = {1: 10, 2: 1e3, 3: 1e6}  # the shade of a failure: up to so many times what is allowed; 4 is beyond
+FIRST = ("", ' class="first"')  # a gap between the columns of results
+LEVELS = {1: 10, 2: 1e3, 3: 1e6}  # the shade of a failure: up to so many times its bound; above that, 4
 
 
 def html(found: Results) -> str:
@@ -101,7 +101,7 @@ def _headline(found: Results) -> str:
 
 
 def _map(found: Results) -> str:
-    """Family × column × quantity. A quantity that a column never has is left out."""
+    """The heat map: family × column × quantity, less the quantities that a column never has."""
     runs = found["runs"]
     had = [quantities(run) for run in runs]
     families = _once(case["family"] for run in runs for case in run["cases"])
@@ -136,7 +136,7 @@ counts as a value. n/a: no such case applies; –: no such quantity came.</p>
 
 
 def _cell(cases: list[Case], column: int, quantity: str, place: str) -> str:
-    """Of the wrong answers the worst, or of all if none is wrong."""
+    """A cell of the heat map: the worst of the wrong answers, or of all if none is wrong."""
     verdicts = [case["verdicts"][quantity] for case in cases if quantity in case["verdicts"]]
     wrong = [verdict for verdict in verdicts if "how" in verdict]
     errors = sum(map(_error, cases)) if quantity == "value" else 0
@@ -159,7 +159,7 @@ def _cell(cases: list[Case], column: int, quantity: str, place: str) -> str:
 
 
 def _error(case: Case) -> bool:
-    """Whether there was an error in place of an answer."""
+    """Whether a case raised an error instead of giving an answer."""
     return case["status"] == "fail" and not any("how" in verdict for verdict in case["verdicts"].values())
 
 
@@ -187,7 +187,7 @@ def _filters(found: Results) -> str:
 
 
 def _group(found: Results, flag: str, failing: list[tuple[int, Case]]) -> str:
-    """What failed under a flag: of each column the smallest input in full view, the others folded."""
+    """The failures of a flag: for each column the one with the smallest input, the others folded away."""
     blocks = []
     for i, run in enumerate(found["runs"]):
         cases = [case for column, case in failing if column == i and flag in (case["flags"] or ["other"])]
@@ -222,7 +222,7 @@ def _failure(case: Case, column: int, flag: str) -> str:
 
 
 def _marked(got: str, right: str) -> str:
-    """What came, marked from the first character that is not as it should be."""
+    """The result, marked from the first wrong character on."""
     pairs = enumerate(zip(got, right, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(got), len(right)))
     return f"{escape(got[:same])}<b>{escape(got[same:])}</b>"

@@ -12,7 +12,7 @@ def _torch(backend: str) -> Callable[[Function], Function]:
     def run(function: Function) -> Function:
         import torch
 
-        torch.compiler.reset()  # it compiles a function anew only so many times
+        torch.compiler.reset()  # there is a limit to how often it compiles a function again
         found: Function = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
         return found
 
@@ -43,7 +43,7 @@ def _tensorflow(xla: bool) -> Callable[[Function], Function]:
     return run
 
 
-# By mode and backend. A backend that has none for a mode is not run in it.
+# By mode and backend. A mode that a backend does not have is not run on it.
 MODES: dict[str, dict[str, Callable[[Function], Function]]] = {
     "eager": {},
     "graph": {"torch": _torch("aot_eager"), "tensorflow": _tensorflow(xla=False)},
@@ -56,5 +56,5 @@ def has(backend: str, mode: str) -> bool:
 
 
 def put(function: Function, backend: str, mode: str) -> Function:
-    """The function as the mode runs it."""
+    """The function, as it runs in that mode."""
     return function if mode == "eager" else MODES[mode][backend](function)

@@ -1,8 +1,8 @@
 """The right answers: each loss and its gradient from its definition, in 200-bit arithmetic (mpmath).
 
-Imports neither unilabel nor a framework, and shares no formula with either: σ, log and exp as books write them, and
-precision in place of care. Beside each number stands the sum of its terms' magnitudes: where terms cancel, what can be
-asked of a computation is measured by them.
+It imports neither unilabel nor a framework, and shares no formula with either: σ, log and exp are written as in a
+textbook, and precision takes the place of stable formulas. Beside each number stands the sum of its terms' magnitudes:
+where terms cancel, no computation can do better than a few rounding errors of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Number = Any  # mpf
 
 
 class Exact(NamedTuple):
-    """A number, the sum of its terms' magnitudes, and what rounding x - max x before exp may cost."""
+    """A number, the sum of its terms' magnitudes, and the error that rounding x - max x before exp may cause."""
 
     value: Number
     terms: Number
@@ -32,25 +32,23 @@ class Exact(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The answers to a case: the reduced loss, and its derivatives, as Exact in row-major order."""
+    """The answers to a case: the reduced loss and its derivatives, each a list of Exact in row-major order."""
 
     value: list[Exact]
     gradient: list[Exact]  # by the logits, times the case's cotangent
-    gradient_of_sum: list[Exact]  # times a cotangent of ones
-    hessian: list[Exact]  # the diagonal, of the sum of the losses before they are reduced
-    target_gradient: list[
-        Exact
-    ]  # by float targets, times the cotangent; empty if there are none, or a loss is infinite
+    gradient_of_sum: list[Exact]  # the same with a cotangent of ones
+    hessian: list[Exact]  # the diagonal, for the sum of the unreduced losses
+    target_gradient: list[Exact]  # by float targets, times the cotangent; empty without them, or if a loss is infinite
     summands: int  # how many numbers the reduction adds up
 
 
 class Parts(NamedTuple):
-    """What an element or a row adds to the answers, before it is reduced: each of them as Exact."""
+    """The unreduced loss of an element or of a row, and its derivatives: each an Exact, or for a row a list of them."""
 
     value: Any
-    slope: Any
-    curvature: Any
-    per_mass: Any  # the loss of one whole label: of an element (of 0, of 1), of a row one for each class
+    gradient: Any
+    hessian: Any  # its diagonal: the second derivatives
+    label_losses: Any  # the loss of each label at a target weight of 1: of labels 0 and 1, or of each class of a row
 
 
 def expected(case: Case) -> Expected:
@@ -72,7 +70,7 @@ def logistic(x: Number) -> Number:
 
 
 def times(a: Number, b: Number) -> Number:
-    """a b with 0 · ∞ = 0: what has no mass has no loss."""
+    """a b with 0 · ∞ = 0: a label of weight 0 adds no loss."""
     return mp.mpf(0) if (a == 0 and mp.isinf(b)) or (b == 0 and mp.isinf(a)) else a * b
 
 
@@ -80,9 +78,9 @@ def binary_on_logits(x: Number, negative: Number, positive: Number) -> Parts:
     if mp.isnan(x):
         return Parts(_nan(), _nan(), _nan(), (_nan(), _nan()))
     losses = softplus(x), softplus(-x)
-    slopes = times(negative, logistic(x)), -times(positive, logistic(-x))
-    curvature = _sum([(negative + positive) * logistic(x) * logistic(-x)])
-    return _element(losses, negative, positive, _sum(slopes), curvature)
+    gradient = _sum([times(negative, logistic(x)), -times(positive, logistic(-x))])
+    hessian = _sum([(negative + positive) * logistic(x) * logistic(-x)])
+    return _element(losses, negative, positive, gradient, hessian)
 
 
 def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: Number) -> Parts:
@@ -92,54 +90,54 @@ def binary_on_probabilities(p: Number, negative: Number, positive: Number, eps: 
     losses = -_log(max(q, eps)), -_log(max(p, eps))
     by_q = _quotient(negative, q) if negative and q >= eps else mp.mpf(0)
     by_p = _quotient(positive, p) if positive and p >= eps else mp.mpf(0)
-    curvature = [_quotient(by_q, q) if by_q else mp.mpf(0), _quotient(by_p, p) if by_p else mp.mpf(0)]
-    return _element(losses, negative, positive, _sum([by_q, -by_p]), _sum(curvature))
+    hessian = _sum([_quotient(by_q, q) if by_q else mp.mpf(0), _quotient(by_p, p) if by_p else mp.mpf(0)])
+    return _element(losses, negative, positive, _sum([by_q, -by_p]), hessian)
 
 
-def _element(losses: Any, negative: Number, positive: Number, slope: Exact, curvature: Exact) -> Parts:
-    masses = negative, positive
-    value = _sum([times(mass, loss) for mass, loss in zip(masses, losses, strict=True)])
-    return Parts(value, slope, curvature, [_label(loss, mass) for loss, mass in zip(losses, masses, strict=True)])
+def _element(losses: Any, negative: Number, positive: Number, gradient: Exact, hessian: Exact) -> Parts:
+    weights = negative, positive
+    value = _sum([times(weight, loss) for weight, loss in zip(weights, losses, strict=True)])
+    return Parts(value, gradient, hessian, [_label(loss, weight) for loss, weight in zip(losses, weights, strict=True)])
 
 
 def softmax_of_row(x: list[Number], z: list[Number]) -> Parts:
-    """Of -Σ z log softmax x; -inf is a class out of the game, inf takes all."""
+    """-Σ z log softmax x. A logit of -inf excludes its class; one of +inf takes all the probability."""
     if any(map(mp.isnan, [*x, *z])) or all(v == -mp.inf for v in x):
         nothing = [_nan() for _ in x]
         return Parts(_nan(), nothing, nothing, nothing)
     top = max(x)
     d = [mp.mpf(0) if v == top else v - top for v in x]
     e = [mp.exp(v) for v in d]
-    # 1 - p would need thousands of bits for logits of thousands: these are the sums over the others.
+    # With logits in the thousands 1 - p would need thousands of bits: use the sums over the other classes.
     total, others_e = _leave_one_out(e)
-    mass, others_z = _leave_one_out(z)
+    total_weight, others_z = _leave_one_out(z)
     largest = e.index(max(e))
     rest = others_e[largest]
     log_total = mp.log1p(rest)
-    # exp(d) is off by up to |d|/2 epsilons if d is rounded; a sum of them by the average, weighted by what they add.
+    # If d is rounded, exp(d) is off by up to |d|/2 epsilons; a sum of them by their average, weighted by each exp(d).
     average = mp.fsum(times(w, -v) for w, v in zip(e, d, strict=True)) / (2 * rest) if rest else mp.mpf(0)
     in_total = average * rest / total
     terms = [times(w, log_total - v) for w, v in zip(z, d, strict=True)]
     loss = Exact(mp.fsum(terms), mp.fsum(map(abs, terms)), average)
-    found: tuple[list[Exact], list[Exact], list[Exact]] = [], [], []  # slopes, curvatures, labels
-    done: dict[Any, tuple[Exact, Exact, Exact]] = {}  # long rows are made of few different numbers
+    found: tuple[list[Exact], list[Exact], list[Exact]] = [], [], []  # gradient, Hessian diagonal, label losses
+    done: dict[Any, tuple[Exact, Exact, Exact]] = {}  # long rows repeat a few different numbers
     for i in range(len(x)):
         same = d[i], z[i], others_e[i], others_z[i], i == largest
         if same not in done:
             up, down = e[i] / total * others_z[i], z[i] * others_e[i] / total
             own = -d[i] / 2 if mp.isfinite(d[i]) else mp.mpf(0)
             left = average if i == largest else mp.mpf(0)
-            slope = Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total)
-            curvature = mass * e[i] / total * others_e[i] / total
-            bent = Exact(curvature, abs(curvature), own + left + 2 * in_total)
-            done[same] = slope, bent, _label(log_total - d[i], z[i], average)
+            gradient = Exact(up - down, abs(up) + abs(down), (own if up else 0) + (left if down else 0) + in_total)
+            second = total_weight * e[i] / total * others_e[i] / total
+            hessian = Exact(second, abs(second), own + left + 2 * in_total)
+            done[same] = gradient, hessian, _label(log_total - d[i], z[i], average)
         for exacts, exact in zip(found, done[same], strict=True):
             exacts.append(exact)
     return Parts(loss, *found)
 
 
 def _leave_one_out(numbers: list[Number]) -> tuple[Number, list[Number]]:
-    """The sum, and for each number the sum of the others: added up anew for the largest, where a difference cancels."""
+    """The sum, and for each number the sum of the others: for the largest, added up, as a difference would cancel."""
     total = mp.fsum(numbers)
     largest = max(range(len(numbers)), key=lambda i: abs(numbers[i]))
     others = [total - number for number in numbers]
@@ -151,10 +149,10 @@ def categorical_on_probabilities(p: list[Number], z: list[Number], eps: Number) 
     losses = [-_log(max(v, eps)) for v in p]
     value = _sum(times(w, loss) for w, loss in zip(z, losses, strict=True))
     free = [not (v < eps or (v == 0 and w == 0)) for v, w in zip(p, z, strict=True)]  # clamped, but not NaN
-    slopes = [_quotient(-w, v) if f else 0 * w for v, w, f in zip(p, z, free, strict=True)]
-    curvatures = [_quotient(-slope, v) if f else slope for slope, v, f in zip(slopes, p, free, strict=True)]
+    gradient = [_quotient(-w, v) if f else 0 * w for v, w, f in zip(p, z, free, strict=True)]
+    hessian = [_quotient(-g, v) if f else g for g, v, f in zip(gradient, p, free, strict=True)]
     labels = [_label(loss, w) for w, loss in zip(z, losses, strict=True)]
-    return Parts(value, _each_once(slopes), _each_once(curvatures), labels)
+    return Parts(value, _each_once(gradient), _each_once(hessian), labels)
 
 
 def nll_of_row(log_p: list[Number], z: list[Number]) -> Parts:
@@ -163,9 +161,9 @@ def nll_of_row(log_p: list[Number], z: list[Number]) -> Parts:
     return Parts(value, _each_once([-w for w in z]), _each_once([0 * w for w in z]), labels)
 
 
-def _label(loss: Number, mass: Number, shift: Number = 0) -> Exact:
-    """The loss of a label, which is what the value changes by with its mass: 0 where 0 · ∞ = 0."""
-    return _zero() if mass == 0 and mp.isinf(loss) else _sum([loss])._replace(shift=shift)
+def _label(loss: Number, weight: Number, shift: Number = 0) -> Exact:
+    """The loss of a label at weight 1, the derivative of the value by its weight: 0 where the value has 0 · ∞ = 0."""
+    return _zero() if weight == 0 and mp.isinf(loss) else _sum([loss])._replace(shift=shift)
 
 
 # --- Targets, weights, masks, reductions ------------------------------------------------------------------------------
@@ -176,42 +174,42 @@ def _elementwise(case: Case) -> Expected:
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
     eps = mp.mpf(EPS[case.dtype] if options.get("eps") is None else options["eps"])
     values: list[Exact] = []
-    slopes: list[Exact] = []
-    curvatures: list[Exact] = []
+    gradient: list[Exact] = []
+    hessian: list[Exact] = []
     by_target: list[Exact] = []
-    taken = 0
+    counted = 0
     for index in _indices(case.logits.shape):
         if not _at(options.get("where"), index, True):
-            for numbers in (values, slopes, curvatures, by_target):
+            for numbers in (values, gradient, hessian, by_target):
                 numbers.append(_zero())
             continue
-        taken += 1
+        counted += 1
         weights = _at(options.get("weight"), index, 1), _at(options.get("pos_weight"), index, 1)
         answers = element(case.loss, _at(case.logits, index), _at(case.targets, index), *weights, smoothing, eps)
-        for numbers, number in zip((values, slopes, curvatures, by_target), answers, strict=True):
+        for numbers, number in zip((values, gradient, hessian, by_target), answers, strict=True):
             numbers.append(number)
     axes = _axes(case)
     examples = math.prod(n for i, n in enumerate(case.logits.shape) if i not in axes)
-    divisor = {"mean": taken, "batchmean": examples}.get(options.get("reduction", "batchmean"), 1)
-    owner = list(range(len(slopes)))
+    divisor = {"mean": counted, "batchmean": examples}.get(options.get("reduction", "batchmean"), 1)
+    owner = list(range(len(gradient)))
     reduction = options.get("reduction", "batchmean")
-    return _reduced(case, reduction, values, slopes, curvatures, by_target, owner, divisor)
+    return _reduced(case, reduction, values, gradient, hessian, by_target, owner, divisor)
 
 
-@functools.lru_cache(maxsize=1 << 16)  # large cases are made of few different numbers
+@functools.lru_cache(maxsize=1 << 16)  # large cases repeat a few different numbers
 def element(
     loss: str, x: float, z: float, weight: float, pos_weight: float, smoothing: Number, eps: Number
 ) -> tuple[Exact, Exact, Exact, Exact]:
-    """Value, slope, curvature, and the derivative by the target."""
+    """The value, its first and second derivative by the logit, and its derivative by the target."""
     x, z, weight, pos_weight = map(mp.mpf, (x, z, weight, pos_weight))
     z = z * (1 - smoothing) + smoothing / 2
     negative, positive = weight * (1 - z), weight * pos_weight * z
     if loss == "multilabel_logistic_loss":
-        value, slope, curvature, (of_0, of_1) = binary_on_logits(x, negative, positive)
+        value, gradient, hessian, (of_0, of_1) = binary_on_logits(x, negative, positive)
     else:
-        value, slope, curvature, (of_0, of_1) = binary_on_probabilities(x, negative, positive, eps)
+        value, gradient, hessian, (of_0, of_1) = binary_on_probabilities(x, negative, positive, eps)
     change = weight * (1 - smoothing)
-    return value, slope, curvature, _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
+    return value, gradient, hessian, _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
 
 
 def _per_example(case: Case) -> Expected:
@@ -223,10 +221,10 @@ def _per_example(case: Case) -> Expected:
     positions = list(_indices(tuple(shape[i] for i in axes)))
     flat = {index: i for i, index in enumerate(_indices(shape))}
     values: list[Exact] = []
-    slopes, curvatures, by_target = ([_zero() for _ in flat] for _ in range(3))
-    owner = [0] * len(slopes)
+    gradient, hessian, by_target = ([_zero() for _ in flat] for _ in range(3))
+    owner = [0] * len(gradient)
     divisor = mp.mpf(0)
-    share: dict[int, Number] = {}  # what the divisor changes by with a target
+    share: dict[int, Number] = {}  # the derivative of the divisor by each target
     for row, example in enumerate(_indices(batch)):
         places = [_insert(example, axes, position) for position in positions]
         for place in places:
@@ -253,41 +251,41 @@ def _per_example(case: Case) -> Expected:
         z = [v * (1 - smoothing) + uniform for v in z]
         chosen = [i for i, k in enumerate(keep) if k]
         x = [mp.mpf(_at(case.logits, places[i])) for i in chosen]
-        mass = [mp.nan if wrong else sample_weight * weights[i] * z[i] for i in chosen]
+        target_weights = [mp.nan if wrong else sample_weight * weights[i] * z[i] for i in chosen]
         if case.loss == "softmax_nll":
-            value, *parts = softmax_of_row(x, mass)
+            value, *parts = softmax_of_row(x, target_weights)
         elif case.loss == "cross_entropy":
-            value, *parts = categorical_on_probabilities(x, mass, eps)
+            value, *parts = categorical_on_probabilities(x, target_weights, eps)
         else:
-            value, *parts = nll_of_row(x, mass)
+            value, *parts = nll_of_row(x, target_weights)
         values.append(value)
         scaled: dict[Any, Exact] = {}
-        for i, slope, curvature, label in zip(chosen, *parts, strict=True):
+        for i, first, second, label in zip(chosen, *parts, strict=True):
             at, same = flat[places[i]], (id(label), weights[i])
             if same not in scaled:
                 scaled[same] = _scaled(label, sample_weight * weights[i] * (1 - smoothing))
-            slopes[at], curvatures[at], by_target[at] = slope, curvature, scaled[same]
+            gradient[at], hessian[at], by_target[at] = first, second, scaled[same]
             share[at] = sample_weight * weights[i]
     reduction = options.get("reduction", "mean")
-    if reduction == "mean" and "weight" in options and divisor:  # of sum / divisor, which both change
+    if reduction == "mean" and "weight" in options and divisor:  # sum / divisor: both depend on the targets
         mean = _scaled(_total(values), -1 / divisor)
         for at, part in share.items():
             by_target[at] = _added(by_target[at], _scaled(mean, part))
     divisor = {"mean": divisor, "batchmean": len(values)}.get(reduction, 1)
-    return _reduced(case, reduction, values, slopes, curvatures, by_target, owner, divisor)
+    return _reduced(case, reduction, values, gradient, hessian, by_target, owner, divisor)
 
 
 def _reduced(
     case: Case,
     reduction: str,
     values: list[Exact],
-    slopes: list[Exact],
-    curvatures: list[Exact],
+    gradient: list[Exact],
+    hessian: list[Exact],
     by_target: list[Exact],
     owner: list[int],
     divisor: Number,
 ) -> Expected:
-    """`owner` tells for each logit the value that it belongs to."""
+    """The answers, from those of the unreduced losses. `owner`: for each logit, the loss that it belongs to."""
     soft = case.targets.shape == case.logits.shape and all(isinstance(z, float) for z in case.targets.values)
     if not soft or any(mp.isinf(v.value) for v in values):
         by_target = []
@@ -302,14 +300,14 @@ def _reduced(
         return [scaled[id(x), i] for x, i in zip(numbers, owner[: len(numbers)], strict=True)]
 
     if reduction == "none":
-        return Expected(values, pulled_back(slopes), slopes, curvatures, pulled_back(by_target), 1)
+        return Expected(values, pulled_back(gradient), gradient, hessian, pulled_back(by_target), 1)
     factor = 1 / mp.mpf(divisor) if divisor else mp.mpf(0)  # a mean over nothing is 0
-    of_sum, by_target = _all_scaled(slopes, factor), _all_scaled(by_target, factor)
+    of_sum, by_target = _all_scaled(gradient, factor), _all_scaled(by_target, factor)
     total = _scaled(_total(values), factor)
-    return Expected([total], pulled_back(of_sum), of_sum, curvatures, pulled_back(by_target), len(values))
+    return Expected([total], pulled_back(of_sum), of_sum, hessian, pulled_back(by_target), len(values))
 
 
-# --- Small things -----------------------------------------------------------------------------------------------------
+# --- Helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _sum(terms: Any) -> Exact:
@@ -318,7 +316,7 @@ def _sum(terms: Any) -> Exact:
 
 
 def _each_once(numbers: list[Number]) -> list[Exact]:
-    """Each number by itself: equal ones are the same object, as long rows are made of few different numbers."""
+    """Each number as an Exact: equal numbers share one object, as long rows repeat a few different numbers."""
     done = {x: _sum([x]) for x in numbers if not mp.isnan(x)}
     return [done[x] if x in done else _sum([x]) for x in numbers]
 
@@ -337,7 +335,7 @@ def _scaled(exact: Exact, factor: Number) -> Exact:
 
 
 def _all_scaled(numbers: list[Exact], factor: Number) -> list[Exact]:
-    """Each number once: the same object stands in many places of a large case."""
+    """Each object scaled once: in a large case the same object stands in many places."""
     done = {id(x): _scaled(x, factor) for x in {id(x): x for x in numbers}.values()}
     return [done[id(x)] for x in numbers]
 
@@ -368,14 +366,14 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _insert(example: tuple[int, ...], axes: list[int], position: tuple[int, ...]) -> tuple[int, ...]:
-    """The index of a class of an example: the class axes' positions among those of the batch."""
+    """The index of a class of an example: its positions on the class axes, put among those on the batch axes."""
     rest = iter(example)
     chosen = dict(zip(axes, position, strict=True))
     return tuple(chosen[i] if i in chosen else next(rest) for i in range(len(example) + len(axes)))
 
 
 def _at(tensor: Any, index: tuple[int, ...], default: Any = None) -> Any:
-    """The element of a tensor that broadcasts at an index; a plain number is everywhere."""
+    """The element at an index, where a tensor broadcasts to it; a plain number has every index."""
     if tensor is None:
         return default
     if not isinstance(tensor, Tensor):

@@ -1,7 +1,7 @@
-"""The options of `pytest --pyargs unilabel.conformance`, and the job that they ask for; `test_cases` has the tests.
+"""The options of `pytest --pyargs unilabel.conformance`, and the job that they ask for; the tests are in `test_cases`.
 
-pytest has parsed its options before it reads the conftest.py of a package that --pyargs names. So this is a plugin:
-every run of pytest where unilabel is installed loads it. It imports little, and adds options if the suite is named.
+pytest parses its options before it reads the conftest.py of a package that --pyargs names. So this is a plugin: every
+run of pytest loads it where unilabel is installed. It imports little, and adds its options only if the suite is named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": REPEATABLE | {"help": "repeatable; default: float32 and float64"},
     "--case": REPEATABLE | {"metavar": "PATTERN", "help": "families or case ids; * and ? match"},
     "--device": {"metavar": "NAME", "help": "'cpu', 'cuda', or a name that `unilabel backends` lists"},
-    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of the random cases; default: 0"},
+    "--seed": {"type": int, "default": 0, "metavar": "N", "help": "seed of the random cases; default: 0"},
     "--loss": {"metavar": "NAME", "help": "the loss that package.module:function claims to be; default: its name"},
     "--mode": REPEATABLE | {"help": "eager (default), graph, compiled; repeatable"},
     "--full": {"action": "store_true", "help": "the large cases too, and all modes"},
@@ -41,7 +41,7 @@ def pytest_load_initial_conftests(
     group = parser.getgroup(SUITE)
     absent = object()
     for name, how in OPTIONS.items():
-        # The project's own conftest.py may have an option of that name: then that one is read.
+        # If the project's own conftest.py has an option of that name, that one is read.
         if early_config.getoption(name, absent) is absent:
             group.addoption(name, **how)
 

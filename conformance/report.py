@@ -1,4 +1,4 @@
-"""What a run found: as data to keep (JSON), and as a table for people; `html` and `junit` give it other forms."""
+"""The results of a run: as data to keep (JSON), and as a table in the terminal; see also `html` and `junit`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from .cases import FAMILIES, FLAGS, Case, Tensor
 from .runner import Job, Run
 from .tolerances import Verdict
 
-FAILURES_SHOWN = 5  # in full, of each column
-
-KEPT = 4096  # of larger cases, the verdicts only
+FAILURES_SHOWN = 5  # in full, for each column
+KEPT = 4096  # logits: of larger cases, only the verdicts are kept
 Results = dict[str, Any]
 
 
 def results(job: Job, chosen: list[Case], runs: list[Run], interrupted: bool = False) -> Results:
-    """Everything, as JSON has it: numbers as exact hexadecimal floats, so that two runs can be compared."""
+    """Everything, ready for JSON: numbers as exact hexadecimal floats, so that two runs can be compared."""
     found = {
         "format": 1,
         "unilabel": unilabel.__version__,
@@ -111,12 +110,12 @@ def passed(found: Results) -> bool:
 
 
 def quantities(run: dict[str, Any]) -> list[str]:
-    """What a column computed of any case."""
+    """The quantities that a column computed for any case."""
     return [name for name in QUANTITIES if name == "value" or any(name in case["verdicts"] for case in run["cases"])]
 
 
 def failure(case: dict[str, Any]) -> str:
-    """What came and what is right, in words: of the worst quantity of a case that failed."""
+    """The result and the right answer, in words: for the worst quantity of a case that failed."""
     failed = {name: verdict for name, verdict in case["verdicts"].items() if "how" in verdict}
     if not failed:
         return str(case["reason"])
@@ -147,7 +146,7 @@ def ulps(ulp: Any) -> str:
 
 
 def show(console: Console, found: Results) -> None:
-    """The table family × column, then what failed, smallest input first, under its flag."""
+    """Prints the table family × column, then for each flag the failure with the smallest input."""
     runs = found["runs"]
     console.print("Error / allowed, in ULP, where they are closest: of values, gradients, Hessian diagonals")
     table = Table()
@@ -207,7 +206,7 @@ def _cell(cases: list[dict[str, Any]]) -> Text:
 
 
 def _closest(cases: list[dict[str, Any]], *quantities: str) -> str:
-    """The error that came closest to what is allowed, and that."""
+    """The error that came closest to its bound, and the bound."""
     verdicts = [case["verdicts"][name] for case in cases for name in quantities if name in case["verdicts"]]
     found = max(verdicts, key=lambda verdict: float(verdict["ulp"]) / (verdict["bound"] or 1), default=None)
     return "-" if found is None else f"{_short(float(found['ulp']))}/{_short(found['bound'])}"

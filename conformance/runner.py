@@ -1,4 +1,4 @@
-"""Runs the cases: a process for each column and dtype, a verdict on each answer as it comes."""
+"""Runs the cases in a process for each column and dtype, and judges each answer as it comes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Job(NamedTuple):
     dtypes: tuple[str, ...]
     seed: int
     patterns: tuple[str, ...]
-    loss: str | None = None  # what somebody's own subject claims to be
+    loss: str | None = None  # the loss that a package.module:function claims to be
     modes: tuple[str, ...] = ("eager",)
     full: bool = False
     jobs: int = 2
-    timeout: float = 300.0  # seconds without an answer
+    timeout: float = 300.0  # seconds to wait for an answer
 
 
 class Column(NamedTuple):
@@ -53,7 +53,7 @@ class Column(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a column answered. `problem` is why it did not answer all; empty if it did."""
+    """The answers of a column. `problem` says why some are missing; empty if none is."""
 
     column: Column
     version: str
@@ -77,19 +77,19 @@ Progress = Callable[[Column, int, int], None]
 
 
 def installed() -> tuple[str, ...]:
-    """The built-in backends whose framework is here."""
+    """The built-in backends whose framework is installed."""
     return tuple(filter(is_installed, BUILT_IN))
 
 
 def is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # no module can be of that name, or this one is kept from being imported
+    except ValueError:  # no module can have that name, or something blocks its import
         return False
 
 
 def wrong(job: Job) -> tuple[str, str] | None:
-    """The option of a job that cannot be meant, and why; None if all can. A missing framework is a failure instead."""
+    """A wrong option of a job and what is wrong with it, or None. A missing framework is a failure instead."""
     for dtype in set(job.dtypes) - set(DTYPES):
         return "--dtype", f"{dtype!r} is none of {', '.join(DTYPES)}."
     for name in set(job.backends) - set(BUILT_IN):
@@ -113,7 +113,7 @@ def wrong(job: Job) -> tuple[str, str] | None:
 
 
 def columns(job: Job) -> list[Column]:
-    """What there is to run; Keras on its TensorFlow backend, and each backend in the modes that it has."""
+    """The columns to run: Keras on its TensorFlow backend only, and each backend in the modes that it has."""
     found = [
         Column(subject, backend, mode)
         for subject in job.subjects
@@ -125,7 +125,7 @@ def columns(job: Job) -> list[Column]:
 
 
 def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
-    """The cases, a Run for each column, and whether Ctrl-C cut it short: then, what there was by then."""
+    """The cases, a Run for each column, and whether Ctrl-C interrupted it: then the Runs have what came before."""
     chosen = selected(job.dtypes, job.seed, job.patterns, job.full)
     exact = {case.id: expected(case) for case in chosen}
     done = dict.fromkeys(columns(job), 0)
@@ -175,13 +175,13 @@ def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The version and the devices of a backend's framework, or its last words, asked for in a process of its own."""
+    """The version and devices of a backend's framework, or its last line of output if it fails; in its own process."""
     *said, end = _process({"backend": name, "describe": True}, "float32", 60.0, set())
     return said[0] if said else {"version": "does not load", "devices": [end["last"]]}
 
 
 def _joined(parts: list[Run]) -> Run:
-    """What a column answered in all dtypes."""
+    """The Runs of a column in each dtype, as one."""
     first = next((part for part in parts if part.version), parts[0])
     answers: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, dict[str, Verdict]] = {}
@@ -195,10 +195,10 @@ def _joined(parts: list[Run]) -> Run:
 def _process(
     order: dict[str, Any], dtype: str, timeout: float, processes: set[subprocess.Popen[str]]
 ) -> Iterator[dict[str, Any]]:
-    """What a worker says, line by line, and at last how it ended: a crash is one line of the report, not its end."""
-    # JAX has float64 only where this is set.
+    """What a worker writes, line by line, and then how it ended: a crash is one line of the report, not its end."""
+    # JAX has float64 only if this is set.
     environment = os.environ | ({"JAX_ENABLE_X64": "1"} if dtype == "float64" else {})
-    # -P: unilabel is the one that is installed, not what lies in this folder.
+    # -P: import the installed unilabel, not one in the current folder.
     command = [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(order)]
     with (
         tempfile.TemporaryFile("w+") as errors,

@@ -1,7 +1,7 @@
-"""Whose losses are run: unilabel's, a framework's own ("native", "keras"), or anybody's ("package.module:function").
+"""Whose losses are run: unilabel's, a framework's own ("native", "keras"), or yours ("package.module:function").
 
-For a loss of unilabel a subject has a function that is called like it, `f(logits, targets, **options)`. Options that it
-does not take raise NotApplicable, and the case is reported as that, never as passed.
+For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)`. Where
+it does not take an option, it raises NotApplicable: the case is reported as not applicable, never as passed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LossFunction = Callable[..., Array]
 
 
 class NotApplicable(Exception):
-    """The subject does not have this loss, or not with these options."""
+    """The subject does not have this loss, or does not take these options."""
 
 
 def find(subject: str, loss: str, claims: str | None, backend: str) -> LossFunction:
-    """The function to run for a loss. `claims` names the loss that somebody's function claims to be."""
+    """The function to run for a loss. `claims` names the loss that a package.module:function claims to be."""
     if subject == "unilabel":
         found: LossFunction = getattr(unilabel, loss)
         return found
@@ -54,7 +54,7 @@ def _theirs(subject: str, loss: str, claims: str | None) -> LossFunction:
 
 
 def _only_options(function: LossFunction) -> LossFunction:
-    """The function, called with options that it does not have only where they are as if not given."""
+    """The function, which raises NotApplicable when it is called with an option that it does not have."""
     parameters = inspect.signature(function).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
@@ -68,7 +68,7 @@ def _only_options(function: LossFunction) -> LossFunction:
     return call
 
 
-# --- The frameworks' own ----------------------------------------------------------------------------------------------
+# --- The frameworks' own losses ---------------------------------------------------------------------------------------
 
 
 def _examples(x: Array, axis: int) -> int:
@@ -85,7 +85,7 @@ def _one_axis(axis: int | tuple[int, ...]) -> int:
 
 
 def _reduced(sum_: Any, mean: Any, losses: Array, reduction: str, examples: int) -> Array:
-    """As the framework's users do: its own sum and mean of its own losses."""
+    """The reduction that users of the framework write: its own sum or mean of its own losses."""
     if reduction == "none":
         return losses
     return mean(losses) if reduction == "mean" else sum_(losses) / (examples if reduction == "batchmean" else 1)
@@ -251,7 +251,7 @@ def _keras() -> dict[str, LossFunction]:
 
 
 def _scipy() -> dict[str, LossFunction]:
-    """What NumPy's users write with SciPy's functions."""
+    """What NumPy users write with SciPy's functions."""
     import numpy as np
     from scipy import special
 

@@ -1,6 +1,6 @@
 """The suite as pytest tests, one for each case and column: pytest --pyargs unilabel.conformance --subject ….
 
-The names are absolute: pytest finds this file in a checkout too, where its folder is not unilabel's.
+Imports are absolute: in a checkout pytest finds this file in a folder outside the package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def found(pytestconfig: pytest.Config) -> dict[Column, dict[str, Any]]:
-    """What each subject answered on each backend: all are run when the first test asks."""
+    """The answers of each subject on each backend: the first test that asks runs them all."""
     job = job_of(pytestconfig)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the workers import from where pytest does

@@ -1,4 +1,4 @@
-"""When a number is right: within so many ULP of the exact one, the ULP taken at the larger of result and terms."""
+"""When a number is right: within a bound in ULP of the exact one, the ULP taken at the larger of result and terms."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from mpmath import mp
 from .cases import DTYPES, LARGEST, LOSSES, Case, Tensor
 from .oracle import Exact, Expected
 
-# ULP for (value, gradient), as measured for each framework's exp and log1p. Others are held to NumPy's.
+# ULP for (value, gradient), as measured with each framework's exp and log1p. Other backends get NumPy's bounds.
 ELEMENTS = {"numpy": (4, 4), "torch": (3, 3), "jax": (4, 3), "tensorflow": (6, 4)}
 ELEMENTS_POS_WEIGHT = {"numpy": (6, 5), "torch": (4, 4), "jax": (6, 4), "tensorflow": (6, 4)}
 PER_EXAMPLE = {"numpy": (5, 7), "torch": (5, 6), "jax": (5, 7), "tensorflow": (6, 7)}
-FACTOR = 1  # more for each further factor: a weight, a sample weight, an incoming gradient
-CURVATURE = 2  # more for the Hessian diagonal: its products are one longer than the gradient's
+FACTOR = 1  # more for each factor beside the loss: a weight, a sample weight, an incoming gradient
+HESSIAN = 2  # more for the Hessian diagonal: its products have one factor more than the gradient's
 SUM = 20  # more for a sum or a mean of many numbers, and for a row of more than LONG classes
 LONG = 4096
-HALF = 0.51  # of float16 and bfloat16, which are computed in float32 and rounded once
-FLUSH = ("torch", "jax", "tensorflow")  # these may take a subnormal number, on the way too, for 0
+HALF = 0.51  # the bound for float16 and bfloat16, which are computed in float32 and rounded once
+FLUSH = ("torch", "jax", "tensorflow")  # these may flush subnormal numbers to 0, intermediate results too
 
 
 class Verdict(NamedTuple):
@@ -51,8 +51,9 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
     bounds: dict[str, float] = {
         "value": value + long + reduced,
         "gradient": gradient + long,
-        "hessian": gradient + long + CURVATURE,
-        "target_gradient": value + long + FACTOR + (reduced if "weight" in case.options else 0),  # then the mean has it
+        "hessian": gradient + long + HESSIAN,
+        # With class weights the divisor depends on the targets, and so the mean is in their gradient.
+        "target_gradient": value + long + FACTOR + (reduced if "weight" in case.options else 0),
     }
     if case.dtype in ("float16", "bfloat16"):
         bounds = dict.fromkeys(bounds, HALF)
@@ -63,7 +64,7 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
             of_sum = quantity == "gradient" and how != "autodiff"
             answers = getattr(exact, "gradient_of_sum" if of_sum else quantity)
             if quantity == "target_gradient" and not answers:
-                continue  # of an infinite loss
+                continue  # the loss is infinite
             compared.append(_compare(case, answers, got, bounds[quantity], backend, how))
         if compared:
             verdicts[quantity] = max(compared, key=lambda verdict: (verdict.failed, verdict.ulp))
@@ -73,7 +74,7 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
 def _compare(case: Case, exact: list[Exact], got: list[str], bound: float, backend: str, how: str) -> Verdict:
     bits, low = DTYPES[case.dtype]
     worst = Verdict(bound=bound)
-    seen = set()  # large cases are made of few different numbers
+    seen = set()  # large cases repeat a few different numbers
     for i, (right, text) in enumerate(zip(exact, got, strict=True)):
         if (id(right), text) in seen:
             continue
@@ -90,7 +91,7 @@ def _compare(case: Case, exact: list[Exact], got: list[str], bound: float, backe
 
 
 def _error(right: Exact, got: Any, bits: int, low: int, largest: float, bound: float) -> tuple[Any, Any]:
-    """The error in ULP, and what is allowed."""
+    """The error in ULP, and the largest that is allowed."""
     value, terms, shift = right
     limit = mp.mpf(bound)
     if mp.isnan(value) or mp.isnan(got):
@@ -100,18 +101,18 @@ def _error(right: Exact, got: Any, bits: int, low: int, largest: float, bound: f
         return (mp.mpf(0) if value == got or overflow else mp.inf), limit
     scale = max(abs(value), terms)
     if value != 0 and got == 0 and abs(value) >= mp.ldexp(1, low) and terms <= 2 * abs(value):
-        return mp.inf, limit  # a normal number that became 0: no bound in ULP excuses it
+        return mp.inf, limit  # 0 in place of a normal number is wrong, whatever the bound in ULP
     exponent = max(int(mp.floor(mp.log(scale, 2))), low) if scale > 0 else low
     ulp = mp.ldexp(1, exponent - bits + 1)
-    # Half precision is computed in float32: the shift's rounding is there, and too small to see here.
+    # Half precision is computed in float32, where the rounding of the shift is too small to see in the result.
     return abs(got - value) / ulp, limit + (shift * mp.ldexp(scale, 1 - bits) / ulp if bits >= 24 else 0)
 
 
 def _flushed(case: Case, right: Exact, got: float, low: int) -> bool:
-    """Whether subnormal numbers taken for 0 explain the error."""
-    masses = 1.0
+    """Whether subnormal numbers flushed to 0 explain the error."""
+    weights = 1.0
     for name in ("weight", "pos_weight", "sample_weight"):
         given = case.options.get(name)
         if given is not None:
-            masses *= max([1.0, *(given.values if isinstance(given, Tensor) else [given])])
-    return bool(abs(got - right.value) <= 4 * masses * mp.ldexp(1, low))
+            weights *= max([1.0, *(given.values if isinstance(given, Tensor) else [given])])
+    return bool(abs(got - right.value) <= 4 * weights * mp.ldexp(1, low))

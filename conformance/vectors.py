@@ -1,6 +1,6 @@
-"""The cases and their answers as files of JSON, which any language can read; docs/vectors.md says how.
+"""The cases and their answers as JSON files, which any language can read; docs/vectors.md describes the format.
 
-One file for each family, and schema.json. Everything but the schema is written here: `unilabel conformance vectors`.
+There is one file for each family, and schema.json. `unilabel conformance vectors` writes all but the schema.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .oracle import BITS, Exact, Expected, expected
 
 FOLDER = Path(__file__).parent / "vectors"
 SCHEMA = "schema.json"
-FORMAT = 1  # of the files: raised when what a reader has to do changes
+FORMAT = 1  # of the files: raised when readers have to change
 SEED = 0
-DIGITS = {"float64": 40}  # and half as many for the others, of a number or of its terms, whichever is larger
+DIGITS = {"float64": 40}  # 20 for the other dtypes; counted from the first digit of the number or its terms
 SMALLEST = -16_000  # binary exponent: a number closer to 0 is written as 0
 ABOUT = "Losses to be computed, and their exact values and gradients. docs/vectors.md of unilabel explains the format."
 
@@ -42,7 +42,7 @@ def files() -> dict[str, str]:
 
 
 def stale(folder: Path, right: dict[str, str]) -> dict[str, str]:
-    """The files of a folder that are not as they should be, and what is wrong with each first."""
+    """The files of a folder that are not up to date, each with its first difference."""
     found = {path.name: "no family has this name" for path in folder.glob("*.json") if path.name not in right}
     for name, text in right.items():
         try:
@@ -57,7 +57,7 @@ def stale(folder: Path, right: dict[str, str]) -> dict[str, str]:
 
 
 def write(folder: Path) -> list[str]:
-    """Write the files that are not as they should be; their names."""
+    """Writes the files that are not up to date, and returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     right = files()
     wrong = sorted(right.keys() & stale(folder, right))
@@ -67,7 +67,7 @@ def write(folder: Path) -> list[str]:
 
 
 def load(file: Path) -> list[tuple[Case, Expected]]:
-    """What a file says: the cases, and their answers in the digits that are written, the last two where it has them."""
+    """The cases of a file and their answers, in the digits that it has; the last two answers are not in every test."""
     document = json.loads(file.read_text("utf-8"))
     loaded = []
     for test in document["tests"]:
@@ -107,7 +107,7 @@ def _header(family: str, tests: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(header: dict[str, Any], tests: list[dict[str, Any]]) -> str:
-    """JSON with a line for each key of a test: what changes shows in a diff, and what it belongs to."""
+    """JSON with a line for each key of a test, so that a diff shows what changed."""
 
     def lines(of: dict[str, Any], indent: str) -> str:
         return ",\n".join(f"{indent}{json.dumps(key)}: {json.dumps(of[key], ensure_ascii=False)}" for key in of)
@@ -117,7 +117,7 @@ def _text(header: dict[str, Any], tests: list[dict[str, Any]]) -> str:
 
 
 def _difference(there: str, right: str) -> str:
-    """Where two texts first differ, who wrote them aside: a new version of unilabel alone changes no file."""
+    """Where two texts first differ, the generator aside: a new version of unilabel alone changes no file."""
     test = ""
     for number, (a, b) in enumerate(zip_longest(there.split("\n"), right.split("\n")), 1):
         if b is not None and b.startswith('   "id": '):
@@ -151,7 +151,7 @@ def _test(case: Case) -> dict[str, Any]:
     }
     if exact.target_gradient:
         test["target_gradient"] = _answers(exact.target_gradient, case.logits.shape, case.dtype)
-    if case.options.get("reduction") == "none":  # elsewhere it says nothing new
+    if case.options.get("reduction") == "none":  # other reductions add nothing new
         test["hessian"] = _answers(exact.hessian, case.logits.shape, case.dtype)
     return test | {"summands": exact.summands}
 
@@ -168,9 +168,9 @@ def _comment(case: Case) -> str:
 
 
 def _written(given: Any) -> Any:
-    """An array, or an option. Floats are in hexadecimal, which has every bit."""
+    """An array or an option, as JSON. Floats are written in hexadecimal, which keeps every bit."""
     if isinstance(given, Tensor):
-        floats = any(isinstance(x, float) for x in given.values)  # no array is of two types
+        floats = any(isinstance(x, float) for x in given.values)  # an array has one type
         return _array(given.shape, [_written(float(x) if floats else x) for x in given.values])
     if isinstance(given, float):
         return re.sub(r"\.?0*p", "p", given.hex())
@@ -182,14 +182,14 @@ def _array(shape: tuple[int, ...], values: list[Any]) -> dict[str, Any]:
 
 
 def _short(values: list[Any]) -> list[Any]:
-    """One for all where all are the same."""
+    """A single element if all are the same."""
     return values[:1] if len(set(values)) == 1 else values
 
 
 def _answers(exact: list[Exact], shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     exact = _short(exact)
     answers = _array(shape, [_decimal(x.value, DIGITS.get(dtype, 20), x.terms) for x in exact])
-    # Bounds are multiples of these two: few digits are enough.
+    # These two are only factors in bounds: a few digits are enough.
     terms = [_decimal(x.terms, 9) for x in exact]
     if terms != [_decimal(abs(x.value), 9) for x in exact]:
         answers["terms"] = _short(terms)
@@ -201,9 +201,9 @@ def _answers(exact: list[Exact], shape: tuple[int, ...], dtype: str) -> dict[str
 
 @functools.lru_cache(maxsize=1 << 12)
 def _decimal(x: Any, digits: int, terms: Any = None) -> str:
-    """So many digits, counted from the first one of the terms.
+    """The number with so many digits, counted from the first digit of its terms.
 
-    Rounded twice, so that a tie between two decimals, or a power of 2, is one whatever the oracle's last bits are.
+    It is rounded twice, so that the last bits of the oracle never decide a tie between two decimals.
     """
     if not mp.isfinite(x):
         return str(mp.nstr(x)).replace("+", "")
@@ -217,7 +217,7 @@ def _decimal(x: Any, digits: int, terms: Any = None) -> str:
         return str(mp.nstr(+x, digits))
 
 
-# --- Back again -------------------------------------------------------------------------------------------------------
+# --- Reading a file ---------------------------------------------------------------------------------------------------
 
 
 def _given(given: Any) -> Any:

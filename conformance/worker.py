@@ -1,7 +1,7 @@
-"""One subject's answers on one backend, in a process of its own: python -m unilabel.conformance.worker.
+"""Computes one subject's answers on one backend, in its own process: python -m unilabel.conformance.worker.
 
-Its argument says what to run, as JSON (see `runner`). It writes a line of JSON for each case to the standard output
-that it was given; what the framework itself prints goes to standard error.
+The argument says what to run, as JSON (see `runner`). The worker writes a line of JSON for each case to standard
+output; whatever the framework prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def selected(dtypes: Sequence[str], seed: int, patterns: Sequence[str] = (), full: bool = False) -> list[Case]:
-    """The cases whose id, or family, one of the patterns matches; no patterns are all cases."""
+    """The cases whose id or family matches one of the patterns; all cases if there are no patterns."""
 
     def chosen(case: Case) -> bool:
         return not patterns or any(fnmatch.fnmatch(name, p) for p in patterns for name in (case.id, case.family))
@@ -49,7 +49,7 @@ def selected(dtypes: Sequence[str], seed: int, patterns: Sequence[str] = (), ful
 
 
 def find_device(backend: Backend, wanted: str | None) -> str:
-    """The device of that name, or the first whose name has it in it: 'cuda' finds cuda:0 and TensorFlow's GPU:0."""
+    """The device of that name, or the first whose name contains it: 'cuda' finds cuda:0 and TensorFlow's GPU:0."""
     devices = backend.devices()
     if wanted is None or wanted in devices:
         return wanted or devices[0]
@@ -89,7 +89,7 @@ def answer(
 
 
 def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity: str) -> str:
-    """What is wrong with a result before its numbers: framework, dtype, shape, device. Empty if nothing is."""
+    """What is wrong with the framework, dtype, shape or device of a result. Empty if all are right."""
     shape = case.cotangent.shape if quantity == "value" else case.logits.shape
     right = (backend.name, case.dtype, shape, device)
     kind = (backend_of(result).name, backend.dtype(result), tuple(result.shape), backend.device(result))
@@ -99,10 +99,10 @@ def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity
 def _computed(
     backend: Backend, device: str, case: Case, loss: Callable[..., Any], ours: bool, mode: str
 ) -> dict[str, dict[str, Any]]:
-    """Value, gradients and Hessian diagonal, in each way that there is to have them."""
+    """Value, gradients and Hessian diagonal, each in every way of computing it."""
 
     def array(tensor: Tensor, empty: str) -> Any:
-        """Floats in the case's dtype, integers in 32 bits (there are devices that have no more)."""
+        """Floats in the case's dtype, integers in 32 bits (some devices have no more)."""
         data = np.asarray(tensor.values, dtype=None if tensor.values else empty).reshape(tensor.shape)
         if data.dtype.kind != "f":
             return backend.asarray(data.astype("int32") if data.dtype.kind == "i" else data, device=device)
@@ -127,7 +127,7 @@ def _computed(
     gradient: dict[str, Any] = {}
     hessian: dict[str, Any] = {}
     target_gradient: dict[str, Any] = {}
-    if not ours:  # a result of another dtype could not be pulled back
+    if not ours:  # the vjp needs a result of the right kind
         problem = _wrong_kind(backend, device, case, run(logits, targets, arrays), "value")
         if problem:
             raise TypeError(problem)

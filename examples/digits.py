@@ -44,7 +44,7 @@ def total_loss(weights: list[Array], scans: Array, digits: Array, attributes: Ar
 
 
 def train_numpy(start: list[Array], batches: Iterable[Batch]) -> Trained:
-    """No autodiff: `ul.value_and_grad` differentiates the losses, the chain rule by hand does the rest."""
+    """No autodiff: `ul.value_and_grad` gives the gradients of the losses, and the chain rule is written out by hand."""
     digit_loss = ul.value_and_grad(ul.softmax_nll)
     attribute_loss = ul.value_and_grad(ul.multilabel_logistic_loss)
     weights = [w.copy() for w in start]
@@ -54,9 +54,9 @@ def train_numpy(start: list[Array], batches: Iterable[Batch]) -> Trained:
         w1, b1, w2, b2 = weights
         hidden = ul.sigmoid(scans @ w1 + b1)
         output = hidden @ w2 + b2
-        loss1, slope1 = digit_loss(output[:, :10], digits)
-        loss2, slope2 = attribute_loss(output[:, 10:], attributes)
-        d_output = np.hstack([slope1, slope2])
+        loss1, d_digits = digit_loss(output[:, :10], digits)
+        loss2, d_attributes = attribute_loss(output[:, 10:], attributes)
+        d_output = np.hstack([d_digits, d_attributes])
         d_hidden = d_output @ w2.T * hidden * (1 - hidden)
         gradients = [scans.T @ d_hidden, d_hidden.sum(0), hidden.T @ d_output, d_output.sum(0)]
         for w, v, gradient in zip(weights, velocities, gradients, strict=True):
@@ -69,7 +69,7 @@ def train_numpy(start: list[Array], batches: Iterable[Batch]) -> Trained:
 def train_torch(start: list[Array], batches: Iterable[Batch]) -> Trained:
     import torch
 
-    torch.set_num_threads(1)  # matrices as small as these only lose by more
+    torch.set_num_threads(1)  # more threads only slow down such small matrices
     weights = [torch.tensor(w, requires_grad=True) for w in start]
     optimizer = torch.optim.SGD(weights, RATE, MOMENTUM)
     losses = []
@@ -144,7 +144,7 @@ def initial(rng: np.random.Generator) -> list[Array]:
 
 
 def shuffled(data: Batch, epochs: int, seed: int) -> Iterator[Batch]:
-    """Batches of one size, in an order that depends on the seed only; the rest of an epoch is left out."""
+    """Batches of one size, in an order that depends on the seed only; the incomplete last batch is dropped."""
     scans, digits, attributes = data
     rng = np.random.default_rng(seed)
     for _ in range(epochs):

@@ -34,7 +34,7 @@ def sample(request):
 
 
 def samples(framework, transform, **options):
-    """What a test marked with `looped=True` has to try."""
+    """The calls that a test marked with `looped=True` has to make."""
     return [Sample(row) for row in planned(framework, transform, **options)]
 
 
@@ -43,7 +43,7 @@ def plan_of(mark):
 
 
 def marks_of(module):
-    """For each test of a row of the table, by name, its mark; less of those that no quick run makes."""
+    """The marks of the tests that fill a row of the table, by test name, without those that no quick run has."""
     found = {}
     for name, test in vars(module).items():
         marks = {mark.name: mark for mark in getattr(test, "pytestmark", [])}
@@ -103,7 +103,7 @@ class Table:
             self.results[report.nodeid] = f"[no]({links[0]})" if links else "✓" if report.passed else "✗"
 
     def whole(self, config):
-        """Whether all tests of the table were run that any machine can run."""
+        """Whether all tests of the table were run, except those that need special hardware."""
         everywhere = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("--backend")
         return everywhere and all(test in self.results or found[0][2] for test, found in self.planned.items())
 
@@ -150,7 +150,7 @@ class Table:
 
 
 def entry(loss, tests, row):
-    """A cell: its worst result; after a tick, the only levels that its row was right with, where there are others.
+    """A cell: its worst result; after a tick, the levels that its row was tried with, if those are not all.
 
     `row`: the tests of losses of the same kind in that row.
     """
@@ -172,7 +172,7 @@ def entry(loss, tests, row):
 
 
 def cells(item):
-    """The cells that a test is about, the levels that it tries there, and the marker of one that not all can run."""
+    """The cells that a test fills, the levels that it tries there, and its marker if it needs special hardware."""
     mark = item.get_closest_marker("capability")
     if mark is None:
         return []

@@ -305,9 +305,9 @@ def test_mlx_jvp(library, sample, mx):
 @pytest.mark.capability("array API", "MLX: mx.grad of mx.grad")
 def test_mlx_twice(library, sample, mx):
     x, size = library.backend.asarray(sample.x), sample.x.size
-    slope = mx.grad(lambda x: sample(x).sum())
+    gradient = mx.grad(lambda x: sample(x).sum())
     units = library.backend.asarray(np.eye(size).reshape(size, *sample.x.shape))
-    rows = mx.vmap(lambda unit: mx.grad(lambda x: (slope(x) * unit).sum())(x))(units)
+    rows = mx.vmap(lambda unit: mx.grad(lambda x: (gradient(x) * unit).sum())(x))(units)
     sample.check_hessian(rows.reshape(*sample.x.shape * 2))
 
 

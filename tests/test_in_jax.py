@@ -85,8 +85,8 @@ def answers(sample):
 def right(sample):
     """What `answers` must give."""
     divided = np.abs(sample.gradient).max() / np.abs(sample.gradient_of_sum).max()
-    curvature = sample.hessian.scaled(1 / divided)
-    return sample.value, sample.pulled_back, sample.value, sample.gradient, sample.gradient_of_sum, curvature
+    hessian = sample.hessian.scaled(1 / divided)
+    return sample.value, sample.pulled_back, sample.value, sample.gradient, sample.gradient_of_sum, hessian
 
 
 def check_all(results, sample, **how):
@@ -224,7 +224,8 @@ def second_derivatives():
 def test_second_derivatives_keep_their_digits(logits):
     """All of p_i (δ_ij - p_j), where 1 - p would lose all digits, whichever class is the target."""
     x = jnp.array(logits)
-    p = [oracle("softmax_nll", [logits], [(y + 1) % 3])[2][0, y] for y in range(3)]  # the slope, y not being the target
+    # The gradient by the logit of a class that is not the target is its probability.
+    p = [oracle("softmax_nll", [logits], [(y + 1) % 3])[2][0, y] for y in range(3)]
     for y in range(3):
         _, _, gradient, hessian = oracle("softmax_nll", [logits], [y])
         right = np.where(np.eye(3, dtype=bool), hessian, -np.outer(p, p))
@@ -330,7 +331,7 @@ def test_label_smoothing(sample):
     none, all_of_it = (exact(sample, label_smoothing=end).value for end in (0.0, 1.0))
     change = difference(all_of_it, none, sample.value)
     x, smoothing = jnp.array(sample.x), sample.arrays["label_smoothing"]
-    slope = exactly(np.vdot(change, sample.cotangent), np.vdot(change.terms, sample.cotangent))
+    derivative = exactly(np.vdot(change, sample.cotangent), np.vdot(change.terms, sample.cotangent))
 
     def loss(smoothing):
         return sample(x, label_smoothing=smoothing)
@@ -340,15 +341,15 @@ def test_label_smoothing(sample):
 
     def run(smoothing):
         several = jnp.array([0.0, 0.1, 1.0])
-        slopes = jax.grad(number)(smoothing), *jax.vmap(jax.grad(number))(several)
-        return jax.jvp(loss, (smoothing,), (jnp.ones_like(smoothing),)), slopes, jax.vmap(loss)(several)
+        derivatives = jax.grad(number)(smoothing), *jax.vmap(jax.grad(number))(several)
+        return jax.jvp(loss, (smoothing,), (jnp.ones_like(smoothing),)), derivatives, jax.vmap(loss)(several)
 
-    check(jax.grad(number)(smoothing), slope)
-    (value, moved), slopes, values = jax.jit(run)(0.1)
+    check(jax.grad(number)(smoothing), derivative)
+    (value, moved), derivatives, values = jax.jit(run)(0.1)
     check(value, sample.value)
     check(moved, change)
-    for got in slopes:
-        check(got, slope)
+    for got in derivatives:
+        check(got, derivative)
     for got, numbers in zip(values, (none, None, all_of_it), strict=True):
         check(got, sample.value if numbers is None else Exact.of(numbers, sample.value.shape))
 
@@ -790,19 +791,19 @@ def test_long_rows_of_equal_numbers(kind, rows, classes):
     x, z = np.full((rows, classes), -0.3, "float32"), np.full((rows, classes), 1 / classes, "float32")
     x[:, 7] = -0.1
     loss, targets, options = ul.softmax_nll, z, {}
-    mass, wide = z.astype("float64"), x.astype("float64")
+    weights, wide = z.astype("float64"), x.astype("float64")
     if kind in ("indices", "smoothed"):
         targets, smoothing = np.full(rows, 7), 0.1 * (kind == "smoothed")
-        mass = np.broadcast_to(smoothing / classes + (1 - smoothing) * (np.arange(classes) == 7), x.shape)
+        weights = np.broadcast_to(smoothing / classes + (1 - smoothing) * (np.arange(classes) == 7), x.shape)
         options = {"label_smoothing": smoothing}
     shares = np.exp(wide) / np.exp(wide).sum(-1, keepdims=True)
-    losses, up, down = mass * -np.log(shares), shares * mass.sum(-1, keepdims=True), mass
+    losses, up, down = weights * -np.log(shares), shares * weights.sum(-1, keepdims=True), weights
     if kind == "nll":
-        loss, losses, up, down = ul.nll, mass * -wide, 0 * mass, mass
+        loss, losses, up, down = ul.nll, weights * -wide, 0 * weights, weights
     if kind == "cross_entropy":
         x = np.exp(x)
         wide = x.astype("float64")
-        loss, losses, up, down = ul.cross_entropy, mass * -np.log(wide), 0 * mass, mass / wide
+        loss, losses, up, down = ul.cross_entropy, weights * -np.log(wide), 0 * weights, weights / wide
     if kind == "multilabel":
         loss, targets = ul.multilabel_logistic_loss, np.ones(x.shape, "int8")
         losses, up, down = np.log1p(np.exp(-wide)), 0 * wide, 1 / (1 + np.exp(wide))
@@ -839,19 +840,19 @@ def test_one_odd_logit_among_a_million(logit, target, weight, adds):
     x = rng.normal(0, 5, (1024, 1025)).astype("float32")
     z, w = rng.integers(0, 2, x.shape), rng.uniform(0.5, 2, x.shape).astype("float32")
     away = np.float64(np.where(z, -x, x))  # from the target
-    losses, slopes = w * np.logaddexp(0, away), w * np.where(z, -1, 1) / (1 + np.exp(-away))
+    losses, derivatives = w * np.logaddexp(0, away), w * np.where(z, -1, 1) / (1 + np.exp(-away))
     place = tuple(rng.integers(0, x.shape))
     x[place], z[place], w[place] = logit, target, weight
     losses[place] = adds
-    slopes[place] = logit if math.isnan(logit) else weight * ((logit > 0) - target)
+    derivatives[place] = logit if math.isnan(logit) else weight * ((logit > 0) - target)
 
     loss = functools.partial(ul.multilabel_logistic_loss, reduction="sum")
     value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x), z, weight=w)
-    also, slopes_too = ul.value_and_grad(ul.multilabel_logistic_loss)(jnp.asarray(x), z, weight=w, reduction="sum")
+    also, gradient_too = ul.value_and_grad(ul.multilabel_logistic_loss)(jnp.asarray(x), z, weight=w, reduction="sum")
     for total in (value, also, loss(jnp.asarray(x), z, weight=w)):
         check(total, losses.sum(), "float32", ulp=24)
-    for pulled_back in (gradient, slopes_too):
-        check(pulled_back, slopes, "float32", ulp=4)
+    for pulled_back in (gradient, gradient_too):
+        check(pulled_back, derivatives, "float32", ulp=4)
 
 
 def test_shard_map_with_weights_that_all_have(monkeypatch):

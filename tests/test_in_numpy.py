@@ -15,20 +15,20 @@ import unilabel as ul
 
 
 def answers(sample, x=None, targets=None, **arrays):
-    """The value; value and gradient; gradient and curvature of the sum: as the sample's call gives them."""
+    """The value; value and gradient; gradient and Hessian diagonal of the sum: as the sample's call gives them."""
     x = sample.x if x is None else x
     pair = sample.closed(ul.value_and_grad)(x, targets, **arrays)
     return sample(x, targets, **arrays), *pair, *sample.closed(ul.grad_and_hess)(x, targets, reduction="sum", **arrays)
 
 
 def compare(results, sample):
-    value, value_beside, gradient, gradient_of_sum, curvature = results
+    value, value_beside, gradient, gradient_of_sum, diagonal = results
     divided = np.abs(sample.gradient).max() / np.abs(sample.gradient_of_sum).max()
     close(value, sample.value)
     close(value_beside, sample.value)
     close(gradient, sample.gradient)
     close(gradient_of_sum, sample.gradient_of_sum)
-    close(curvature * divided, sample.hessian)
+    close(diagonal * divided, sample.hessian)
 
 
 def check(sample, x=None, targets=None):

@@ -59,8 +59,8 @@ def answers(sample):
 def right(sample):
     """What `answers` must give."""
     divided = np.abs(sample.gradient).max() / np.abs(sample.gradient_of_sum).max()
-    curvature = sample.hessian.scaled(1 / divided)
-    return sample.value, sample.pulled_back, sample.value, sample.gradient, sample.gradient_of_sum, curvature
+    hessian = sample.hessian.scaled(1 / divided)
+    return sample.value, sample.pulled_back, sample.value, sample.gradient, sample.gradient_of_sum, hessian
 
 
 def check(got, numbers, **how):
@@ -265,7 +265,7 @@ def test_gradient_by_other_operands(sample):
 def test_label_smoothing(sample):
     """The loss is affine in it: the derivative is the loss with 1 less the loss with 0."""
     ends = [exact(sample, label_smoothing=end) for end in (1.0, 0.0)]
-    slope = weighed(difference(*ends, sample.value), sample.cotangent)
+    derivative = weighed(difference(*ends, sample.value), sample.cotangent)
     x, cotangent = tf.constant(sample.x), tf.constant(sample.cotangent)
 
     def run(smoothing):
@@ -275,11 +275,11 @@ def test_label_smoothing(sample):
     for step in (run, traced(run), traced(run, jit_compile=True)):
         value, by_smoothing = step(smoothing)
         check(value, sample.value)
-        check(by_smoothing, slope)
+        check(by_smoothing, derivative)
     learned = tf.Variable(0.1, dtype=tf.float64)
     with tf.GradientTape() as tape:
         value = sample(x, label_smoothing=learned)
-    check(tape.gradient(value, learned, cotangent), slope)
+    check(tape.gradient(value, learned, cotangent), derivative)
 
 
 @pytest.mark.parametrize("name", [ELEMENTWISE[0], pytest.param(ELEMENTWISE[1], marks=pytest.mark.full)])
@@ -364,8 +364,8 @@ def test_reverse_over_forward(sample):
     def step(x, v):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            slope = forward(lambda x: tf.reduce_sum(sample(x)), x, v)
-        return tape.gradient(slope, x, unconnected_gradients="zero")
+            derivative = forward(lambda x: tf.reduce_sum(sample(x)), x, v)
+        return tape.gradient(derivative, x, unconnected_gradients="zero")
 
     x, step = tf.constant(sample.x), traced(step)
     second = np.reshape([step(x, v) for v in units(x.shape)], 2 * sample.x.shape)
@@ -393,8 +393,8 @@ def test_forward_mode_at_infinity(name, x, targets, compiled):
         return forward(lambda x: getattr(ul, name)(x, targets, reduction="sum"), x, tangent)
 
     jvp = traced(jvp) if compiled else jvp
-    slopes = [jvp(tf.constant(x, tf.float64), v) for v in units(np.shape(x))]
-    close(np.reshape(slopes, np.shape(x)), gradient)
+    derivatives = [jvp(tf.constant(x, tf.float64), v) for v in units(np.shape(x))]
+    close(np.reshape(derivatives, np.shape(x)), gradient)
 
 
 def test_forward_mode_of_activations_at_infinity():
@@ -585,10 +585,10 @@ def test_unknown_rank_with_options():
         unknown = tf.TensorSpec(None, tf.float64), tf.TensorSpec(None, tf.as_dtype(targets.dtype))
         run = ul.value_and_grad(loss)
         traced = tf.function(lambda x, z, run=run, options=options: run(x, z, **options), input_signature=unknown)
-        value, gradient, _ = answer(loss.__name__, x.tolist(), targets.tolist(), **options)
-        losses, slopes = traced(x, targets)
+        value, right, _ = answer(loss.__name__, x.tolist(), targets.tolist(), **options)
+        losses, gradient = traced(x, targets)
         close(losses, value.reshape(losses.shape))
-        close(slopes, gradient, ulp=64)
+        close(gradient, right, ulp=64)
         with pytest.raises(tf.errors.InvalidArgumentError):
             traced(x, targets.reshape(4, 1, *targets.shape[2:]))  # as many, but others
 
@@ -661,7 +661,7 @@ ALL = [(dtype, way) for dtype in ("float32", "float64") for way in ("eager", "re
     ("dtype", "way"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.full) for case in ALL]
 )
 def test_long_rows_keep_their_digits(dtype, way):
-    """Sums of many equal numbers, where every rounding is in one direction. The bound is the conformance suite's."""
+    """Sums of many equal numbers, whose rounding errors all have one sign. The bound is the conformance suite's."""
     n, eps, ulp = 20_000, 2.0 ** (-23 if dtype == "float32" else -52), 26
     rest, p = np.dtype(dtype).type(-0.3), np.dtype(dtype).type(0.4)
     x = np.full(n, rest)
@@ -944,9 +944,7 @@ for sample in samples("tensorflow", "on the second device")[: int(sys.argv[1])]:
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
             value, from_variable = sample(x, targets), sample(second, targets)
-        # TensorFlow's own gradient of a transpose is where it is asked for, wherever the tensor is.
-        with tf.device("/CPU:1" if sample.row["axis"] != "last" else None):
-            by_x, by_variable = tape.gradient(value, x, cotangent), tape.gradient(from_variable, second, cotangent)
+        by_x, by_variable = tape.gradient(value, x, cotangent), tape.gradient(from_variable, second, cotangent)
         closed = sample.closed(ul.value_and_grad)(x, targets)
         of_sum = sample.closed(ul.grad_and_hess)(x, targets, reduction="sum")
         on_the_second(value, by_x, from_variable, by_variable, *closed, *of_sum)

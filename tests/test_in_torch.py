@@ -98,9 +98,9 @@ def test_closed_forms(sample):
     check(value, sample.value)
     check(gradient, sample.gradient)
     if sample.row["reduction"] == "sum":
-        gradient, curvature = sample.closed(ul.grad_and_hess)(torch.tensor(sample.x))
+        gradient, diagonal = sample.closed(ul.grad_and_hess)(torch.tensor(sample.x))
         check(gradient, sample.gradient)
-        check(curvature, sample.hessian)
+        check(diagonal, sample.hessian)
 
 
 def float_inputs(sample):
@@ -337,9 +337,9 @@ def test_a_wrong_index_is_nan_where_the_clamp_counts_too():
     np.testing.assert_array_equal(gradient, [[np.nan] * 3, [0, 0, -1 / np.float32(0.75)]])
 
 
-# --- Second derivatives of a sure model -------------------------------------------------------------------------------
+# --- Second derivatives of confident predictions ----------------------------------------------------------------------
 
-SURE = [[17.0, 0.0], [60.0, 0.0, -3.0], [2.0, 1.9, -40.0], [0.0, 0.0, 0.0]]
+CONFIDENT = [[17.0, 0.0], [60.0, 0.0, -3.0], [2.0, 1.9, -40.0], [0.0, 0.0, 0.0]]
 
 
 def right_hessian(x):
@@ -355,7 +355,7 @@ def right_hessian(x):
 def by_double_backward(function, x):
     x = x.clone().requires_grad_()
     (gradient,) = grad(function(x), x, create_graph=True)
-    return torch.stack([grad(slope, x, retain_graph=True)[0] for slope in gradient])
+    return torch.stack([grad(derivative, x, retain_graph=True)[0] for derivative in gradient])
 
 
 def by_compiled_double_backward(function, x):
@@ -371,7 +371,7 @@ def by_compiled_hessian(function, x):
     "method", [by_double_backward, by_compiled_double_backward, lambda f, x: hessian(f)(x), by_compiled_hessian]
 )
 def test_second_derivatives_keep_their_digits(method):
-    for x in SURE[:1] if method is by_compiled_hessian else SURE:
+    for x in CONFIDENT[:1] if method is by_compiled_hessian else CONFIDENT:
         torch.compiler.reset()
         for y in range(len(x)):
             target = torch.tensor(y)
@@ -396,7 +396,7 @@ def test_second_derivatives_of_sigmoids_keep_their_digits(method):
     "transform", [jacrev, jacfwd, lambda f: functools.partial(torch.autograd.functional.jacobian, f)]
 )
 def test_derivatives_of_activations_keep_their_digits(transform):
-    for x in SURE:
+    for x in CONFIDENT:
         x, right = torch.tensor(x, dtype=torch.float64), right_hessian(x)
         check(transform(ul.softmax)(x), right)
         with mpmath.workprec(200):
@@ -476,13 +476,13 @@ def test_compile_closed_forms(sample):
 
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
     for one in (sample, other(sample, rows=7, classes=6)):
-        (value, gradient), (slopes, curvature) = compiled(*arrays_of(one))
+        (value, gradient), (gradient_of_sum, diagonal) = compiled(*arrays_of(one))
         check(value, one.value)
         check(gradient, one.gradient)
-        check(slopes, one.gradient_of_sum)
-        assert curvature.shape == slopes.shape
+        check(gradient_of_sum, one.gradient_of_sum)
+        assert diagonal.shape == gradient_of_sum.shape
         if one.row["reduction"] == "sum":
-            check(curvature, one.hessian)
+            check(diagonal, one.hessian)
 
 
 @pytest.mark.capability("torch", "compile of a training step (inductor)", losses=HEADLINE)
@@ -817,7 +817,7 @@ def test_autocast(sample, dtype):
     """float32 losses of half-precision logits, not rounded: as cross_entropy, nll_loss and both of BCE have it."""
     exact = torch.tensor(sample.x).to(dtype).double()  # what bfloat16 makes of the logits is right in float64
     right = sample(exact.requires_grad_())
-    (slopes,) = grad(right, exact, torch.tensor(sample.cotangent))
+    (gradient,) = grad(right, exact, torch.tensor(sample.cotangent))
     closed = sample.closed(ul.value_and_grad)(exact.detach())
     x = exact.detach().to(dtype).requires_grad_()
     assert sample(x).dtype is dtype  # outside
@@ -826,16 +826,16 @@ def test_autocast(sample, dtype):
         assert value.dtype is native(sample, x).dtype is torch.float32
         assert sample(exact).dtype is torch.float64
         forms = sample.closed(ul.value_and_grad)(x)
-        curvatures = sample.closed(ul.grad_and_hess)(x, reduction="sum")
+        of_sum = sample.closed(ul.grad_and_hess)(x, reduction="sum")
     value.backward(torch.tensor(sample.cotangent, dtype=torch.float32))
     assert x.grad.dtype is dtype
     terms = np.abs(sample.pulled_back.terms).max()
     close(value.detach(), right.detach().numpy(), "float32", ulp=8)
-    np.testing.assert_allclose(x.grad.double(), slopes, rtol=2 * torch.finfo(dtype).eps, atol=terms * 1e-6)
+    np.testing.assert_allclose(x.grad.double(), gradient, rtol=2 * torch.finfo(dtype).eps, atol=terms * 1e-6)
     for got, exact in zip(forms, closed, strict=True):
         assert got.dtype is torch.float32
         np.testing.assert_allclose(got.double(), exact, rtol=1e-6, atol=terms * 1e-6)
-    assert [array.dtype for array in curvatures] == [torch.float32] * 2
+    assert [array.dtype for array in of_sum] == [torch.float32] * 2
 
 
 # --- Several processes ------------------------------------------------------------------------------------------------

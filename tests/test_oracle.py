@@ -1,4 +1,4 @@
-"""The oracle is right: published values, exact values, identities, and numbers that it cannot have from unilabel."""
+"""The oracle is right: published values, exact values, identities, and numbers that do not come from unilabel."""
 
 import math
 import subprocess
@@ -21,7 +21,7 @@ def values(exact):
 
 
 def test_imports_neither_unilabel_nor_a_framework():
-    """The file alone, put beside its one import: it runs where there is nothing else."""
+    """The file runs alone, with nothing but its one import beside it."""
     code = """
 import importlib.util, sys, types
 package = types.ModuleType("alone"); package.__path__ = [sys.argv[1]]; sys.modules["alone"] = package
@@ -59,7 +59,7 @@ def test_exact_rationals():
 
 
 def test_tails():
-    """log(1 + exp -x) is exp -x up to its square, and -log softmax likewise: far below where 1 + exp -x is 1."""
+    """log(1 + exp -x) and -log softmax are exp -x, up to its square: also where 1 + exp -x rounds to 1."""
     for x in (17.0, 80.0, 700.0):
         tail = float(mp.exp(-mpf(x)))
         assert values(expected(MULTILABEL, [x], [1], reduction="none").value)[0] == pytest.approx(tail, rel=1e-7)
@@ -83,7 +83,7 @@ def test_limits():
     assert all(math.isnan(v) for v in values(expected(SOFTMAX, [[0.0, 0.0]], [2], reduction="none").gradient_of_sum))
 
 
-def test_gradient_is_the_slope_of_the_value():
+def test_gradient_is_the_derivative_of_the_value():
     """Central differences at 200 bits, for every loss with every option at once."""
     make, h = Maker("test", "float64", 0), mpf(2) ** -60
     weights = {"where": make.chosen((2, 3), True, True, False), "label_smoothing": 0.1}
@@ -106,8 +106,8 @@ def test_gradient_is_the_slope_of_the_value():
                     moved = case.logits._replace(values=[*logits[:i], x, *logits[i + 1 :]])
                     return oracle.expected(case._replace(logits=moved)).value[0].value
 
-                slope = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
-                assert abs(slope - exact.gradient_of_sum[i].value) < mpf(2) ** -100
+                derivative = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
+                assert abs(derivative - exact.gradient_of_sum[i].value) < mpf(2) ** -100
                 assert exact.gradient[i].value == exact.gradient_of_sum[i].value * case.cotangent.values[0]
 
 
@@ -123,7 +123,7 @@ def test_gradient_is_the_slope_of_the_value():
         ("nll", {"weight": [0.5, 2.0, 3.0]}),
     ],
 )
-def test_gradient_by_targets_is_the_slope_of_the_value(loss, options):
+def test_gradient_by_targets_is_the_derivative_of_the_value(loss, options):
     h = mpf(2) ** -60
     targets = [0.5, 0.25, 0.75, 0.125, 0.625, 0.375]
     logits = [[0.5, 0.25, 0.75], [0.125, 0.625, 0.375]]
@@ -136,16 +136,16 @@ def test_gradient_by_targets_is_the_slope_of_the_value(loss, options):
                 moved = case.targets._replace(values=[*targets[:i], z, *targets[i + 1 :]])
                 return oracle.expected(case._replace(targets=moved)).value[0].value * case.cotangent.values[0]
 
-            slope = (at(targets[i] + h) - at(targets[i] - h)) / (2 * h)
-            assert abs(slope - exact.target_gradient[i].value) < mpf(2) ** -100
+            derivative = (at(targets[i] + h) - at(targets[i] - h)) / (2 * h)
+            assert abs(derivative - exact.target_gradient[i].value) < mpf(2) ** -100
 
 
 def test_a_case_is_judged_in_ulp_of_its_dtype():
     case = Maker("test", "float32", 0).case(MULTILABEL, [1.0], [0], reduction="none")
     exact = oracle.expected(case)
     right = nearest(float(exact.value[0].value), "float32")
-    slope = nearest(float(exact.gradient_of_sum[0].value), "float32")
-    gradient = {"autodiff": [(slope * case.cotangent.values[0]).hex()], "value_and_grad": [slope.hex()]}
+    of_sum = nearest(float(exact.gradient_of_sum[0].value), "float32")
+    gradient = {"autodiff": [(of_sum * case.cotangent.values[0]).hex()], "value_and_grad": [of_sum.hex()]}
     for off, failed in [(0, False), (3, False), (6, True), (-6, True)]:
         value = {"the loss": [(right + off * 2.0**-23).hex()], "value_and_grad": [right.hex()]}  # the ULP at 1.3
         verdict = judge(case, exact, {"value": value, "gradient": gradient}, "numpy")["value"]
@@ -162,7 +162,7 @@ def test_no_digit_is_excused(wrong):
         assert judge(case, exact, {"value": {"the loss": [wrong.hex()]}}, backend)["value"].failed
 
 
-def test_hessian_is_the_slope_of_the_gradient():
+def test_hessian_is_the_derivative_of_the_gradient():
     make, h = Maker("test", "float64", 0), mpf(2) ** -60
     cases = [
         (MULTILABEL, [[0, 1, 1], [1, 0, 0]], {"pos_weight": 7.0, "label_smoothing": 0.1}),
@@ -183,14 +183,14 @@ def test_hessian_is_the_slope_of_the_gradient():
                     moved = case.logits._replace(values=[*logits[:i], x, *logits[i + 1 :]])
                     return oracle.expected(case._replace(logits=moved)).gradient_of_sum[i].value
 
-                slope = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
-                assert abs(slope - exact.hessian[i].value) < mpf(2) ** -100
+                derivative = (at(logits[i] + h) - at(logits[i] - h)) / (2 * h)
+                assert abs(derivative - exact.hessian[i].value) < mpf(2) ** -100
 
 
 def test_the_table_of_losses_is_unilabels():
-    """The suite has a table of its own, as the oracle shares nothing with what it judges."""
-    from unilabel import formulas
+    """The suite has its own table, as the oracle shares nothing with the code that it judges."""
+    from unilabel.losses import FORMULAS
 
     takes = {"logits": "logits", "probs": "probabilities", "log_probs": "log-probabilities"}
-    table = {name: (loss.per_example, takes[loss.takes]) for name, loss in formulas.LOSSES.items()}
+    table = {loss.name: (loss.per_example, takes[loss.takes]) for loss in FORMULAS.values()}
     assert table == {name: tuple(loss) for name, loss in LOSSES.items()}

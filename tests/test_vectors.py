@@ -1,4 +1,4 @@
-"""The vectors: up to date, as their schema says, and enough to judge by for a reader who has nothing but the files."""
+"""The vectors: up to date, valid by their schema, and enough to judge a result by, with nothing but the files."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def right():
 
 @pytest.fixture
 def folder(tmp_path, right, monkeypatch):
-    """A copy to break; what it should be is computed once for all tests."""
+    """A copy that a test may break; the right files are computed once for all tests."""
     monkeypatch.setattr(vectors, "files", lambda: right)
     monkeypatch.setattr(cli, "files", lambda: right)
     return shutil.copytree(FOLDER, tmp_path / "vectors")
@@ -107,11 +107,11 @@ def test_schema_refuses(place, wrong, schema):
         schema.validate(document)
 
 
-# --- Back again -------------------------------------------------------------------------------------------------------
+# --- Reading the files ------------------------------------------------------------------------------------------------
 
 
 def plain(case):
-    """All that a case says: NaN like NaN, 0 unlike -0, True unlike 1. Integers among floats are floats."""
+    """A case as text, to compare: NaN equals NaN, 0 is not -0, True is not 1. Integers among floats are floats."""
 
     def of(x):
         return (x.shape, np.asarray(x.values).tolist()) if isinstance(x, Tensor) else x
@@ -137,7 +137,7 @@ def loaded():
 
 
 def small(case):
-    """Not one of the sums that take the oracle a second each."""
+    """Not one of the long sums, each of which takes the oracle a second."""
     return len(case.logits.values) < 1000
 
 
@@ -161,7 +161,7 @@ def test_load(loaded):
 
 
 def test_enough_to_judge_by(loaded):
-    """What NumPy computes is right by the files, as it is by the oracle."""
+    """The results of NumPy are right by the files, as they are by the oracle."""
     backend = backend_named("numpy")
     for case, exact in loaded.values():
         numbers = answer(backend, "cpu", case)["numbers"] if small(case) else {}
@@ -230,7 +230,7 @@ def test_files_too_few_and_too_many(folder, right):
 
 
 def test_writes_only_what_changed(folder):
-    """A second time, nothing; and a new version of unilabel changes no file by itself."""
+    """A second run writes nothing; and a new version of unilabel alone changes no file."""
     replace(folder / "zero.json", '"generator": "unilabel ', '"generator": "unilabel 9.')
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
     assert vectors_command("--check", "--to", folder).exit_code == 0

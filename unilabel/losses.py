@@ -17,7 +17,10 @@ from typing import Any, TypeVar
 
 from .canonical import Given, canonical
 from .compilers import as_it_is_in_autograph
-from .formulas import BINARY, CATEGORICAL, LOGISTIC, NLL, SOFTMAX, Loss, Operands
+from .formulas import Loss, Operands
+from .formulas.logistic import LOGISTIC
+from .formulas.probabilities import BINARY, CATEGORICAL, NLL
+from .formulas.softmax import SOFTMAX
 
 Array = TypeVar("Array")
 

@@ -5,12 +5,11 @@ first and has the class axis last. A loss is computed in three steps:
 
     target weights             how much of the loss each class carries, whatever the kind of targets (targets.py)
     terms                      what value, gradient and Hessian have in common (the exponentials)
-    value, gradient, hessian   closed forms in these terms, which reduce.py sums up
+    value, gradient, hessian   closed forms of both, which reduce.py sums up
 """
 
 from ..namespace import Array, Namespace
-from .logistic import LOGISTIC, log_sigmoid, sigmoid
-from .probabilities import BINARY, CATEGORICAL, NLL
+from .logistic import log_sigmoid, sigmoid
 from .reduce import (
     Divisor,
     activation,
@@ -26,18 +25,10 @@ from .reduce import (
     value_and_gradient,
     value_and_unscaled_gradient,
 )
-from .softmax import SOFTMAX, log_softmax, softmax
+from .softmax import log_softmax, softmax
 from .types import Form, Loss, Operands, Options
 
-LOSSES = {loss.name: loss for loss in (LOGISTIC, SOFTMAX, BINARY, CATEGORICAL, NLL)}
-
 __all__ = [
-    "BINARY",
-    "CATEGORICAL",
-    "LOGISTIC",
-    "LOSSES",
-    "NLL",
-    "SOFTMAX",
     "Array",
     "Divisor",
     "Form",
