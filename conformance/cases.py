@@ -46,7 +46,7 @@ class Tensor(NamedTuple):
 # What a case is about: where losses are known to go wrong.
 FLAGS = {
     "confident": "nearly all probability on one side: small losses and gradients keep their digits, and are not 0",
-    "curvature": "the second derivative of a confident prediction is small, not 0",
+    "second derivative": "the second derivative of a confident prediction is small, not 0",
     "zero logit": "at a logit of exactly 0, where |x| has a kink, the gradient is 0.5 - z",
     "offset": "large logits that are equal, or nearly so: the loss is about log C, not 0",
     "unnormalised": "target distributions that do not sum to 1",
@@ -59,7 +59,6 @@ FLAGS = {
     "wrong index": "a class index that is out of range, or that of a masked class, makes its example NaN",
     "half sum": "float16 and bfloat16 are summed in float32: no overflow, and no small term is lost",
     "long sum": "a sum of many equal numbers, whose rounding errors all have the same sign",
-    "kind": "the result has the logits' dtype",
     "cotangent": "an incoming gradient that differs from element to element",
 }
 
@@ -220,7 +219,7 @@ def confident(make: Maker) -> Iterator[Case]:
         yield from make.both(-reach, reach, reduction="none", flag="confident")
     yield from make.both(-100, 100, rows=20, flag="confident")
     for x in (10.0, 14.56, 15.0, 16.66, 17.0, 30.0, 60.0, 80.0):
-        flags = "confident, curvature"
+        flags = "confident, second derivative"
         yield make.case(MULTILABEL, [x, -x, x, -x], [1, 0, 0, 1], flag=flags, reduction="none")
         yield make.case(SOFTMAX, [[x, 0.0], [0.0, x], [-x, 0.0]], [0, 0, 1], flag="confident", reduction="none")
         yield make.case(SOFTMAX, [[x, 0.0, 1.0]], [[0.999, 0.001, 0.0]], flag="soft saturated", reduction="none")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from mpmath import mp
@@ -74,7 +74,7 @@ def times(a: Number, b: Number) -> Number:
     return mp.mpf(0) if (a == 0 and mp.isinf(b)) or (b == 0 and mp.isinf(a)) else a * b
 
 
-def binary_on_logits(x: Number, negative: Number, positive: Number) -> Parts:
+def binary_on_logits(x: Number, negative: Number, positive: Number, *_: Number) -> Parts:
     if mp.isnan(x):
         return Parts(_nan(), _nan(), _nan(), (_nan(), _nan()))
     losses = softplus(x), softplus(-x)
@@ -100,7 +100,7 @@ def _element(losses: Any, negative: Number, positive: Number, gradient: Exact, h
     return Parts(value, gradient, hessian, [_label(loss, weight) for loss, weight in zip(losses, weights, strict=True)])
 
 
-def softmax_of_row(x: list[Number], z: list[Number]) -> Parts:
+def softmax_of_row(x: list[Number], z: list[Number], *_: Number) -> Parts:
     """-Σ z log softmax x. A logit of -inf excludes its class; one of +inf takes all the probability."""
     if any(map(mp.isnan, [*x, *z])) or all(v == -mp.inf for v in x):
         nothing = [_nan() for _ in x]
@@ -155,7 +155,7 @@ def categorical_on_probabilities(p: list[Number], z: list[Number], eps: Number) 
     return Parts(value, _each_once(gradient), _each_once(hessian), labels)
 
 
-def nll_of_row(log_p: list[Number], z: list[Number]) -> Parts:
+def nll_of_row(log_p: list[Number], z: list[Number], *_: Number) -> Parts:
     value = _sum(times(w, -v) for v, w in zip(log_p, z, strict=True))
     labels = [_label(-v, w) for v, w in zip(log_p, z, strict=True)]
     return Parts(value, _each_once([-w for w in z]), _each_once([0 * w for w in z]), labels)
@@ -164,6 +164,16 @@ def nll_of_row(log_p: list[Number], z: list[Number]) -> Parts:
 def _label(loss: Number, weight: Number, shift: Number = 0) -> Exact:
     """The loss of a label at weight 1, the derivative of the value by its weight: 0 where the value has 0 · ∞ = 0."""
     return _zero() if weight == 0 and mp.isinf(loss) else _sum([loss])._replace(shift=shift)
+
+
+# Of an element: its input, its weights of the labels 0 and 1, eps. Of a row: its inputs, its target weights, eps.
+DEFINITIONS: dict[str, Callable[..., Parts]] = {
+    "multilabel_logistic_loss": binary_on_logits,
+    "softmax_nll": softmax_of_row,
+    "binary_cross_entropy": binary_on_probabilities,
+    "cross_entropy": categorical_on_probabilities,
+    "nll": nll_of_row,
+}
 
 
 # --- Targets, weights, masks, reductions ------------------------------------------------------------------------------
@@ -204,10 +214,7 @@ def element(
     x, z, weight, pos_weight = map(mp.mpf, (x, z, weight, pos_weight))
     z = z * (1 - smoothing) + smoothing / 2
     negative, positive = weight * (1 - z), weight * pos_weight * z
-    if loss == "multilabel_logistic_loss":
-        value, gradient, hessian, (of_0, of_1) = binary_on_logits(x, negative, positive)
-    else:
-        value, gradient, hessian, (of_0, of_1) = binary_on_probabilities(x, negative, positive, eps)
+    value, gradient, hessian, (of_0, of_1) = DEFINITIONS[loss](x, negative, positive, eps)
     change = weight * (1 - smoothing)
     return value, gradient, hessian, _added(_scaled(of_0, -change), _scaled(of_1, change * pos_weight))
 
@@ -252,12 +259,7 @@ def _per_example(case: Case) -> Expected:
         chosen = [i for i, k in enumerate(keep) if k]
         x = [mp.mpf(_at(case.logits, places[i])) for i in chosen]
         target_weights = [mp.nan if wrong else sample_weight * weights[i] * z[i] for i in chosen]
-        if case.loss == "softmax_nll":
-            value, *parts = softmax_of_row(x, target_weights)
-        elif case.loss == "cross_entropy":
-            value, *parts = categorical_on_probabilities(x, target_weights, eps)
-        else:
-            value, *parts = nll_of_row(x, target_weights)
+        value, *parts = DEFINITIONS[case.loss](x, target_weights, eps)
         values.append(value)
         scaled: dict[Any, Exact] = {}
         for i, first, second, label in zip(chosen, *parts, strict=True):

@@ -148,7 +148,7 @@ def ulps(ulp: Any) -> str:
 def show(console: Console, found: Results) -> None:
     """Prints the table family × column, then for each flag the failure with the smallest input."""
     runs = found["runs"]
-    console.print("Error / allowed, in ULP, where they are closest: of values, gradients, Hessian diagonals")
+    console.print("Worst error / bound, in ULP, of values, gradients and Hessian diagonals")
     table = Table()
     table.add_column("family", no_wrap=True)
     table.add_column("cases", justify="right", no_wrap=True)

@@ -386,8 +386,8 @@ def mutate(text: str, mutation: Mutation) -> str:
     return text.replace(mutation.right, mutation.wrong)
 
 
-def failing(mutation: Mutation, tree: Path) -> list[str]:
-    """The families of cases that fail with the mutation, and with it alone, on a copy of the package in this folder."""
+def copy_package(tree: Path) -> None:
+    """The package as it installs, in tree/unilabel."""
     for folder, place in {"unilabel": "", "backends": "backends", "conformance": "conformance"}.items():
         shutil.copytree(
             ROOT / folder,
@@ -395,6 +395,11 @@ def failing(mutation: Mutation, tree: Path) -> list[str]:
             dirs_exist_ok=True,
             ignore=shutil.ignore_patterns("__pycache__", "vectors"),
         )
+
+
+def failing(mutation: Mutation, tree: Path) -> list[str]:
+    """The families of cases that fail with the mutation, and with it alone, on a copy of the package in this folder."""
+    copy_package(tree)
     mutated = tree / "unilabel" / mutation.file
     mutated.write_text(mutate(mutated.read_text(), mutation))
     report = tree / "report.json"

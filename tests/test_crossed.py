@@ -154,10 +154,10 @@ def test_samples_are_right_by_the_textbook(sample, lengths):
     each = [slope(lambda x, i=i: np.ravel(value(x))[i]) for i in range(sample.value.size)]
     near(sample.jacobian, np.reshape(each, (*sample.value.shape, *sample.x.shape)))
     h = 1e-6
-    curvature = of_elements(
+    second = of_elements(
         lambda unit: ((slope(value, sample.x + h * unit) - slope(value, sample.x - h * unit)) * unit).sum()
     )
-    near(sample.hessian, curvature.reshape(sample.x.shape) / (2 * h), 1e-6)
+    near(sample.hessian, second.reshape(sample.x.shape) / (2 * h), 1e-6)
 
 
 @pytest.mark.parametrize("sample", SOME, indirect=True)

@@ -44,7 +44,7 @@ EVERYWHERE = {"confident", "offset", "excluded class", "infinite logit", "nothin
 KNOWN = {
     "numpy": EVERYWHERE,
     "torch": EVERYWHERE | {"soft saturated", "masked"},
-    "jax": EVERYWHERE | {"curvature"},
+    "jax": EVERYWHERE | {"second derivative"},
     "tensorflow": EVERYWHERE | {"zero logit", "unnormalised", "soft saturated"},
 }
 
