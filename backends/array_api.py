@@ -69,7 +69,6 @@ def _extended(library: Any) -> Namespace:
 class ArrayAPIBackend(Backend):
     def __init__(self, name: str) -> None:
         self.name = name
-        self.install = f"pip install {name}"
         self.library: Any = importlib.import_module(MODULES.get(name, name))
 
     def devices(self) -> list[str]:

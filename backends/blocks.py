@@ -17,12 +17,12 @@ from ..backend import Array
 from ..formulas import Divisor, Loss, Namespace, Operands, Options
 
 # The C library gives memory from 128 kB up back to the system when it is freed, and the system clears it each time that
-# it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc keeps such.
+# it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc reuses it.
 np.empty(1 << 24, np.uint8)
 
 
 class Blockwise(NamedTuple):
-    """What a framework brings."""
+    """What `run` and `gradient` need of a framework."""
 
     xp: Namespace
     finite: Namespace  # the same, for finite logits and class indices in range
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     rows: list[slice]
 
     def each(self, formula: Callable[..., Any], write: Callable[[slice, Any], Any], cotangent: Any = None) -> list[Any]:
-        """Computes all blocks by a formula, of half precision in float32, and writes each; what the writing returns."""
+        """Run a formula on each block (half precision in float32), and return what `write` makes of the results."""
         xp = self.xp
         unreduced = self.options.reduction == "none"
         options = self.options._replace(half=False, reduction="none" if unreduced else "sum")
@@ -66,8 +66,8 @@ class Call(NamedTuple):
         broadcasts = not self.loss.per_example and (array.ndim < self.x.ndim or array.shape[0] == 1)
         return array if broadcasts else array[rows]
 
-    def divided(self, total: Any, whole: Array) -> Any:
-        """A number times what the reduction divides by; `whole` has the caller's shape."""
+    def divide(self, total: Any, whole: Array) -> Any:
+        """A total over the divisor of the reduction. `whole` are the logits in the caller's shape."""
         if self.options.reduction not in ("mean", "batchmean"):
             return total
         xp, counts = self.xp, [None]
@@ -81,8 +81,8 @@ class Call(NamedTuple):
         return formulas.mean(xp, total, divisor)
 
     def summed(self, values: list[float], whole: Array) -> Array:
-        """The reduction of all, from the blocks' sums: numbers, as arrays would keep the memory around them apart."""
-        return self.xp.asarray(self.divided(_added(values), whole), dtype=whole.dtype)
+        """The reduced loss, of the sums of the blocks: Python floats, as small arrays would fragment the memory."""
+        return self.xp.asarray(self.divide(_added(values), whole), dtype=whole.dtype)
 
     def memory(self, whole: Array, per_example: bool) -> tuple[Array, Array]:
         """For a result of the logits' shape, or with a number for each row: as it is returned, and as it is written."""
@@ -91,7 +91,7 @@ class Call(NamedTuple):
 
 
 def _added(sums: list[Any]) -> float:
-    """The blocks' sums in pairs: one after the other, thousands of roundings may go in one direction."""
+    """The sum, in pairs: one after the other, thousands of roundings may go in one direction."""
     with np.errstate(all="ignore"):
         return float(np.sum(sums))
 
@@ -101,8 +101,8 @@ def run(
 ) -> tuple[Any, Namespace]:
     """The result of `value`, `value_and_gradient`, … of `formulas`, and the namespace that it was computed with.
 
-    At first it is computed without care for infinite logits and class indices out of range: where one counts, a loss
-    comes out as infinite or NaN, or there is an IndexError.
+    First with the fast namespace, which assumes finite logits and class indices in range. If that is wrong, a loss is
+    infinite or NaN, or there is an IndexError: then again with the safe one.
     """
     if formula is not formulas.gradient_and_hessian:
         try:
@@ -131,7 +131,7 @@ def gradient(
     if options.reduction == "none":
         cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_example else None])
     else:
-        cotangent = call.divided(xp.astype(cotangent, _working(xp, x), copy=False), x)
+        cotangent = call.divide(xp.astype(cotangent, _working(xp, x), copy=False), x)
     call.each(formulas.gradient, flat.__setitem__, cotangent)
     return out
 
@@ -155,7 +155,7 @@ def _value(call: Call, x: Array) -> Array:
 
 def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     has_value = formula is formulas.value_and_gradient
-    scale = call.divided(1.0, x)
+    scale = call.divide(1.0, x)
     second, flat_second = call.memory(x, False)
     unreduced = call.options.reduction == "none" or not has_value
     first, flat_first = call.memory(x, has_value and call.loss.per_example) if unreduced else (None, None)

@@ -16,24 +16,24 @@ from ..formulas import Loss, Namespace, Operands, Options
 from ..namespace import Extended
 
 
-class _Plain(Extended):
+class _Standard(Extended):
     """Where nothing is differentiated."""
 
     longest = staticmethod(jax.core.max_dim)
     ones_like = staticmethod(jax.jit(jnp.ones_like, static_argnames="dtype"))  # else 1 is a transfer to the device
 
     def where(self, condition: Array, a: Any, b: Any) -> Array:
-        if a is math.nan:  # a constant, that did not arise: jax_debug_nans must not stop at it without a compiler
+        if a is math.nan:  # on purpose: outside of jit, jax_debug_nans would raise
             with jax.debug_nans(False):
                 a = jnp.full_like(b, a)
         return jnp.where(condition, a, b)
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        """Along axes of length 1 as well: beside one that stays, XLA's CPU compiler makes products a dot product.
+        """Also along axes of length 1: if one stays, XLA's CPU compiler makes a sum of products a dot product.
 
         The error of that grows with its length.
         """
-        ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1 and not _is_spread(x, i)]
+        ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1 and not _is_sharded(x, i)]
         if not ones:
             return jnp.sum(x, axis=axis, keepdims=keepdims)
         total = jnp.sum(x, axis=tuple({axis % x.ndim, *ones}), keepdims=True)
@@ -46,13 +46,13 @@ class _Plain(Extended):
         return weight[index]
 
     def position(self, x: Array, index: Array) -> tuple[Array, Array]:
-        """To gather it, and as a mask, as replacing by a scatter takes longer."""
+        """An index to gather with, and a mask, as a scatter takes longer."""
         index = jnp.expand_dims(index, -1)
         return index, jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index
 
     def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
-        # JAX gathers nothing along an axis that is spread, nor from what may be empty (an exporter's length of n - 1).
-        if _is_spread(x, -1) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
+        # JAX gathers nothing along a sharded axis, nor from what may be empty (an exporter's length of n - 1).
+        if _is_sharded(x, -1) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
             return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
         return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
 
@@ -60,18 +60,18 @@ class _Plain(Extended):
         return jnp.where(position[1], values if isinstance(values, float) else values[..., None], x)
 
 
-def _is_spread(x: Array, axis: int) -> bool:
-    """Whether an axis is explicitly spread over devices."""
+def _is_sharded(x: Array, axis: int) -> bool:
+    """Whether an axis is explicitly sharded over devices."""
     return jax.typeof(x).sharding.spec[axis] is not None
 
 
-class _Differentiable(_Plain):
+class _Differentiable(_Standard):
     groups: tuple[str, ...] = ("autodiff",)
     stop_gradient = staticmethod(jax.lax.stop_gradient)
 
 
-class _Summing(_Plain):
-    """Where all is summed: XLA's CPU compiler does arithmetic on the way, and writes what it selects to memory."""
+class _Summing(_Standard):
+    """For full sums: XLA's CPU compiler fuses arithmetic into the sum, but writes the result of a select to memory."""
 
     def heaviside(self, x: Array) -> Array:
         return jnp.maximum(jnp.sign(x), 0)
@@ -83,13 +83,13 @@ class _Summing(_Plain):
         return jnp.maximum(jnp.minimum(size, most), -most) * weight
 
 
-plain: Namespace = _Plain(jnp)
+standard: Namespace = _Standard(jnp)
 differentiable: Namespace = _Differentiable(jnp)
 summing: Namespace = _Summing(jnp)
 
 
 def _broadcasting(function: Any) -> Any:
-    """The formulas broadcast, and shapes were checked: whether JAX lets other code do so is no matter here."""
+    """Let the formulas broadcast, whatever jax_numpy_rank_promotion says: shapes were checked."""
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:
@@ -104,7 +104,7 @@ def _broadcasting(function: Any) -> Any:
 def _value(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     if _is_large_sum(loss, options, x, operands):
         return formulas.value(summing, loss, options, *_apart(x, operands))
-    return formulas.value(plain, loss, options, x, operands)
+    return formulas.value(standard, loss, options, x, operands)
 
 
 LARGE = 1 << 20  # elements: from here on, memory takes more time than computing
@@ -118,9 +118,9 @@ def _is_large_sum(loss: Loss, options: Options, x: Array, operands: Operands) ->
 
 
 def _apart(*arrays: Any) -> Any:
-    """The same, apart from what the gradient is computed of: then XLA on a CPU keeps nothing in memory for both.
+    """Copies behind an optimization barrier, so that XLA on a CPU keeps nothing in memory for both loss and gradient.
 
-    They are of another shape, too, as not even constants of that shape are to be kept.
+    They have one axis more, so that not even constants are shared.
     """
     arrays = jax.tree.map(lambda x: x[None], arrays)
     # One by one: together, shard_map would take them to differ between devices as soon as one of them does.
@@ -137,9 +137,9 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
     value, change = _value(loss, options, *primals), None
     if not _is_zero(tangents[0]):
         unreduced = _unreduced_gradient(loss, options, *primals)
-        change = formulas.jvp(plain, loss, options, x, operands, unreduced, tangents[0])
-    # Targets and weights are seldom differentiated: the plain expression is good enough for them, for those alone.
-    more = _by_autodiff(formulas.value, loss, options, primals, (None, *tangents[1:]))
+        change = formulas.jvp(standard, loss, options, x, operands, unreduced, tangents[0])
+    # Targets and weights are seldom differentiated: autodiff is good enough, for those alone.
+    more = _jvp_by_autodiff(formulas.value, loss, options, primals, (None, *tangents[1:]))
     if more is not None:
         change = more[1] if change is None else change + more[1]
     return value, jnp.zeros_like(value) if change is None else change
@@ -148,30 +148,30 @@ def _jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: tuple
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @_broadcasting
 def _unreduced_gradient(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-    return formulas.unreduced_gradient(plain, loss, options, x, operands)
+    return formulas.unreduced_gradient(standard, loss, options, x, operands)
 
 
 @_broadcasting
 def _unreduced_gradient_jvp(loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
-    found = _by_autodiff(formulas.unreduced_gradient, loss, options, primals, tangents)
+    found = _jvp_by_autodiff(formulas.unreduced_gradient, loss, options, primals, tangents)
     if found is None:
         gradient = _unreduced_gradient(loss, options, *primals)
         return gradient, jnp.zeros_like(gradient)
     return found
 
 
-def _by_autodiff(formula: Any, loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
-    """A formula in the form for autodiff, and its derivative by what has a tangent; None if nothing has."""
+def _jvp_by_autodiff(formula: Any, loss: Loss, options: Options, primals: tuple[Any, ...], tangents: Any) -> Any:
+    """A formula in the form for autodiff, and its derivative along the tangents; None if there are none."""
     x, operands = primals
     given = {"x": x, **operands._asdict()}
-    dots = {"x": tangents[0], **tangents[1]._asdict()}
-    moving = {name: dot for name, dot in dots.items() if dot is not None and not _is_zero(dot)}
+    tangents_of = {"x": tangents[0], **tangents[1]._asdict()}
+    with_tangent = {name: dot for name, dot in tangents_of.items() if dot is not None and not _is_zero(dot)}
 
-    def run(some: dict[str, Array]) -> Array:
-        arrays = given | some
+    def run(differentiated: dict[str, Array]) -> Array:
+        arrays = given | differentiated
         return formula(differentiable, loss, options, arrays.pop("x"), Operands(**arrays))
 
-    return jax.jvp(run, ({name: given[name] for name in moving},), (moving,)) if moving else None
+    return jax.jvp(run, ({name: given[name] for name in with_tangent},), (with_tangent,)) if with_tangent else None
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -189,12 +189,12 @@ _loss = jax.jit(_value, static_argnums=(0, 1))
 def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
     if formula is formulas.value_and_gradient and _is_large_sum(loss, options, x, operands):
         value = _value(loss, options, x, operands)
-        return value, formulas.gradient(plain, loss, options, x, operands, jnp.ones_like(value))
-    return formula(plain, loss, options, x, operands)
+        return value, formulas.gradient(standard, loss, options, x, operands, jnp.ones_like(value))
+    return formula(standard, loss, options, x, operands)
 
 
-def _traced(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands]:
-    """A compiled function's arguments. Smoothing is an operand: no number of a schedule has its own program."""
+def _jit_arguments(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands]:
+    """Arguments for the jitted functions. Smoothing is an array, so that a schedule does not compile again."""
     smoothing = options.label_smoothing
     if smoothing is None:
         return options, x, operands
@@ -204,7 +204,7 @@ def _traced(options: Options, x: Array, operands: Operands) -> tuple[Options, Ar
 
 
 def _place(x: Array) -> Any:
-    """Where plain data has to go beside x: None, anywhere, if x is not bound to one device, and so nothing else is."""
+    """The sharding for data that is used with x; None, any, if x is uncommitted or on several devices."""
     return x.sharding if x.committed and isinstance(x.sharding, jax.sharding.SingleDeviceSharding) else None
 
 
@@ -213,7 +213,6 @@ _activation = jax.jit(_broadcasting(functools.partial(formulas.activation, diffe
 
 class JaxBackend(Backend):
     name = "jax"
-    install = "pip install jax"
     autodiff = True
 
     def devices(self) -> list[str]:
@@ -223,7 +222,7 @@ class JaxBackend(Backend):
         return ", ".join(sorted(str(device) for device in x.devices()))
 
     def namespace(self, x: Array) -> Namespace:
-        return plain
+        return standard
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if isinstance(x, jax.Array) else f"jax {type(x).__name__}"
@@ -253,10 +252,10 @@ class JaxBackend(Backend):
         return np.asarray(x)
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        return _loss(loss, *_traced(options, x, operands))
+        return _loss(loss, *_jit_arguments(options, x, operands))
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-        return _closed_form(formula, loss, *_traced(options, x, operands))
+        return _closed_form(formula, loss, *_jit_arguments(options, x, operands))
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return _activation(function, x, half)

@@ -39,7 +39,7 @@ def _exp_jvp(x: Array, tangent: Array) -> Array:
     return tangent * _exp(x)
 
 
-class _Plain(Extended):
+class _Standard(Extended):
     bool = mx.bool_
     exp: Any = staticmethod(_exp)
 
@@ -55,17 +55,16 @@ class _Plain(Extended):
         return sum_in_blocks(mx, x, axis, keepdims)
 
 
-class _Differentiable(_Plain):
+class _Differentiable(_Standard):
     groups: tuple[str, ...] = ("autodiff",)
 
 
-plain: Namespace = _Plain(mx)
+standard: Namespace = _Standard(mx)
 differentiable: Namespace = _Differentiable(mx)
 
 
 class MlxBackend(Backend):
     name = "mlx"
-    install = "pip install mlx"
     autodiff = True
 
     def version(self) -> str:
@@ -80,7 +79,7 @@ class MlxBackend(Backend):
         return str(mx.default_device())
 
     def namespace(self, x: Array) -> Namespace:
-        return plain
+        return standard
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         return None if isinstance(x, mx.array) else f"mlx {type(x).__name__}"
@@ -114,9 +113,9 @@ class MlxBackend(Backend):
         def pullback(primals: Any, cotangent: Array, _: Array) -> list[Array]:
             x, *arrays = primals
 
-            # Targets and weights: by the plain expression.
+            # Targets and weights: by autodiff of the differentiable expression.
             def of_operands(*arrays: Array) -> Array:
-                return formulas.value(plain, loss, options, x, put(arrays))
+                return formulas.value(standard, loss, options, x, put(arrays))
 
             _, gradients = mx.vjp(of_operands, arrays, [cotangent])
             return [formulas.gradient(differentiable, loss, options, x, put(arrays), cotangent), *gradients]

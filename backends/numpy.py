@@ -81,7 +81,7 @@ if hasattr(os, "register_at_fork"):  # threads are not forked
 
 
 def _each(function: Any, rows: list[slice]) -> Any:
-    """Each thread takes what is next. The caller's begins at once, as others take a while to wake up."""
+    """Each thread takes the next block. The caller's begins at once; others take a while to wake up."""
     helpers = _helpers()
     if helpers is None:
         return map(function, rows)
@@ -101,7 +101,7 @@ def _each(function: Any, rows: list[slice]) -> Any:
                     left.clear()  # the call fails: no more of it is needed
                     raise
 
-    # By way of a list: a job that has come too late stays in the pool's queue for a while, and shall hold no arrays.
+    # In a list: a cancelled job stays in the pool's queue for a while, and must not keep arrays in memory.
     jobs = [work]
     helping = [pool.submit(_do, jobs) for _ in range(min(count, len(rows) - 1))]
     try:
@@ -136,7 +136,6 @@ blockwise = blocks.Blockwise(
 
 class NumpyBackend(Backend):
     name = "numpy"
-    install = "pip install numpy"
 
     def namespace(self, x: Array) -> Namespace:
         return xp

@@ -12,7 +12,7 @@ from .. import formulas
 from ..backend import Array, Backend
 from ..formulas import Loss, Namespace, Operands, Options
 from .tensorflow_internals import internals
-from .tensorflow_namespaces import differentiable, forward, on_device_of, plain
+from .tensorflow_namespaces import differentiable, forward, on_device_of, standard
 
 EAGER = type(tf.constant(0))
 
@@ -43,13 +43,13 @@ def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Opera
 
 def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     given = operands._asdict()
-    moving = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
+    floating = {name: array for name, array in given.items() if array is not None and array.dtype.is_floating}
     # A ForwardAccumulator sees no custom gradients: it differentiates the expressions.
-    watched = internals.has_tangents((x, *moving.values()))
-    closed, derived = (forward, forward) if watched else (plain, differentiable)
+    watched = internals.has_tangents((x, *floating.values()))
+    closed, derived = (forward, forward) if watched else (standard, differentiable)
 
     def put(arrays: Any) -> Operands:
-        return Operands(**given | dict(zip(moving, arrays, strict=True)))
+        return Operands(**given | dict(zip(floating, arrays, strict=True)))
 
     @tf.custom_gradient
     def gradient(x: Array, cotangent: Array, *arrays: Array) -> tuple[Array, Any]:
@@ -70,7 +70,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
             cotangent = tf.convert_to_tensor(cotangent)  # of gathered losses it is tf.IndexedSlices
             with on_device_of(x):
                 gradients = [gradient(x, cotangent, *arrays)]
-                if arrays:  # targets and weights: by the plain expression
+                if arrays:  # targets and weights: by autodiff of the differentiable expression
                     # Copies: they may be the logits themselves.
                     copies = [tf.identity(array) for array in arrays]
                     with tf.GradientTape() as tape:
@@ -81,11 +81,11 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
 
         return formulas.value(closed, loss, options, x, put(arrays)), pullback
 
-    return run(x, *moving.values())
+    return run(x, *floating.values())
 
 
 def _is_eager(x: Array, operands: Operands) -> bool:
-    """Whether all have values, no ForwardAccumulator watches one of them, and tapes can be kept from recording."""
+    """Whether all have values, no ForwardAccumulator watches them, and tapes can be kept from recording."""
     arrays = [x, *(array for array in operands if array is not None)]
     return (
         tf.executing_eagerly()
@@ -95,45 +95,46 @@ def _is_eager(x: Array, operands: Operands) -> bool:
     )
 
 
-# In eager mode TensorFlow runs one operation after the other. A call like a few earlier ones is compiled by XLA, which
-# takes a good part of a second: too long for what does not come again, and no longer than to compute large arrays
-# once, which would take a lot of memory too.
+# In eager mode TensorFlow runs one operation after the other. XLA compiles in a good part of a second: that pays for a
+# call that comes again and again, and for large arrays, which eager operations would take as long for, and much memory.
 REPEATED = 3
 LARGE = 1 << 22  # elements
-_calls: dict[Any, Any] = {}  # how often a call came, or what it was compiled to
-_counting = threading.Lock()  # of several threads with the same call, one compiles it
+_programs: dict[Any, Any] = {}  # how often a call has come, or its compiled program
+_compile_lock = threading.Lock()  # of several threads with the same call, one compiles it
 
 
-def _eagerly(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *more: Array) -> Any:
-    """The formula's result, in eager mode, where nothing but the logits' own gradient is asked for."""
+def _run_cached(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *more: Array) -> Any:
+    """The formula's result in eager mode, by a compiled program if the call has come a few times."""
     given = [(name, array) for name, array in operands._asdict().items() if array is not None]
     names, arrays = tuple(name for name, _ in given), (x, *(array for _, array in given), *more)
     key = (formula.__name__, loss.name, options, names, *((array.dtype, array.shape) for array in arrays))
     with internals.pause(), tf.device(x.device):
-        program = _calls.get(key, 0)
+        program = _programs.get(key, 0)
         if isinstance(program, int):
-            program = _counted(key, formula, loss, options, names, arrays)
-        return formula(plain, loss, options, x, operands, *more) if program is None else program(*arrays)
+            program = _compile_if_repeated(key, formula, loss, options, names, arrays)
+        return formula(standard, loss, options, x, operands, *more) if program is None else program(*arrays)
 
 
-def _counted(key: Any, formula: Any, loss: Loss, options: Options, names: tuple[str, ...], arrays: Any) -> Any:
-    """The program for a call that came before, or is for a large array; for another None, and it is counted."""
-    with _counting:
-        found = _calls.get(key, 0)
+def _compile_if_repeated(
+    key: Any, formula: Any, loss: Loss, options: Options, names: tuple[str, ...], arrays: Any
+) -> Any:
+    """The program of a call that has come a few times, or has large arrays; else None, and the call is counted."""
+    with _compile_lock:
+        found = _programs.get(key, 0)
         if not isinstance(found, int):
             return found
-        if len(_calls) >= 1000:  # shapes that never come again
-            _calls.clear()
+        if len(_programs) >= 1000:  # shapes that never come again
+            _programs.clear()
         if found < REPEATED and arrays[0].shape.num_elements() < LARGE:
-            _calls[key] = found + 1
+            _programs[key] = found + 1
             return None
 
         @tf.function(autograph=False, jit_compile=True)
         def run(x: Array, *arrays: Array) -> Any:
             operands = Operands(**dict(zip(names, arrays, strict=False)))
-            return formula(plain, loss, options, x, operands, *arrays[len(names) :])
+            return formula(standard, loss, options, x, operands, *arrays[len(names) :])
 
-        _calls[key] = program = internals.program(run.get_concrete_function(*arrays))
+        _programs[key] = program = internals.program(run.get_concrete_function(*arrays))
         return program
 
 
@@ -146,9 +147,9 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
     masked = operands.where is not None or options.ignore_index is not None  # 0 there, whatever the cotangent is
     # Of half precision, the gradient is rounded once, with its cotangent.
     if x.shape.num_elements() < SMALL and options.reduction != "none" and not masked and not options.half:
-        value, gradient = _eagerly(formulas.value_and_gradient, loss, options, x, operands)
+        value, gradient = _run_cached(formulas.value_and_gradient, loss, options, x, operands)
     else:
-        value = _eagerly(formulas.value, loss, options, x, operands)
+        value = _run_cached(formulas.value, loss, options, x, operands)
 
     def pullback(cotangent: Array) -> list[Array]:
         cotangent = tf.convert_to_tensor(cotangent)
@@ -157,14 +158,13 @@ def _recorded_eagerly(loss: Loss, options: Options, x: Array, operands: Operands
         if gradient is not None:
             with tf.device(x.device):
                 return [tf.multiply(gradient, cotangent)]
-        return [_eagerly(formulas.gradient, loss, options, x, operands, cotangent)]
+        return [_run_cached(formulas.gradient, loss, options, x, operands, cotangent)]
 
     return internals.recorded(value, x, pullback)
 
 
 class TensorflowBackend(Backend):
     name = "tensorflow"
-    install = "pip install tensorflow"
     autodiff = True
 
     def devices(self) -> list[str]:
@@ -174,7 +174,7 @@ class TensorflowBackend(Backend):
         return "/device:" + str(x.device).rpartition("device:")[2]
 
     def namespace(self, x: Array) -> Namespace:
-        return plain
+        return standard
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if not isinstance(x, (tf.Tensor, tf.Variable)):
@@ -245,7 +245,7 @@ class TensorflowBackend(Backend):
         x = tf.convert_to_tensor(x)
         if _is_eager(x, operands):
             if not internals.is_recording():
-                return _eagerly(formulas.value, loss, options, x, operands)
+                return _run_cached(formulas.value, loss, options, x, operands)
             others = [array for array in operands if array is not None and array.dtype.is_floating]
             if not (others and internals.is_watched(others)):
                 return _recorded_eagerly(loss, options, x, operands)
@@ -255,7 +255,7 @@ class TensorflowBackend(Backend):
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         x = tf.convert_to_tensor(x)
         if _is_eager(x, operands):
-            return tuple(_eagerly(formula, loss, options, x, operands))
+            return tuple(_run_cached(formula, loss, options, x, operands))
         # No tape may see these expressions: they are not written to be differentiated.
         x = tf.stop_gradient(x)
         operands = Operands(*(None if a is None else tf.stop_gradient(a) for a in operands))

@@ -14,8 +14,8 @@ from ..backend import Array
 from ..formulas import Namespace
 from ..namespace import Extended
 
-SHORT = 128  # numbers that are added up as TensorFlow likes
-WAYS = 8
+SHORT = 128  # numbers: for so few, tf.reduce_sum is accurate enough
+PARTS = 8
 
 
 def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -31,27 +31,29 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
     if axis is None:
         x = tf.reshape(x, [-1])
-    rounds = 1 if x.dtype == tf.float32 else 4 if n is None else math.ceil(math.log(n / WAYS, WAYS))
+    rounds = 1 if x.dtype == tf.float32 else 4 if n is None else math.ceil(math.log(n / PARTS, PARTS))
     n = tf.shape(x)[-1] if n is None else n
     for _ in range(rounds):
-        *parts, rest = tf.split(x, [n // WAYS] * WAYS + [n % WAYS], axis=-1)
-        x, n = tf.concat([tf.add_n(parts), rest], axis=-1), n // WAYS + n % WAYS
+        *parts, rest = tf.split(x, [n // PARTS] * PARTS + [n % PARTS], axis=-1)
+        x, n = tf.concat([tf.add_n(parts), rest], axis=-1), n // PARTS + n % PARTS
     return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=-1, keepdims=keepdims), x.dtype)
 
 
 def on_device_of(x: Array) -> Any:
-    """Eager operations go where TensorFlow likes best, not where their input is."""
+    """A context that places eager operations on x's device: TensorFlow would choose one itself."""
     return contextlib.nullcontext() if tf.is_symbolic_tensor(x) else tf.device(x.device)
 
 
-def _beside(function: Callable[[Array], Array], inverse: Callable[[Array], Array], x: Array) -> Array:
-    """x with its elements in other places, and its gradient: on x's device, where TensorFlow's own gradient is not."""
+def _on_device(function: Callable[[Array], Array], inverse: Callable[[Array], Array], x: Array) -> Array:
+    """function(x), which rearranges x, on x's device, and its gradient there too: TensorFlow's own would choose."""
     if tf.is_symbolic_tensor(x):
         return function(x)
     with tf.device(x.device):
         if len(tf.config.list_logical_devices()) == 1:
             return function(x)
-        recorded = tf.custom_gradient(lambda x: (function(x), lambda cotangent: _beside(inverse, function, cotangent)))
+        recorded = tf.custom_gradient(
+            lambda x: (function(x), lambda cotangent: _on_device(inverse, function, cotangent))
+        )
         return recorded(tf.convert_to_tensor(x))
 
 
@@ -78,7 +80,7 @@ STANDARD = SimpleNamespace(
 )
 
 
-class _Plain(Extended):
+class _Standard(Extended):
     """Where nothing is differentiated."""
 
     take = staticmethod(tf.gather)
@@ -95,10 +97,10 @@ class _Plain(Extended):
 
     def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
         order = sorted(range(len(axes)), key=axes.__getitem__)
-        return _beside(lambda x: tf.transpose(x, axes), lambda y: tf.transpose(y, order), x)
+        return _on_device(lambda x: tf.transpose(x, axes), lambda y: tf.transpose(y, order), x)
 
     def reshape(self, x: Array, shape: Any) -> Array:
-        return _beside(lambda x: tf.reshape(x, shape), lambda y: tf.reshape(y, x.shape), x)
+        return _on_device(lambda x: tf.reshape(x, shape), lambda y: tf.reshape(y, x.shape), x)
 
     def where(self, condition: Array, a: Any, b: Any) -> Array:
         dtype = (a if isinstance(a, tf.Tensor) else b).dtype  # the other may be a Python scalar
@@ -108,7 +110,7 @@ class _Plain(Extended):
         return tf.cast(targets, tf.int64)
 
     def position(self, x: Array, index: Array) -> tuple[Array, Array]:
-        """To gather it, and as a mask, as replacing by a scatter takes longer."""
+        """An index to gather with, and a mask, as a scatter takes longer."""
         index = tf.cast(index, tf.int32)  # long integers take longer; by now they are class indices
         return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
 
@@ -120,7 +122,7 @@ class _Plain(Extended):
         return tf.where(position[1], values, x)
 
 
-class _Differentiable(_Plain):
+class _Differentiable(_Standard):
     groups: tuple[str, ...] = ("autodiff",)
 
 
@@ -135,6 +137,6 @@ class _Forward(_Differentiable):
         return tf.where(tf.math.is_nan(x), x, tf.math.multiply_no_nan(x, y))
 
 
-plain: Namespace = _Plain(STANDARD)
+standard: Namespace = _Standard(STANDARD)
 differentiable: Namespace = _Differentiable(STANDARD)
 forward: Namespace = _Forward(STANDARD)

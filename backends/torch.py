@@ -1,4 +1,4 @@
-"""PyTorch: an autograd.Function with the closed-form gradient, eager or compiled; else the plain expression."""
+"""PyTorch: an autograd.Function with the closed-form gradient, eager or compiled; else a differentiable expression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..compilers import constant_in_dynamo
 from ..formulas import Loss, Namespace, Operands, Options
 from . import blocks
 from .torch_internals import internals
-from .torch_namespaces import differentiable, eager, finite, plain, replicated, sharded_like, traced
+from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 
 
 def _empty(shape: tuple[int, ...], like: Array) -> Array:
@@ -39,7 +39,7 @@ ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
 
 class _Loss(torch.autograd.Function):
-    """Of small arrays the gradient is computed with the loss, and kept. Of large ones, only what came in is kept."""
+    """For small arrays, forward computes the gradient too and saves it. For large ones, it saves the inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Any) -> Array:
@@ -61,12 +61,12 @@ class _Loss(torch.autograd.Function):
         call = ctx.loss, ctx.options, x, Operands(*operands), cotangent
         if torch.is_grad_enabled():  # under create_graph
             gradient = formulas.gradient(_space(x, autodiff=True), *call)
-            # Derived from x even where it is constant.
+            # A function of x even where it is constant: its derivative is 0, not missing.
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
         elif not _on_cpu(x) or internals.is_batched(cotangent):
             gradient = formulas.gradient(_space(x), *call)
         elif ctx.gradient is not None:
-            found, ctx.gradient = ctx.gradient, None  # written over: the next time, it is computed again
+            found, ctx.gradient = ctx.gradient, None  # overwritten: a second backward computes it again
             scale = eager.astype(cotangent, found.array.dtype)
             found.array.mul_(formulas.factor(eager, ctx.loss, ctx.options, found, scale, ctx.divisor))
             gradient = eager.astype(found.array, x.dtype)
@@ -76,7 +76,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _TracedLoss(torch.autograd.Function):
-    """For a compiler: it makes one program of both, and differentiates neither."""
+    """For torch.compile, which traces forward and backward as they are, and differentiates neither."""
 
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Any) -> Array:
@@ -100,7 +100,7 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
 
 
 def _on_cpu(x: Array) -> bool:
-    """Whether blocks are faster, and looking at the values keeps nobody waiting. (A DTensor is on a device too.)"""
+    """Whether blocks are faster, and reading a value does not wait for a device. (A DTensor may be on a CPU, too.)"""
     return x.device.type == "cpu" and not _is_sharded(x)
 
 
@@ -112,7 +112,6 @@ def _space(x: Array, autodiff: bool = False) -> Namespace:
 
 class TorchBackend(Backend):
     name = "torch"
-    install = "pip install torch"
     autodiff = True
 
     def devices(self) -> list[str]:
@@ -122,7 +121,7 @@ class TorchBackend(Backend):
         return str(x.device)
 
     def namespace(self, x: Array) -> Namespace:
-        return sharded_like(x) if _is_sharded(x) else plain
+        return sharded_like(x) if _is_sharded(x) else standard
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if torch.compiler.is_compiling():
@@ -136,9 +135,9 @@ class TorchBackend(Backend):
         if x.layout is not torch.strided:
             return f"layout {x.layout}"
         if beside is not None and _is_sharded(x) and not _is_sharded(beside):
-            return "a DTensor beside logits that are none (its .full_tensor() or .to_local() is a plain one)"
+            return "a DTensor, but the logits are none (give its .full_tensor() or .to_local())"
         if beside is not None and x.is_meta and not beside.is_meta:
-            return "a tensor on the meta device, which has no values, beside logits that have"
+            return "a tensor on the meta device, which has no values, but the logits have"
         return None
 
     def cache_key(self, x: Array, targets: Any) -> Any:
@@ -184,20 +183,20 @@ class TorchBackend(Backend):
             if torch.is_grad_enabled() and x.requires_grad:
                 return _TracedLoss.apply(loss, options, x, *operands)
             return formulas.value(traced, loss, options, x, operands)
-        if torch.compiler.is_compiling() or not _plain(x, operands):
+        if torch.compiler.is_compiling() or not _is_ordinary(x, operands):
             return formulas.value(_space(x, autodiff=True), loss, options, x, operands)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Loss.apply(loss, options, x, *operands)
         return _run(formulas.value, loss, options, x, operands)[0]
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
-        constant = not (torch.is_grad_enabled() and x.requires_grad) and _plain(x, Operands(x))
+        constant = not (torch.is_grad_enabled() and x.requires_grad) and _is_ordinary(x, Operands(x))
         return formulas.activation(_space(x, autodiff=not constant), function, x, half)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         x, options = _autocast(x, options)
         with torch.no_grad():
-            if not torch.compiler.is_compiling() and _plain(x, operands):
+            if not torch.compiler.is_compiling() and _is_ordinary(x, operands):
                 return _run(formula, loss, options, x, operands)[0]
             return super().closed_form(formula, loss, options, x, operands)
 
@@ -209,7 +208,7 @@ class TorchBackend(Backend):
         return value if nested else value.detach(), gradient
 
 
-def _plain(x: Array, operands: tuple[Any, ...]) -> bool:
+def _is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
     return (
         (type(x) in ORDINARY or _is_sharded(x))
@@ -225,7 +224,7 @@ def _plain(x: Array, operands: tuple[Any, ...]) -> bool:
 
 
 def _is_only_compiled(x: Array, operands: tuple[Any, ...]) -> bool:
-    """The same under torch.compile, where whatever else is to be done with the losses is in the program, too."""
+    """The same under torch.compile, and nothing but torch.compile: no export, no transform."""
     return (
         type(x) in ORDINARY
         and torch.compiler.is_dynamo_compiling()
@@ -238,14 +237,14 @@ def _is_only_compiled(x: Array, operands: tuple[Any, ...]) -> bool:
 
 @constant_in_dynamo
 def _goes_to_aot_autograd() -> bool:
-    """Whether the backend of torch.compile refuses second derivatives. Others would leave those of _TracedLoss out."""
+    """Whether torch.compile's backend raises on second derivatives: others would silently drop those of _TracedLoss."""
     name = internals.compiler()
     return name == "inductor" or name.startswith("aot_")
 
 
 @constant_in_dynamo
 def _load() -> None:
-    for xp in (plain, differentiable, traced):
+    for xp in (standard, differentiable, traced):
         xp.load()
 
 
@@ -255,7 +254,7 @@ def _is_transformed() -> bool:
 
 
 def _autocast(x: Array, options: Options) -> tuple[Array, Options]:
-    """Half-precision logits in float32 under autocast, which so runs PyTorch's own losses, whose result is float32."""
+    """Half-precision logits in float32 under autocast, as PyTorch's own losses, whose result is float32 there."""
     device = x.device.type
     if options.half and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not: "meta"
         return x.to(torch.float32), options._replace(half=False)

@@ -1,6 +1,6 @@
 """What unilabel asks of PyTorch by private names: each is looked up once, here, and nowhere else.
 
-Where one is missing, the answer is the one for which the loss is computed by its plain expression: right, and slower.
+Where one is missing, the answer is the one that has the loss computed by its differentiable expression: right, slower.
 """
 
 from __future__ import annotations

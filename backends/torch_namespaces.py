@@ -22,24 +22,24 @@ class _Indexing(Extended):
         return weight[index]
 
 
-class _Plain(Extended):
-    """The standard's functions, where nothing is differentiated but no kernel may be relied on: a DTensor's, say."""
+class _Standard(Extended):
+    """Functions of the standard alone, where torch does not differentiate: DTensors have few other kernels."""
 
     longest = staticmethod(torch.sym_max)
     stop_gradient = staticmethod(torch.Tensor.detach)
 
 
-class _Differentiable(_Plain):
+class _Differentiable(_Standard):
     """The same where torch differentiates, transforms or exports what it sees."""
 
     groups: tuple[str, ...] = ("autodiff",)
 
 
-class _Traced(_Plain, _Indexing):
-    """Where a compiler traces what has its derivative beside it."""
+class _Traced(_Standard, _Indexing):
+    """For torch.compile, where forward and backward are both formulas."""
 
     def position(self, x: Array, index: Array) -> tuple[Array, Array]:
-        """To gather it, and as a mask, which a compiler does with all else in one loop."""
+        """An index to gather with, and a mask, which a compiler fuses with all else into one loop."""
         classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
         return index.unsqueeze(-1), classes == index.unsqueeze(-1).to(torch.int32)
 
@@ -93,7 +93,7 @@ class _Finite(_Eager):
         return e.div_(torch.sum(e, -1, True))
 
 
-plain: Namespace = _Plain(COMPAT)
+standard: Namespace = _Standard(COMPAT)
 differentiable: Namespace = _Differentiable(COMPAT)
 traced: Namespace = _Traced(COMPAT)
 eager: Namespace = _Eager(torch)
@@ -108,28 +108,28 @@ def replicated(data: Array, like: Array) -> Array:
 
 
 def sharded_like(x: Array, autodiff: bool = False) -> Namespace:
-    """The namespace for a DTensor, whose classes may be spread over processes: they exchange rows, never logits."""
+    """The namespace for a DTensor, maybe with sharded classes: processes exchange a number per example, no logits."""
     from torch.distributed.tensor import Replicate, Shard
 
     mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
 
-    class Sharded(_Plain):
+    class Sharded(_Standard):
         groups = differentiable.groups if autodiff else ()
 
         def arange(self, n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
             return replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
 
         def any(self, x: Array, **options: Any) -> Array:
-            return self._at_once(plain.any, x, **options)
+            return self._at_once(standard.any, x, **options)
 
         def max(self, x: Array, **options: Any) -> Array:
-            return self._at_once(plain.max, x, **options)
+            return self._at_once(standard.max, x, **options)
 
         def sum(self, x: Array, **options: Any) -> Array:
-            return self._at_once(plain.sum, x, **options)
+            return self._at_once(standard.sum, x, **options)
 
         def _at_once(self, reduce: Any, x: Array, *, axis: int | None = None, **options: Any) -> Array:
-            """The reduction with its result exchanged. Later, it would be when it has met all logits of a row."""
+            """The reduction, all-reduced at once: later, an array of the logits' size would be."""
             rows = reduce(x, axis=axis, **options)
             done = [Replicate() if place.is_partial() else place for place in rows.placements]
             return rows if axis is None else rows.redistribute(placements=done)

@@ -88,7 +88,7 @@ def conformance(
 ) -> None:
     """Check values, gradients and Hessian diagonals of every loss on every backend against the oracle.
 
-    The gradients are those by the logits and by float targets.
+    The gradients are those with respect to logits and float targets.
 
     The exit code is 0 if all match, 1 if any does not (or a backend asked for is missing), 2 for a wrong call.
     """

@@ -35,7 +35,7 @@ class Expected(NamedTuple):
     """The answers to a case: the reduced loss and its derivatives, each a list of Exact in row-major order."""
 
     value: list[Exact]
-    gradient: list[Exact]  # by the logits, times the case's cotangent
+    gradient: list[Exact]  # with respect to the logits, times the case's cotangent
     gradient_of_sum: list[Exact]  # the same with a cotangent of ones
     hessian: list[Exact]  # the diagonal, for the sum of the unreduced losses
     target_gradient: list[Exact]  # by float targets, times the cotangent; empty without them, or if a loss is infinite

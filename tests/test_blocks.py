@@ -78,7 +78,7 @@ def test_compiled_in_eager_tensorflow(right, request, monkeypatch):
         pytest.skip("tensorflow is not asked for")
     backend = ul.backend.backend_named("tensorflow")
     module = importlib.import_module("unilabel.backends.tensorflow")
-    monkeypatch.setattr(module, "_calls", calls := {})
+    monkeypatch.setattr(module, "_programs", calls := {})
     monkeypatch.setattr(module, "REPEATED", 0)
     for case in CASES[::20]:
         numbers = answer(backend, "/device:CPU:0", case)["numbers"]

@@ -365,7 +365,7 @@ def test_mlx_checkpoint(library, sample, mx):
 
 def test_mlx_exp_and_sum_keep_their_digits(mx):
     """What MLX's own lose: the reason for those of unilabel.backends.mlx. Off, they can go."""
-    from unilabel.backends.mlx import plain as xp
+    from unilabel.backends.mlx import standard as xp
 
     x = np.linspace(-87, 0, 1001)
     close(xp.exp(mx.array(x, mx.float64)), np.exp(x), ulp=4)

@@ -634,9 +634,9 @@ def test_no_more_than_a_thousand_calls_are_kept(monkeypatch):
     module = importlib.import_module("unilabel.backends.tensorflow")
     for limit in (module.LARGE, 1):
         monkeypatch.setattr(module, "LARGE", limit)
-        monkeypatch.setattr(module, "_calls", dict.fromkeys(range(1000), 1))
+        monkeypatch.setattr(module, "_programs", dict.fromkeys(range(1000), 1))
         ul.softmax_nll(tf.zeros((2, 3)), tf.constant([0, 1]))
-        assert len(module._calls) == 1
+        assert len(module._programs) == 1
 
 
 def test_eager_calls_leave_no_functions_behind():

@@ -35,7 +35,7 @@ def test_no_other_file_has_private_names():
 def test_without_a_name(missing, sample, compiled, monkeypatch):
     without = Internals(lambda name: None if missing in (name, "all") else find(name))
     monkeypatch.setattr(backend, "internals", without)
-    monkeypatch.setattr(backend, "_calls", {})
+    monkeypatch.setattr(backend, "_programs", {})
     x, cotangent = tf.constant(sample.x), tf.constant(sample.cotangent)
     targets = tf.constant(sample.targets)
 

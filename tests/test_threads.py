@@ -66,7 +66,7 @@ def test_as_many_threads_so_one(framework, sample):
     many = in_threads(functions)
     # In eager TensorFlow a call that comes again is compiled: from then on, the last digit may be another.
     if framework.name == "tensorflow":
-        sys.modules["unilabel.backends.tensorflow"]._calls.clear()
+        sys.modules["unilabel.backends.tensorflow"]._programs.clear()
     alone = [[function() for function in functions] for _ in range(5)]
     (value,), (value_beside, gradient), _, _, (gradient_of_sum, _), *_ = alone[0]
     close(value, sample.value)

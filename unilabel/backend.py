@@ -21,7 +21,7 @@ from .namespace import Extended, Namespace
 Array = Any  # of any framework: what it has besides what the formulas ask, its own backend knows
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
-MORE = ("mlx",)  # these have a file too, but are left out unless they are asked for
+ON_REQUEST = ("mlx",)  # have a file too, but `unilabel conformance` runs them only if they are named
 
 
 class Backend:
@@ -31,8 +31,7 @@ class Backend:
     framework does in another way, or better. None of them holds mathematics of a loss.
     """
 
-    name: str
-    install: str  # the command that installs the framework
+    name: str  # of the framework's root module
     autodiff = False  # whether there is a `vjp`
 
     def version(self) -> str:
@@ -52,16 +51,17 @@ class Backend:
         return _extended(x.__array_namespace__())
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
-        """What keeps an object of this framework from being an array to compute with; None if nothing does.
+        """Why an object of this framework is no array to compute with; None if it is one.
 
         `beside`: the logits, if they are of this framework too and the object is another operand.
         """
         return None
 
     def cache_key(self, x: Array, targets: Any) -> Any:
-        """What two arrays of this framework, on one device, have to be checked for, beside their shapes, as a key.
+        """A hashable key of two arrays on one device, or None.
 
-        A call like an earlier one is not checked again. None: check each time.
+        Calls with equal keys, shapes and options need the same checks, so that only the first is checked. None: check
+        each time.
         """
         return None
 
@@ -70,7 +70,7 @@ class Backend:
         return False
 
     def rows(self, per_example: bool, x: Array, operands: Operands | None) -> tuple[Array, Any, Any, Any]:
-        """The array with its last axis and one more, operands to match, and the ways back for gradients and losses."""
+        """x as rows and its last axis, operands to match, and what reshapes a gradient and the losses back."""
         raise NotImplementedError
 
     def dtype(self, x: Array) -> str:
@@ -135,7 +135,7 @@ def backend_of(logits: Any, *others: Any) -> Backend:
             f"Received: {type(logits).__name__}."
         )
     for other in others:
-        if other is None or is_plain(other):
+        if other is None or is_plain_data(other):
             continue
         found = _of_type(type(other))
         if found is not backend and (found is None or found.name != "numpy"):
@@ -146,7 +146,7 @@ def backend_of(logits: Any, *others: Any) -> Backend:
     return backend
 
 
-def is_plain(data: Any) -> bool:
+def is_plain_data(data: Any) -> bool:
     """Whether this is a scalar of Python's or NumPy's, or a sequence of Python's."""
     return type(data) in (bool, int, float, list, tuple, range) or (type(data).__module__ == "numpy" and data.ndim == 0)
 
@@ -157,7 +157,7 @@ def _holds(data: Any, kind: type) -> bool:
 
 def is_number(option: Any) -> bool:
     """Whether an option is for Python to read: no array of a framework that traces or differentiates."""
-    if type(option) is float or option is None or is_plain(option):
+    if type(option) is float or option is None or is_plain_data(option):
         return True
     backend = _of_type(type(option))
     return backend is None or backend.name == "numpy"
@@ -176,7 +176,7 @@ def backend_named(name: str) -> Backend:
     return _array_api(name)
 
 
-_names: dict[type, str] = {}  # of the attribute of _loaded
+_names: dict[type, str] = {}  # which attribute of _loaded is the backend of a type
 _loaded: Any = types.SimpleNamespace(none=None)
 
 
@@ -211,7 +211,7 @@ def _search(kind: type) -> Backend | None:
 
 def _module_of(root: str) -> str | None:
     """The module with the backend of a framework: of our own files, or one registered as an entry point."""
-    if root in BUILT_IN or root in MORE:
+    if root in BUILT_IN or root in ON_REQUEST:
         return f"{__package__}.backends.{root}"
     from importlib.metadata import entry_points
 

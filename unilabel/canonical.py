@@ -150,7 +150,7 @@ def canonical_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[
         x, _, restore, _ = backend.rows(True, x, None)
         return backend, half, x, restore
     axes = checks.class_axes(axis, len(x.shape), "x", True)
-    checks.some_class("x", x.shape, axes, axis)
+    checks.class_count("x", x.shape, axes, axis)
     last, restore = _class_axis_last(backend.namespace(x), axes, x)
     return backend, half, last(x), restore
 

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .backend import Array, Backend, backend_of, is_plain
+from .backend import Array, Backend, backend_of, is_plain_data
 from .formulas import Loss, Operands, Options
 from .lengths import Shape, product, same
 
@@ -50,11 +50,11 @@ def class_axes(axis: Any, ndim: int, what: str, per_example: bool) -> tuple[int,
     if ndim == 0 and not per_example and axes in ((-1,), (0,)):
         return ()
     if not axes or not all(-ndim <= i < ndim for i in axes):
-        which = f"one of the {what}' axes, {-ndim} to {ndim - 1}" if ndim else f"{what} that have an axis"
+        which = f"one of the {what}' axes, {-ndim} to {ndim - 1}" if ndim else f"{what} with at least one axis"
         fail(ValueError, "axis", f"{which}, or a tuple of them", f"{axis} for {ndim} dimensions")
     axes = tuple(i - ndim if i >= 0 else i for i in axes)
     if len(set(axes)) < len(axes):
-        fail(ValueError, "axis", "axes that differ", str(axis))
+        fail(ValueError, "axis", "distinct axes", str(axis))
     return axes
 
 
@@ -72,7 +72,7 @@ def operand(
     """
     import numpy
 
-    if not is_plain(data):
+    if not is_plain_data(data):
         own = backend_of(data)
         problem = own.problem(data, logits if own is backend else None)
         if problem is not None:
@@ -80,7 +80,7 @@ def operand(
     try:
         array = backend.read(data)
     except Exception as error:  # whatever the objects in a list raise
-        fail(TypeError, label, "an array", f"a {type(data).__name__} that makes none ({error})")
+        fail(TypeError, label, "an array", f"a {type(data).__name__} that NumPy cannot convert ({error})")
     plain = isinstance(array, numpy.ndarray)
     dtype = array.dtype.name if plain else backend.dtype(array)
     if isinstance(data, (list, tuple, range)) and 0 in array.shape:
@@ -111,7 +111,7 @@ def broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> None
 
 def fraction(label: str, number: Any, high: float) -> float:
     try:
-        converted = -1.0 if _is_no_number(number) else float(number)
+        converted = -1.0 if _is_bool_or_text(number) else float(number)
     except (TypeError, ValueError):
         converted = -1.0
     if not 0 <= converted <= high:
@@ -119,8 +119,8 @@ def fraction(label: str, number: Any, high: float) -> float:
     return converted
 
 
-def _is_no_number(given: Any) -> bool:
-    """A truth value or text, either also as NumPy's: `float` would read them."""
+def _is_bool_or_text(given: Any) -> bool:
+    """A bool or text, of Python or NumPy, which `float` would convert."""
     if isinstance(given, (int, float)):  # a compiler's open number too, which is not to be asked for attributes
         return isinstance(given, bool)
     return isinstance(given, (str, bytes)) or getattr(getattr(given, "dtype", None), "kind", "") in tuple("bSU")
@@ -154,7 +154,7 @@ def per_example_shapes(
 ) -> Options:
     """The operands of a loss of mutually exclusive classes; the options with the kind of its targets."""
     batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
-    classes = some_class(loss.takes, shape, axes, axis)
+    classes = class_count(loss.takes, shape, axes, axis)
 
     def kinds() -> str:
         return f"integer class indices of shape {shape_text(batch)} or a distribution of shape {shape_text(shape)}"
@@ -168,7 +168,12 @@ def per_example_shapes(
             fail(ValueError, "ignore_index", "None, as the targets are a distribution (mask with where)", ignore_index)
         ignore_index = integer("ignore_index", ignore_index)
         if not -(2**31) < ignore_index < 2**31 - 1:
-            fail(ValueError, "ignore_index", "an integer of 32 bits", ignore_index)
+            fail(
+                ValueError,
+                "ignore_index",
+                "an integer between -2**31 and 2**31 - 1, which are not included",
+                ignore_index,
+            )
         bits = int(dtype.removeprefix("u").removeprefix("int"))
         low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
         ignore_index = ignore_index if low <= ignore_index < high else None  # the targets' dtype cannot hold it
@@ -177,8 +182,8 @@ def per_example_shapes(
     return options._replace(indices=indices, ignore_index=ignore_index)
 
 
-def some_class(label: str, shape: Shape, axes: tuple[int, ...], axis: Any) -> Any:
-    """How many classes there are."""
+def class_count(label: str, shape: Shape, axes: tuple[int, ...], axis: Any) -> Any:
+    """The number of classes, at least one."""
     classes = product(shape[i] for i in axes)
     if classes == 0:
         fail(ValueError, label, "at least one class", f"shape {shape_text(shape)} with class axis {axis}")
@@ -208,14 +213,14 @@ def values(
         classes = math.prod(x.shape[i] for i in axes)
         kept = np.moveaxis(keep, axes, range(-len(axes), 0)).reshape(*z.shape, classes)
         inside = (z >= 0) & (z < classes)
-        names = np.take_along_axis(kept, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
+        index_kept = np.take_along_axis(kept, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
         taken = kept.any(axis=-1)  # a row with no class left is ignored
         expected = f"class indices from 0 to {classes - 1}"
         if options.ignore_index is not None:
             taken = taken & (z != options.ignore_index)
             expected += f", or ignore_index={options.ignore_index}"
         _first(z, taken & ~inside, "targets", expected)
-        _first(z, taken & inside & ~names, "targets", "class indices that where does not mask")
+        _first(z, taken & inside & ~index_kept, "targets", "class indices where `where` is True")
         keep = keep & np.expand_dims(taken, tuple(axes))
     else:
         z = np.asarray(z, dtype="float64")
@@ -226,7 +231,7 @@ def values(
             wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))
             _first(total, wrong, "targets", "distributions that sum to 1")
     valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]
-    expected = {"logits": "no NaN", "probs": "values from 0 to 1", "log_probs": "values up to 0"}[what]
+    expected = {"logits": "no NaN", "probs": "values from 0 to 1", "log_probs": "values of at most 0"}[what]
     _first(x, keep & ~valid, what, expected)
 
 

@@ -73,7 +73,7 @@ class GradientAndHessian(Derivative):
 
 
 def value_and_grad(loss: Callable[..., Any]) -> Derivative:
-    """A loss and its gradient by the logits, in closed form: no tape, on every framework, NumPy among them.
+    """A loss and its gradient with respect to the logits, in closed form: no tape, on every framework, NumPy too.
 
     Args:
         loss: a loss of unilabel: `multilabel_logistic_loss`, `softmax_nll`, `binary_cross_entropy`, `cross_entropy`
@@ -81,8 +81,8 @@ def value_and_grad(loss: Callable[..., Any]) -> Derivative:
 
     Returns:
         A function that is called like the loss, `(logits, targets, **options)`, and returns the loss and its
-        derivative by the logits, in their shape, dtype and framework. With `reduction="none"`: the losses, and the
-        gradient of their sum. Under `torch.autocast`, of half-precision logits: in float32, as PyTorch's own losses.
+        gradient, in the logits' shape, dtype and framework. With `reduction="none"`: the losses, and the gradient of
+        their sum. Under `torch.autocast`, half-precision logits give float32 results, as with PyTorch's own losses.
 
     Raises:
         TypeError: `loss` is not one of unilabel's.
@@ -97,7 +97,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Derivative:
 
 
 def grad_and_hess(loss: Callable[..., Any]) -> Derivative:
-    """The gradient and the diagonal of the Hessian of a loss, per logit: what boosting libraries ask an objective for.
+    """The gradient and the diagonal of the Hessian of a loss, per logit, as boosting libraries need them.
 
     `g = dL/dx_nc,  h = d²L/dx_nc²` of the summed loss L. Multilabel: `h = w σ(x) (1 - σ(x))`, with pos_weight in w
     where z is 1; softmax: `h = w p (1 - p)`.
@@ -112,8 +112,8 @@ def grad_and_hess(loss: Callable[..., Any]) -> Derivative:
     Raises:
         TypeError: `loss` is not one of unilabel's.
 
-    The Hessian of a softmax is not diagonal. To make up for the rest, XGBoost doubles the diagonal, and LightGBM takes
-    it times K / (K - 1) for K classes: do the same with h to train as they do.
+    The Hessian of a softmax is not diagonal. To make up for the rest, XGBoost doubles the diagonal, and LightGBM
+    multiplies it by K / (K - 1) for K classes: do the same with h to train as they do.
 
     >>> import numpy as np
     >>> from unilabel import multilabel_logistic_loss
@@ -137,7 +137,9 @@ def _derivative(loss: Any, derivatives: dict[Any, Derivative]) -> Derivative:
 
 # Made once: the same object each time, so that compilers that key on it do not compile again.
 _WITH_GRADIENT: dict[Any, Derivative] = {
-    loss: ValueAndGradient(value_and_grad, loss, "The loss and its gradient by the logits, in closed form.")
+    loss: ValueAndGradient(
+        value_and_grad, loss, "The loss and its gradient with respect to the logits, in closed form."
+    )
     for loss in FORMULAS
 }
 _WITH_HESSIAN: dict[Any, Derivative] = {

@@ -43,22 +43,23 @@ def multilabel_logistic_loss(
 
     Args:
         logits: x, of any shape with a class axis: float16, bfloat16, float32 or float64, of any framework. They choose
-            the framework, the device and the dtype of the result. Half precision is computed in float32. An array of
-            no dimensions is one element.
+            the framework, the device and the dtype of the result. Half precision is computed in float32. A 0-d array is
+            one element.
         targets: z, in the logits' shape: bool, integer or float from 0 to 1 (a float between is a soft label). Like
             all other operands: an array of the logits' framework, or a NumPy array, a scalar or a list.
         weight: multiplies the elements; broadcasts to the logits.
         pos_weight: multiplies the term of the label 1; broadcasts to the logits. Above 1 it favours recall.
-        where: bool, broadcasts to the logits. False is a missing label: no loss, zero gradient, whatever stands there.
-        label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/2. A number, or an array of no dimensions of
-            the logits' framework, traced or to be learned: there a value outside [0, 1] makes the loss NaN.
+        where: bool, broadcasts to the logits. False is a missing label: no loss and zero gradient, whatever its value,
+            NaN included.
+        label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/2. A number, or a 0-d array of the logits'
+            framework, traced or to be learned: there, a value outside [0, 1] makes the loss NaN.
         axis: the class axis, or a tuple of axes read as one; only "batchmean" depends on it.
         reduction: "none", the loss of each element; "sum"; "mean", over the elements that `where` keeps (weights do
             not count); "batchmean", the sum over the number of examples. A mean over nothing is 0.
         validate: read the values first, and raise on targets outside [0, 1] and NaN logits.
 
     Returns:
-        The loss in nats, differentiable by the logits' framework: a 0-d array, for "none" of the logits' shape.
+        The loss in nats, differentiable by the logits' framework: a 0-d array, or with "none" one of the logits' shape.
 
     Raises:
         TypeError: dtypes or kinds of array that are not accepted; tensors of two frameworks.
@@ -97,30 +98,31 @@ def softmax_nll(
     Args:
         logits: x, of any shape with a class axis: float16, bfloat16, float32 or float64, of any framework. They choose
             the framework, the device and the dtype of the result. Half precision is computed in float32. A logit of
-            -inf is a class that cannot be.
+            -inf is a class of probability 0.
         targets: class indices y of any integer dtype, in the logits' shape less the class axis; or distributions z in
             the logits' shape. An index outside [0, C) makes the loss and gradient of its example NaN. Like all other
             operands: an array of the logits' framework, or a NumPy array, a scalar or a list.
         weight: one for each class, of length C.
         sample_weight: one for each example, in the shape of class indices; in the sum and in the divisor of "mean".
-        where: bool, broadcasts to the logits. A class where it is False is out of the softmax, and its target mass is
-            dropped; a row without a class left is ignored.
+        where: bool, broadcasts to the logits. A class where it is False is out of the softmax, and its target
+            probability is dropped; an example with no class left is ignored.
         ignore_index: the class index of examples that do not count. For indices only.
         label_smoothing: ε from 0 to 1; the targets become z (1 - ε) + ε/K, K the classes that `where` keeps. A number,
-            or an array of no dimensions, as in `multilabel_logistic_loss`.
+            or a 0-d array, as in `multilabel_logistic_loss`.
         axis: the class axis, or a tuple of axes read as one.
         reduction: "none", the loss of each example; "sum"; "mean", over the examples not ignored, or with `weight`
             over the weight of their targets; "batchmean", over all examples. A mean over nothing is 0.
         validate: read the values first, and raise on wrong class indices, distributions that do not sum to 1 and NaN.
 
     Returns:
-        The loss in nats, differentiable by the logits' framework: a 0-d array, for "none" of the shape of indices.
+        The loss in nats, differentiable by the logits' framework: a 0-d array, or with "none" one of the shape of
+        class indices.
 
     Raises:
         TypeError: dtypes or kinds of array that are not accepted; tensors of two frameworks.
         ValueError: shapes or options that do not fit; with `validate`, the first wrong value and its position.
 
-    For class indices this is PyTorch's `cross_entropy`, but that it ignores no index unless told to, and that a mean
+    For class indices this is PyTorch's `cross_entropy`, except that no index is ignored by default, and that a mean
     over nothing is 0.
 
     >>> import numpy as np
@@ -146,24 +148,24 @@ def binary_cross_entropy(
     reduction: str = "batchmean",
     validate: bool = False,
 ) -> Array:
-    """Binary cross-entropy on probabilities. From logits, `multilabel_logistic_loss` is the exact way.
+    """Binary cross-entropy on probabilities. If you have logits, `multilabel_logistic_loss` is more accurate.
 
     `L = -(1/N) Σ_n Σ_c w_nc [ pos_weight_nc · z_nc log max(p_nc, eps) + (1 - z_nc) log max(1 - p_nc, eps) ]`
 
     Args:
         probs: p, from 0 to 1, of any shape with a class axis and any floating dtype.
         targets: z, in the shape of p: bool, integer or float from 0 to 1.
-        eps: p and 1 - p are clamped from below to it, where the derivative of the clamped term is 0. The default is
+        eps: p and 1 - p are clamped to at least eps, where the derivative of the clamped term is 0. The default is
             the epsilon of p's dtype (1.2e-7 for float32), so that p of exactly 0 and 1 is finite.
         weight, pos_weight, where, label_smoothing, axis, reduction, validate: as in `multilabel_logistic_loss`.
 
     Returns:
-        The loss in nats, differentiable by p's framework: a 0-d array, for "none" of the shape of p.
+        The loss in nats, differentiable by p's framework: a 0-d array, or with "none" one of the shape of p.
 
     Raises:
         TypeError, ValueError: as `multilabel_logistic_loss`.
 
-    `reduction="mean"` is PyTorch's `BCELoss` with another clamp (it clamps the logarithms at -100).
+    `reduction="mean"` is PyTorch's `BCELoss` with another clamp (of the logarithms, at -100).
 
     >>> import numpy as np
     >>> print(binary_cross_entropy(np.array([0.9, 0.2, 1.0]), [1, 0, 1], reduction="none").round(6))
@@ -188,18 +190,19 @@ def cross_entropy(
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
-    """Cross-entropy on probabilities of exclusive classes. From logits, `softmax_nll` is the exact way.
+    """Cross-entropy on probabilities of mutually exclusive classes. If you have logits, `softmax_nll` is more accurate.
 
     `L = -(1/N) Σ_n Σ_c z_nc log max(p_nc, eps)`
 
     Args:
-        probs: p, from 0 to 1, of any shape with a class axis and any floating dtype. They are not normalised.
+        probs: p, from 0 to 1, of any shape with a class axis and any floating dtype. They are not normalised here.
         targets: class indices or distributions z, as in `softmax_nll`.
-        eps: p is clamped from below to it, where its derivative is 0. The default is the epsilon of p's dtype.
+        eps: p is clamped to at least eps, where its derivative is 0. The default is the epsilon of p's dtype.
         weight, sample_weight, where, ignore_index, label_smoothing, axis, reduction, validate: as in `softmax_nll`.
 
     Returns:
-        The loss in nats, differentiable by p's framework: a 0-d array, for "none" of the shape of indices.
+        The loss in nats, differentiable by p's framework: a 0-d array, or with "none" one of the shape of class
+        indices.
 
     Raises:
         TypeError, ValueError: as `softmax_nll`.
@@ -228,23 +231,23 @@ def nll(
     reduction: str = "mean",
     validate: bool = False,
 ) -> Array:
-    """Negative log-likelihood on log-probabilities of exclusive classes. From logits, `softmax_nll` is the exact way.
+    """Negative log-likelihood on log-probabilities. If you have logits, `softmax_nll` is more accurate.
 
     `L = -(1/N) Σ_n Σ_c z_nc log p_nc`
 
     Args:
-        log_probs: log p, up to 0, of any shape with a class axis and any floating dtype. They are not normalised.
+        log_probs: log p, up to 0, of any shape with a class axis and any floating dtype. They are not normalised here.
         targets: class indices or distributions z, as in `softmax_nll`.
         weight, sample_weight, where, ignore_index, label_smoothing, axis, reduction, validate: as in `softmax_nll`.
 
     Returns:
-        The loss in nats, differentiable by the framework of `log_probs`: a 0-d array, for "none" of the shape of
-        indices.
+        The loss in nats, differentiable by the framework of `log_probs`: a 0-d array, or with "none" one of the shape
+        of class indices.
 
     Raises:
         TypeError, ValueError: as `softmax_nll`.
 
-    For class indices this is PyTorch's `nll_loss`, but that it ignores no index unless told to.
+    For class indices this is PyTorch's `nll_loss`, except that no index is ignored by default.
 
     >>> import numpy as np
     >>> print(nll(np.log([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25]]), [0, 2], reduction="none").round(6))

@@ -39,7 +39,7 @@ class Array(Protocol):
     def __or__(self, other: Array, /) -> Array: ...
 
 
-Position = Any  # where each example has its class: `position` gives it to the two functions after it
+Position = Any  # what `position` returns, for `take_along_axis` and `put_along_axis`
 
 
 class Namespace(Protocol):
@@ -85,10 +85,10 @@ class Namespace(Protocol):
 
     @property
     def assume_finite(self) -> Any:
-        """True: logits are finite and class indices in range; if not, a loss is not finite, or there is IndexError."""
+        """True: logits are taken to be finite and indices in range. If not, a loss is not finite, or IndexError."""
 
     def load(self) -> None:
-        """Have all functions at hand: a compiler that traces them may not import."""
+        """Import the functions: a compiler that traces the formulas cannot."""
 
     def heaviside(self, x: Array, /) -> Array:
         """1 where x >= 0, else 0."""
@@ -152,7 +152,7 @@ class Extended:
         self._base = base
 
     def load(self) -> None:
-        """Take over all functions at once: a compiler that traces them may not write down one after the other."""
+        """Copy all functions now: torch.compile cannot trace `__getattr__`, which keeps one after the other."""
         if isinstance(self._base, str):
             self._base = importlib.import_module(self._base)
             more = {name: found for name, found in vars(self._base).items() if not hasattr(type(self), name)}
@@ -175,7 +175,7 @@ class Extended:
     def classes(self, x: Array) -> Array:
         return self.arange(self.extent(x, -1), device=getattr(x, "device", None))
 
-    # By masks, as the standard writes to no place, and reads from none that may be out of range.
+    # By masks: the standard has no scatter, and leaves indices out of range undefined.
 
     def as_index(self, targets: Array, like: Array) -> Array:
         return self.astype(targets, self.classes(like).dtype, copy=False)

@@ -38,7 +38,7 @@ def value(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
 
 
 def gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
-    return _gradient(t, weights, xp.maximum(t.up, t.e), xp.maximum(1 - t.up, t.e))
+    return _gradient(t, weights, xp.maximum(t.up, t.e), xp.maximum(1 - t.up, t.e))  # 1 on one side, e on the other
 
 
 def _gradient(t: Terms, weights: Elementwise, e_up: Array, e_down: Array) -> Array:
@@ -65,7 +65,7 @@ def differentiable_gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Ar
     return _gradient(t, weights, t.up + down * t.e, t.up * t.e + down)
 
 
-# With functions that the namespace has for all of it.
+# With the namespace's own sigmoid, softplus and lerp.
 
 
 class NativeTerms(NamedTuple):

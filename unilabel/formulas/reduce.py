@@ -70,7 +70,7 @@ def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Opera
 
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
-    """The cotangent of the reduced loss times its derivative by the logits."""
+    """The cotangent of the reduced loss times its derivative with respect to the logits."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
     found = _gradient(xp, form, terms, weights)
     cotangent = xp.astype(cotangent, found.array.dtype, copy=False)
@@ -80,7 +80,7 @@ def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Op
 def value_and_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
-    """The reduced loss and the derivative of its sum by the logits, the exponentials computed once."""
+    """The reduced loss and the gradient of its sum, the exponentials computed once."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
     total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
     found = _scaled(xp, loss, options, _gradient(xp, form, terms, weights), weights, None, divisor)
@@ -99,7 +99,7 @@ def value_and_unscaled_gradient(
 def gradient_and_hessian(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
-    """The derivative of the sum of the losses by the logits, and the diagonal of the second derivative."""
+    """The gradient of the sum of the losses with respect to the logits, and the diagonal of its Hessian."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands, hessian=True)
     assert form.hessian is not None
     first, second = (

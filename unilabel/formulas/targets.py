@@ -82,17 +82,20 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
 
 
 def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
-    """`w_c z_c`, where smoothing makes z_c (1 - ε) + ε/K of z_c, K the classes of the example."""
+    """`w_c z_c`, where smoothing makes z_c (1 - ε) + ε/K of z_c, K the classes of the example.
+
+    A class index out of range, or of a masked class, makes the weights of its example, and so the loss, NaN.
+    """
     targets, weight, _, sample_weight, where, _ = operands
     smoothing = _smoothing(xp, like, operands, options)
-    ignored = wrong = named = None
+    ignored = out_of_range = one_hot = None
     if options.indices:
         index = xp.as_index(targets, like)
-        named = xp.classes(like) == xp.expand_dims(index, axis=-1)
+        one_hot = xp.classes(like) == xp.expand_dims(index, axis=-1)
         if where is not None:
-            named = xp.logical_and(named, where)
-        z = xp.astype(named, like.dtype)
-        wrong = ~xp.any(named, axis=-1)
+            one_hot = xp.logical_and(one_hot, where)
+        z = xp.astype(one_hot, like.dtype)
+        out_of_range = ~xp.any(one_hot, axis=-1)
         if options.ignore_index is not None:
             ignored = index == options.ignore_index
     else:
@@ -106,8 +109,8 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
     if weight is not None:
         weight = xp.astype(weight, like.dtype, copy=False)
         weight = weight if where is None else xp.where(where, weight, 0.0)
-        if named is not None and smoothing is None:  # an infinite weight of another class
-            weight = xp.where(named, weight, 0.0)
+        if one_hot is not None and smoothing is None:  # an infinite weight of another class
+            weight = xp.where(one_hot, weight, 0.0)
         counts = xp.sum(z * weight, axis=-1)
     if sample_weight is not None:
         sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
@@ -128,10 +131,10 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
         z = z * weight
     if sample_weight is not None:
         z = z * xp.expand_dims(sample_weight, axis=-1)
-    if wrong is not None:
+    if out_of_range is not None:
         if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
-            wrong = xp.logical_and(wrong, ~ignored)
-        z = xp.where(xp.expand_dims(wrong, axis=-1), math.nan, z)
+            out_of_range = xp.logical_and(out_of_range, ~ignored)
+        z = xp.where(xp.expand_dims(out_of_range, axis=-1), math.nan, z)
     keep = where
     if ignored is not None:
         z = xp.where(xp.expand_dims(ignored, axis=-1), 0.0, z)
@@ -145,9 +148,9 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     targets, weight, _, sample_weight, _, _ = operands
     targets = xp.as_index(targets, like)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
-    wrong = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
-    off = ignored if wrong is None else wrong  # ignore_index may be a class
-    index = targets if off is None else xp.where(off, 0, targets)
+    out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
+    unusable = ignored if out_of_range is None else out_of_range  # ignore_index may be a class
+    index = targets if unusable is None else xp.where(unusable, 0, targets)
 
     total = None
     if weight is not None:
@@ -158,11 +161,11 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     if ignored is not None:
         total = xp.astype(~ignored, like.dtype) if total is None else xp.where(ignored, 0.0, total)
     counts = total
-    if wrong is not None:
+    if out_of_range is not None:
         if weight is not None:
-            counts = xp.where(wrong, 0.0, counts)
-        wrong = wrong if ignored is None else xp.logical_and(wrong, ~ignored)
-        total = xp.where(wrong, math.nan, xp.astype(~wrong, like.dtype) if total is None else total)
+            counts = xp.where(out_of_range, 0.0, counts)
+        out_of_range = out_of_range if ignored is None else xp.logical_and(out_of_range, ~ignored)
+        total = xp.where(out_of_range, math.nan, xp.astype(~out_of_range, like.dtype) if total is None else total)
     keep = None if ignored is None else xp.expand_dims(~ignored, axis=-1)
     return ClassIndex(xp.position(like, index), total, keep, counts)
 

@@ -34,9 +34,6 @@ class Options(NamedTuple):
     half: bool = False  # float16 and bfloat16 are computed in float32 and rounded once
 
 
-PLAIN = Options("none")
-
-
 Formula = Callable[[Namespace, Any, Any], Array]  # of the namespace, the terms and the target weights
 
 
