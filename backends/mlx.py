@@ -113,7 +113,7 @@ class MlxBackend(Backend):
         def pullback(primals: Any, cotangent: Array, _: Array) -> list[Array]:
             x, *arrays = primals
 
-            # Targets and weights: by autodiff of the differentiable expression.
+            # Targets and weights: by autodiff of the value.
             def of_operands(*arrays: Array) -> Array:
                 return formulas.value(standard, loss, options, x, put(arrays))
 

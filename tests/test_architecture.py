@@ -94,6 +94,20 @@ def test_the_library_knows_no_framework():
         assert not set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.MULTILINE)) & frameworks
 
 
+FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "array_api")
+TESTED_IN = {"mlx": "in_array_api", "keras": "layers"} | {name: f"in_{name}" for name in FRAMEWORKS}
+
+
+def test_the_tests_of_a_module_have_its_name():
+    """tests/test_NAME.py tests unilabel/NAME.py, or the package NAME; tests/test_in_NAME.py a framework's backend."""
+    names = [part(name) for name in modules() if name.startswith("unilabel.") and not name.startswith("unilabel.conf")]
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        test = TESTED_IN.get(file, file) if folder == "backends" else folder or name
+        test = "namespace" if test.endswith("_namespaces") else test
+        assert test == "backends" or (ROOT / "tests" / f"test_{test}.py").exists(), name
+
+
 def test_files_are_short():
     long = {
         name: n for name, file in modules().items() if (n := len(file.read_text("utf-8").splitlines())) > MOST_LINES

@@ -140,7 +140,7 @@ def test_samples_are_right_by_the_textbook(sample, lengths):
         units = np.eye(sample.x.size).reshape(sample.x.size, *sample.x.shape)
         return np.array([function(unit) for unit in units])
 
-    def slope(function, x=sample.x):
+    def gradient_of(function, x=sample.x):
         """The derivative of the sum, by each logit: the step is so small as to be exact, and imaginary."""
         return of_elements(lambda unit: np.sum(function(x + 1e-30j * unit)).imag / 1e-30).reshape(x.shape)
 
@@ -148,14 +148,14 @@ def test_samples_are_right_by_the_textbook(sample, lengths):
         return textbook(sample, x)
 
     near(sample.value, value(sample.x))
-    near(sample.gradient, slope(value))
-    near(sample.pulled_back, slope(lambda x: value(x) * sample.cotangent))
-    near(sample.gradient_of_sum, slope(lambda x: textbook(sample, x, reduction="sum")))
-    each = [slope(lambda x, i=i: np.ravel(value(x))[i]) for i in range(sample.value.size)]
+    near(sample.gradient, gradient_of(value))
+    near(sample.pulled_back, gradient_of(lambda x: value(x) * sample.cotangent))
+    near(sample.gradient_of_sum, gradient_of(lambda x: textbook(sample, x, reduction="sum")))
+    each = [gradient_of(lambda x, i=i: np.ravel(value(x))[i]) for i in range(sample.value.size)]
     near(sample.jacobian, np.reshape(each, (*sample.value.shape, *sample.x.shape)))
     h = 1e-6
     second = of_elements(
-        lambda unit: ((slope(value, sample.x + h * unit) - slope(value, sample.x - h * unit)) * unit).sum()
+        lambda unit: ((gradient_of(value, sample.x + h * unit) - gradient_of(value, sample.x - h * unit)) * unit).sum()
     )
     near(sample.hessian, second.reshape(sample.x.shape) / (2 * h), 1e-6)
 

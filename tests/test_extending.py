@@ -42,7 +42,7 @@ BRIER = Loss(
     "brier_score",
     per_example=False,
     takes="probs",
-    masked=0.0,
+    fill=0.0,
     forms=(Form(elementwise, brier_terms, brier_value, brier_gradient, brier_hessian),),
 )
 """

@@ -330,3 +330,13 @@ def test_huge(sample):
     close(values[-1], sample.value[0], "float32")
     close(values[:-1].min(), np.log(CLASSES), "float32")
     close(values[:-1].max(), np.log(CLASSES), "float32")
+
+
+def test_numpy_warns_of_nothing_and_raises_nothing():
+    x = np.array([[np.inf, -np.inf, 1e30], [-1e30, 0, np.nan]])
+    with np.errstate(all="raise"):
+        ul.value_and_grad(ul.multilabel_logistic_loss)(x, [[1, 0, 1], [0, 1, 0]])
+        ul.value_and_grad(ul.softmax_nll)(x, [0, 1])
+        ul.value_and_grad(ul.binary_cross_entropy)(np.array([0.0, 1.0]), [1, 0])
+        ul.softmax(x)
+        ul.log_sigmoid(x)

@@ -141,8 +141,8 @@ def test_offset_changes_nothing(framework):
 def test_labels_mirror(framework):
     x, _, z = data()
     value, gradient = run(framework, ul.multilabel_logistic_loss, x, 1 - z, reduction="none")
-    mirrored, slope = run(framework, ul.multilabel_logistic_loss, -x, z, reduction="none")
-    same((value, gradient), (mirrored, -slope))
+    mirrored, other = run(framework, ul.multilabel_logistic_loss, -x, z, reduction="none")
+    same((value, gradient), (mirrored, -other))
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ def test_ignoring_is_leaving_out(framework, reduction):
     left = y >= 0
     options = {"weight": [0.5, 1, 2, 3], "label_smoothing": 0.1, "reduction": reduction}
     value, gradient = run(framework, ul.softmax_nll, x, y, ignore_index=-1, **options)
-    expected, slope = run(framework, ul.softmax_nll, x[left], y[left], **options)
+    expected, right = run(framework, ul.softmax_nll, x[left], y[left], **options)
     if reduction == "batchmean":  # over all examples, the ignored ones too
-        expected, slope = expected * left.mean(), slope * left.mean()
-    same((value[left] if reduction == "none" else value, gradient[left]), (expected, slope))
+        expected, right = expected * left.mean(), right * left.mean()
+    same((value[left] if reduction == "none" else value, gradient[left]), (expected, right))
     assert (gradient[~left] == 0).all()
 
 
@@ -219,20 +219,6 @@ def test_none_summed_is_sum(framework, loss):
     x, _, z = data()
     value, gradient = run(framework, loss, x, z, reduction="none")
     same((value.sum(), gradient), run(framework, loss, x, z, reduction="sum"))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_axes_in_any_place(framework, loss):
-    x, z = np.random.default_rng(SEED).uniform(0, 1, (2, 2, 3, 4, 5))
-    for axis in (0, 1, 2, (0, 2), (2, 0), (-1, 1, 0), (0, 1, 2, 3)):
-        axes = axis if isinstance(axis, tuple) else (axis,)
-        rest = [i for i in range(4) if i not in [a % 4 for a in axes]]
-        order = [*rest, *(a % 4 for a in axes)]
-        batch = [x.shape[i] for i in rest]
-        flat = [np.transpose(a, order).reshape(*batch, -1) for a in (x, z)]
-        value, gradient = run(framework, loss, x, z, axis=axis)
-        expected, slope = run(framework, loss, *flat)
-        same((value, np.transpose(gradient, order).reshape(slope.shape)), (expected, slope))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -66,7 +66,7 @@ class Backend:
         return None
 
     def rankless(self, x: Array) -> bool:
-        """Whether the number of dimensions is not known before it runs; then there is `rows`."""
+        """Whether the number of dimensions is not known at trace time; then there is `rows`."""
         return False
 
     def rows(self, per_example: bool, x: Array, operands: Operands | None) -> tuple[Array, Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""A call in canonical form, which is what the formulas take, and the cache of the calls that came through all checks.
+"""A call in canonical form, which is what the formulas take, and a cache of calls that passed all checks.
 
 All arrays are of the logits' framework and on their device, mutually exclusive classes are along the last axis, and the
 options are resolved and hashable.
@@ -30,9 +30,9 @@ class Given(NamedTuple):
 
 
 class Canonical(NamedTuple):
-    """A call, ready to run. `restore` gives an array laid out like `x` the layout of the caller's logits.
+    """A call, ready to run. `restore` brings an array in the layout of `x` back into that of the caller's logits.
 
-    `finish` does so for what reduction="none" returns; None: nothing to do.
+    `finish` does so for the losses of reduction="none"; None: nothing to do.
     """
 
     backend: Backend
@@ -66,17 +66,17 @@ def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Ca
     return call
 
 
-_checked: dict[Any, Options] = {}  # the options of calls that came through all checks with nothing to convert
+_checked: dict[Any, Options] = {}  # options of calls that passed all checks and needed no conversion
 _HASHABLE = {int, float, bool, str, type(None)}
 
 
 def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Any:
-    """What two calls have in common that need the same checks; None if it is not to be told."""
+    """The key of a call: calls with the same key need the same checks. None: check each time."""
     targets, *others = operands
     if given.validate or any(other is not None for other in others):
         return None
     arrays = backend.cache_key(logits, targets)
-    kinds = None if arrays is None else tuple(map(type, given))  # 1, 1.0 and True are equal
+    kinds = None if arrays is None else tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types
     if kinds is None or not _HASHABLE.issuperset(kinds):
         return None
     return loss.name, given, kinds, arrays, logits.shape, targets.shape
@@ -92,7 +92,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         logits, operands, restore, finish = backend.rows(loss.per_example, logits, operands)
         call = _canonical(backend, loss, logits, operands._replace(label_smoothing=smoothing), given)
         return call._replace(restore=restore, finish=finish if given.reduction == "none" else None)
-    reduction, axis, label_smoothing, ignore_index, eps, validate = given  # each: one that is forgotten is an error
+    reduction, axis, label_smoothing, ignore_index, eps, validate = given  # raises if one is forgotten here
     shape: Shape = tuple(logits.shape)
     axes = checks.class_axes(axis, len(shape), loss.takes, loss.per_example)
     if reduction not in REDUCTIONS:
@@ -123,7 +123,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         return Canonical(backend, loss, options, logits, operands, as_it_is)
 
     xp = backend.namespace(logits)
-    if operands.where is not None:  # broadcast by arithmetic: a length may be unknown before it runs
+    if operands.where is not None:  # broadcast by logical_and: a length may be unknown at trace time
         keep = operands.where
         for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
             keep = xp.expand_dims(keep, axis=0)
@@ -140,7 +140,7 @@ TAKES = dict.fromkeys(Operands._fields, NUMBERS) | {"where": ("bool",), "label_s
 
 
 def canonical_activation(x: Array, axis: int | tuple[int, ...] | None) -> tuple[Backend, bool, Array, Any]:
-    """The backend, whether x is of half precision, x with its class axis (None: it has none) last, and the way back."""
+    """The backend, whether x is of half precision, x with its class axis (None: none) last, and what restores it."""
     backend = backend_of(x)
     half = checks.check_array(backend, x, "x") in HALVES
     if axis is None:

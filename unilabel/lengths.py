@@ -2,7 +2,7 @@
 
 A length is an int; or an int that a compiler or exporter leaves open (torch.SymInt, a dimension of jax.export), which
 takes part in arithmetic, but whose type and attributes must not be asked for: that breaks the compiler's graph, or
-closes what was to stay open; or None, where TensorFlow does not know it before it runs: then the namespace's `extent`
+closes what was to stay open; or None, where TensorFlow does not know it at trace time: then the namespace's `extent`
 gives it as an array.
 """
 

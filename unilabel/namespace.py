@@ -115,7 +115,7 @@ class Namespace(Protocol):
         """x with other elements there; it may write into x."""
 
     def extent(self, x: Array, axis: int, /) -> Any:
-        """The length of an axis, as an array of no dimensions if it is not known before it runs."""
+        """The length of an axis, as an array of no dimensions if it is not known at trace time."""
 
     def longest(self, a: Any, b: Any, /) -> Any:
         """The larger of two lengths, which a compiler may have left open."""

@@ -1,11 +1,13 @@
 """Value, gradient and Hessian diagonal of each loss, once, in pure array API: what unilabel exists for.
 
-A family of losses has a page: logistic.py, softmax.py, probabilities.py. Every function takes the array namespace `xp`
-first and has the class axis last. A loss is computed in three steps:
+Each family of losses has a module: logistic.py, softmax.py, probabilities.py. Every function takes the array namespace
+`xp` first and has the class axis last. A loss is computed in three steps:
 
     target weights             how much of the loss each class carries, whatever the kind of targets (targets.py)
     terms                      what value, gradient and Hessian have in common (the exponentials)
-    value, gradient, hessian   closed forms of both, which reduce.py sums up
+    value, gradient, hessian   closed forms, which reduce.py reduces
+
+A loss has several forms of these (types.py): for any namespace, for autodiff, with a framework's native functions.
 """
 
 from ..namespace import Array, Namespace

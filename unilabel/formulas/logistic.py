@@ -4,9 +4,12 @@
     dL/dx = negative · σ(x) - positive · σ(-x)
     d²L/dx² = (negative + positive) · σ(x) σ(-x)
 
-Both logarithms have the term log(1 + exp -|x|), which neither overflows nor loses digits, and besides the larger of
-two numbers: log(1 + exp x) = max(x, 0) + log1p(exp -|x|). Likewise σ(x) = exp min(x, 0) / (1 + exp -|x|).
+x are the logits, z the targets, w the weights. Both logarithms are max(±x, 0) plus log1p(exp -|x|), which neither
+overflows nor loses digits: log(1 + exp x) = max(x, 0) + log1p(exp -|x|).
+Likewise σ(x) = exp min(x, 0) / (1 + exp -|x|).
 (Mächler 2012, "Accurately computing log(1 - exp(-|a|))", section 3, does it by cases; one form serves them all.)
+
+Of the forms listed at the end, the first whose functions the namespace has is computed (reduce.form_of).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from .types import Form, Loss
 
 class Terms(NamedTuple):
     x: Array
-    up: Array  # 1 where x >= 0, else 0
+    nonneg: Array  # 1 where x >= 0, else 0
     e: Array  # exp -|x|
 
 
@@ -33,18 +36,18 @@ def value(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
     negative, positive, total, *_ = weights
     log_term = xp.log1p(t.e)
     # negative · max(x, 0) + positive · max(-x, 0)
-    weight = t.up - positive if negative is None else t.up * negative - (1 - t.up) * positive
+    weight = t.nonneg - positive if negative is None else t.nonneg * negative - (1 - t.nonneg) * positive
     return weigh_logits(xp, weight, t.x) + (log_term if total is None else log_term * total)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
-    return _gradient(t, weights, xp.maximum(t.up, t.e), xp.maximum(1 - t.up, t.e))  # 1 on one side, e on the other
+    return _gradient(t, weights, xp.maximum(t.nonneg, t.e), xp.maximum(1 - t.nonneg, t.e))
 
 
-def _gradient(t: Terms, weights: Elementwise, e_up: Array, e_down: Array) -> Array:
-    """`e_up` and `e_down` are exp min(x, 0) and exp min(-x, 0)."""
+def _gradient(t: Terms, weights: Elementwise, e_pos: Array, e_neg: Array) -> Array:
+    """`e_pos` and `e_neg` are exp min(x, 0) and exp min(-x, 0)."""
     negative, positive, *_ = weights
-    return ((1 - positive if negative is None else negative) * e_up - positive * e_down) / (1 + t.e)
+    return ((1 - positive if negative is None else negative) * e_pos - positive * e_neg) / (1 + t.e)
 
 
 def hessian(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
@@ -52,17 +55,17 @@ def hessian(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
     return product if weights.total is None else weights.total * product
 
 
-# For autodiff: of arithmetic alone, which differentiates right at x = 0, where abs and maximum do not.
+# For autodiff: arithmetic alone, as the derivatives of abs and maximum are wrong at x = 0.
 
 
 def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> Terms:
-    up = xp.heaviside(x)
-    return Terms(x, up, xp.exp(-xp.multiply(x, 2 * up - 1)))
+    nonneg = xp.heaviside(x)
+    return Terms(x, nonneg, xp.exp(-xp.multiply(x, 2 * nonneg - 1)))
 
 
 def differentiable_gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
-    down = 1 - t.up
-    return _gradient(t, weights, t.up + down * t.e, t.up * t.e + down)
+    neg = 1 - t.nonneg
+    return _gradient(t, weights, t.nonneg + neg * t.e, t.nonneg * t.e + neg)
 
 
 # With the namespace's own sigmoid, softplus and lerp.
@@ -70,7 +73,7 @@ def differentiable_gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Ar
 
 class NativeTerms(NamedTuple):
     x: Array
-    minus: Array
+    neg_x: Array
 
 
 def native_terms(xp: Namespace, x: Array, *_: Any) -> NativeTerms:
@@ -79,8 +82,8 @@ def native_terms(xp: Namespace, x: Array, *_: Any) -> NativeTerms:
 
 def native_value(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Array:
     negative, positive, total, *_ = weights
-    log_term = xp.softplus(xp.minimum(t.x, t.minus))
-    above, below = xp.relu(t.x), xp.relu(t.minus)
+    log_term = xp.softplus(xp.minimum(t.x, t.neg_x))
+    above, below = xp.relu(t.x), xp.relu(t.neg_x)
     if negative is None and xp.assume_finite:
         return log_term + xp.lerp(above, below, positive)
     negative = 1 - positive if negative is None else negative
@@ -90,7 +93,7 @@ def native_value(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Array:
 
 def native_gradient(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Array:
     negative, positive, *_ = weights
-    p, q = xp.sigmoid(t.x), xp.sigmoid(t.minus)
+    p, q = xp.sigmoid(t.x), xp.sigmoid(t.neg_x)
     return xp.lerp(p, -q, positive) if negative is None else negative * p - positive * q
 
 
@@ -98,7 +101,7 @@ LOGISTIC = Loss(
     "multilabel_logistic_loss",
     per_example=False,
     takes="logits",
-    masked=0.0,
+    fill=0.0,
     forms=(
         Form(elementwise, native_terms, native_value, native_gradient, needs="sigmoid"),
         Form(elementwise, differentiable_terms, value, differentiable_gradient, hessian, needs="autodiff"),
@@ -111,16 +114,16 @@ def sigmoid(xp: Namespace, x: Array) -> Array:
     """σ(x) = exp min(x, 0) / (1 + exp -|x|)"""
     if "sigmoid" in xp.groups:
         return xp.sigmoid(x)
-    _, up, e = _terms(xp, x)
-    return (up + (1 - up) * e) / (1 + e)
+    _, nonneg, e = _terms(xp, x)
+    return (nonneg + (1 - nonneg) * e) / (1 + e)
 
 
 def log_sigmoid(xp: Namespace, x: Array) -> Array:
     """log σ(x) = min(x, 0) - log(1 + exp -|x|)"""
     if "sigmoid" in xp.groups:
         return -xp.softplus(-x)
-    _, up, e = _terms(xp, x)
-    return xp.weigh(1 - up, x) - xp.log1p(e)
+    _, nonneg, e = _terms(xp, x)
+    return xp.weigh(1 - nonneg, x) - xp.log1p(e)
 
 
 def _terms(xp: Namespace, x: Array) -> Terms:

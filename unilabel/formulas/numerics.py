@@ -1,4 +1,4 @@
-"""Small steps that several pages share."""
+"""Small steps that several modules share."""
 
 from __future__ import annotations
 

@@ -124,20 +124,20 @@ BINARY = Loss(
     "binary_cross_entropy",
     per_example=False,
     takes="probs",
-    masked=0.0,
+    fill=0.0,
     forms=(Form(elementwise, binary_terms, binary_value, binary_gradient, binary_hessian),),
 )
 CATEGORICAL = Loss(
     "cross_entropy",
     per_example=True,
     takes="probs",
-    masked=0.0,
+    fill=0.0,
     forms=(Form(distribution, terms, value, gradient, hessian),),
 )
 NLL = Loss(
     "nll",
     per_example=True,
     takes="log_probs",
-    masked=0.0,
+    fill=0.0,
     forms=(Form(distribution, log_terms, log_value, log_gradient, log_hessian),),
 )

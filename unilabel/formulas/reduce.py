@@ -1,6 +1,6 @@
 """The reduced loss and its derivatives, of any loss: what a backend calls.
 
-No function looks across examples but to sum the result, so that a backend may run it whole, in blocks or traced.
+Examples meet only in the final sum, so that a backend may run all of this on whole arrays, in blocks, or traced.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .types import Form, Loss, Operands, Options
 
 
 class Divisor(NamedTuple):
-    """What a sum is divided by to be a mean: how many take part, 1 for none; or the sum of their counts, an array."""
+    """The divisor of a mean: the number of losses, 1 for none; or the sum of their weights, an array."""
 
     count: Any
-    counts: Array | None = None
+    weight: Array | None = None
 
 
 class Gradient(NamedTuple):
-    """The derivative of each loss by its own logits, once it is multiplied with the scale of its example (None: 1)."""
+    """The gradient of each loss with respect to its own logits, but for the scale of its example (None: 1)."""
 
     array: Array
     scale: Array | None = None
@@ -43,7 +43,7 @@ def _prepare(
     form = form_of(xp, loss, options, operands, hessian)
     x = working(xp, options, x)
     weights = form.weights(xp, x, operands, options)
-    terms = form.terms(xp, weights.masked(xp, x, loss.masked), weights, options)
+    terms = form.terms(xp, weights.masked(xp, x, loss.fill), weights, options)
     return Prepared(form, weights, terms, divisor(xp, loss, options, x, weights))
 
 
@@ -59,7 +59,7 @@ def form_of(xp: Namespace, loss: Loss, options: Options, operands: Operands, hes
 
 
 def working(xp: Namespace, options: Options, x: Array) -> Array:
-    """x in the dtype that is computed in."""
+    """x in the compute dtype."""
     return xp.astype(x, xp.float32) if options.half else x
 
 
@@ -80,7 +80,7 @@ def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Op
 def value_and_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
-    """The reduced loss and the gradient of its sum, the exponentials computed once."""
+    """The reduced loss and the gradient of its sum, which share the exponentials."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
     total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
     found = _scaled(xp, loss, options, _gradient(xp, form, terms, weights), weights, None, divisor)
@@ -90,7 +90,7 @@ def value_and_gradient(
 def value_and_unscaled_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Gradient, Divisor | None]:
-    """The reduced loss, and what is its gradient once it is multiplied with a `factor`; nothing may be masked."""
+    """The reduced loss, and its gradient before it is multiplied by `factor`; nothing may be masked."""
     form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
     total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
     return xp.astype(total, x.dtype, copy=False), _gradient(xp, form, terms, weights), divisor
@@ -110,7 +110,7 @@ def gradient_and_hessian(
 
 
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-    """The derivative of each loss by its own logits, before the reduction, in the dtype that is computed in."""
+    """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
     form, weights, terms, _ = _prepare(xp, loss, options, x, operands)
     array, scale = _gradient(xp, form, terms, weights)
     return array if scale is None else array * xp.expand_dims(scale, axis=-1)
@@ -119,7 +119,7 @@ def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, op
 def jvp(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, unreduced: Array, tangent: Array
 ) -> Array:
-    """The derivative of the reduced loss in the direction of the logits' tangent, of the unreduced gradient."""
+    """The derivative of the reduced loss along the tangent of the logits, from the unreduced gradient."""
     weights, divisor = _weights(xp, loss, options, x, operands)
     tangent = xp.astype(tangent, unreduced.dtype, copy=False)
     change = unreduced * (tangent if weights.keep is None else xp.where(weights.keep, tangent, 0.0))
@@ -151,7 +151,7 @@ def _reduced(xp: Namespace, options: Options, values: Array, divisor: Divisor | 
 
 
 def divisor(xp: Namespace, loss: Loss, options: Options, x: Array, weights: TargetWeights) -> Divisor | None:
-    """None: by nothing."""
+    """What the reduction divides by; None if it does not divide."""
     if options.reduction not in ("mean", "batchmean"):
         return None
     if options.reduction == "mean" and weights.counts is not None:
@@ -160,17 +160,17 @@ def divisor(xp: Namespace, loss: Loss, options: Options, x: Array, weights: Targ
 
 
 def counted(xp: Namespace, loss: Loss, options: Options, x: Array) -> Divisor:
-    """All examples, or for the mean of an elementwise loss all elements."""
-    out = options.axes if loss.per_example or options.reduction == "batchmean" else ()
-    return Divisor(lengths.count(xp, x, [axis for axis in range(-x.ndim, 0) if axis not in out]))
+    """The number of all examples, or for the mean of an elementwise loss of all elements."""
+    of_one = options.axes if loss.per_example or options.reduction == "batchmean" else ()
+    return Divisor(lengths.count(xp, x, [axis for axis in range(-x.ndim, 0) if axis not in of_one]))
 
 
 def mean(xp: Namespace, total: Any, divisor: Divisor) -> Any:
     """total / divisor, and 0 where nothing takes part (NaN if the total is)."""
-    if divisor.counts is None:
+    if divisor.weight is None:
         return total / divisor.count
-    nothing = divisor.counts == 0
-    return xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor.counts))
+    nothing = divisor.weight == 0
+    return xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor.weight))
 
 
 # --- From the gradient of each loss to that of all --------------------------------------------------------------------
@@ -183,7 +183,7 @@ def _gradient(xp: Namespace, form: Form, terms: Any, weights: TargetWeights) -> 
 def factor(
     xp: Namespace, loss: Loss, options: Options, found: Gradient, cotangent: Array | None, divisor: Divisor | None
 ) -> Any:
-    """What a gradient is multiplied with: the cotangent (None: 1) over the divisor; None: nothing."""
+    """What to multiply a gradient by: scale · cotangent / divisor, a missing one being 1; None if all are missing."""
     scale = cotangent
     if divisor is not None:
         scale = mean(xp, 1.0 if scale is None else scale, divisor)

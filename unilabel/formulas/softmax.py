@@ -4,9 +4,10 @@
     dL/dx_c = p_c Σ_k z_k - z_c
     d²L/dx_c² = p_c (1 - p_c) Σ_k z_k
 
-s sums exp(x_c - m) over all classes but the largest, whose 1 stands in the logarithm. So nothing overflows, and no
-digit is lost where one class has nearly all the probability, nor where the logits are large. (Blanchard, Higham and
-Higham 2021, "Accurately computing the log-sum-exp and softmax functions".)
+x are the logits, z the target weights (targets.py: targets times weights). s sums exp(x_c - m) over all classes but the
+largest; that one is the 1 in log(1 + s). So nothing overflows, and no digit is lost where one class has nearly all the
+probability, nor where the logits are large. (Blanchard, Higham and Higham 2021, "Accurately computing the log-sum-exp
+and softmax functions".)
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ class Terms(NamedTuple):
 
 
 def terms(xp: Namespace, x: Array, *_: Any) -> Terms:
-    top, d, e, others = _shifted(xp, x, xp.max(x, axis=-1, keepdims=True))
-    ties = xp.sum(xp.astype(top, x.dtype), axis=-1, keepdims=True) - 1
+    is_max, d, e, others = _shifted(xp, x, xp.max(x, axis=-1, keepdims=True))
+    ties = xp.sum(xp.astype(is_max, x.dtype), axis=-1, keepdims=True) - 1
     return Terms(d, e, others + ties)
 
 
 def _shifted(xp: Namespace, x: Array, m: Array) -> tuple[Array, Array, Array, Array]:
     """Which x are the largest, x - m, its exponential, and the sum of that over the others."""
-    top = x == m
-    d = xp.where(top & (m == math.inf), 0.0, x - m)
+    is_max = x == m
+    d = xp.where(is_max & (m == math.inf), 0.0, x - m)
     e = xp.exp(d)
-    return top, d, e, xp.sum(xp.where(top, 0.0, e), axis=-1, keepdims=True)
+    return is_max, d, e, xp.sum(xp.where(is_max, 0.0, e), axis=-1, keepdims=True)
 
 
 def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
@@ -51,16 +52,16 @@ def _value(xp: Namespace, z: Array, log_ratio: Array, s: Array) -> Array:
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
-    # 1 - p not by way of p, which is close to 1 where it is small.
+    # 1 - p directly: from p it would lose its digits where p is close to 1.
     return _gradient(xp, weights.z, t.e, (1 - t.e) + t.s) / (1 + t.s)
 
 
 def _gradient(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
     """p_c Σ_k z_k - z_c without the cancellation: p_c times the other targets, less z_c times q_c = 1 - p_c."""
     largest = xp.max(z, axis=-1, keepdims=True)
-    top = z == largest
-    ties = xp.sum(xp.astype(top, z.dtype), axis=-1, keepdims=True)
-    rest = xp.sum(xp.where(top, 0.0, z), axis=-1, keepdims=True) + (ties - 1) * largest
+    is_max = z == largest
+    ties = xp.sum(xp.astype(is_max, z.dtype), axis=-1, keepdims=True)
+    rest = xp.sum(xp.where(is_max, 0.0, z), axis=-1, keepdims=True) + (ties - 1) * largest
     return p * ((largest - z) + rest) - z * q
 
 
@@ -72,9 +73,9 @@ def _hessian(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
     return xp.sum(z, axis=-1, keepdims=True) * p * q
 
 
-# For autodiff. Moving one logit is moving all the others the other way. Where a class has more than half of the
-# probability (it is confident), this is how it moves: by `move`, which is 0, and its own e has no derivative that p - 1
-# could cancel with.
+# For autodiff. A softmax stays the same if all logits are shifted by the same amount. So for a class that has more than
+# half of the probability (confident), the others are shifted instead of it: `move` is 0, but carries its derivative,
+# and p - 1 does not cancel.
 
 
 class DifferentiableTerms(NamedTuple):
@@ -87,11 +88,12 @@ class DifferentiableTerms(NamedTuple):
 
 def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> DifferentiableTerms:
     m = xp.max(x, axis=-1, keepdims=True)
-    m = xp.where(m == math.inf, m, xp.stop_gradient(m))  # an infinite logit takes all: the others' loss is its own
-    top, d, e, others = _shifted(xp, x, m)
-    s = others + (xp.sum(xp.where(top, e, 0.0), axis=-1, keepdims=True) - 1)  # how many are largest, with a derivative
+    m = xp.where(m == math.inf, m, xp.stop_gradient(m))  # all depends on an infinite logit: its derivative stays
+    is_max, d, e, others = _shifted(xp, x, m)
+    # The number of ties less 1, as a sum of e, which has a derivative.
+    s = others + (xp.sum(xp.where(is_max, e, 0.0), axis=-1, keepdims=True) - 1)
     confident = xp.stop_gradient(s) < 1
-    move = xp.where(confident, xp.sum(xp.where(top, d, 0.0), axis=-1, keepdims=True), 0.0)
+    move = xp.where(confident, xp.sum(xp.where(is_max, d, 0.0), axis=-1, keepdims=True), 0.0)
     others = others * xp.exp(-move)
     return DifferentiableTerms(d, e, others, xp.where(confident, others, s), move)
 
@@ -113,59 +115,59 @@ def differentiable_hessian(xp: Namespace, t: DifferentiableTerms, weights: Distr
 
 
 def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]:
-    """p and 1 - p, neither by way of the other where it is small."""
+    """p and 1 - p, each computed directly where it is small."""
     confident = t.e > t.s
     p = xp.where(confident, 1.0, t.e * xp.exp(-t.move)) / (1 + t.s)
     return p, xp.where(confident, t.others / (1 + t.s), 1 - p)
 
 
-# Where one class, t, carries all of an example's loss, with nothing to derive again:
+# Where one class, y, carries all of an example's loss w, and nothing is differentiated again:
 #
-#     L = w log(1 + s / e_t),    s = Σ_{c≠t} e_c,    e_c = exp(x_c - m)
-#     dL/dx = w (e_c, and -s at t) / (s + e_t)
+#     L = w log(1 + rest / e_y),    rest = Σ_{c≠y} e_c,    e_c = exp(x_c - m)
+#     dL/dx_c = w e_c / (rest + e_y),    dL/dx_y = -w rest / (rest + e_y)
 
 
 class IndexTerms(NamedTuple):
-    e: Array  # exp(x - m), or a multiple of it, and 0 at t
-    e_t: Array
-    s: Array
-    d_t: Array  # x_t - m
+    e: Array  # exp(x - m), and 0 at y
+    e_y: Array
+    rest: Array
+    d_y: Array  # x_y - m
 
 
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
     at = weights.position
-    m, x_t = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at), axis=-1)
+    m, x_y = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at), axis=-1)
     if xp.assume_finite:
-        d, d_t = x - m, x_t - m
+        d, d_y = x - m, x_y - m
     else:
-        # inf - inf, which is NaN, is 0 here; -inf less -inf stays so: then no class can be.
-        d, d_t = xp.where(x == math.inf, 0.0, x - m), xp.where(x_t == math.inf, 0.0, x_t - m)
-    d_t = xp.squeeze(d_t, axis=-1)
-    e, e_t = xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_t)
-    return IndexTerms(e, e_t, xp.sum(e, axis=-1), d_t)
+        # inf - inf counts as 0. -inf - (-inf) stays NaN: then no class is possible.
+        d, d_y = xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)
+    d_y = xp.squeeze(d_y, axis=-1)
+    e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_y)
+    return IndexTerms(e, e_y, xp.sum(e, axis=-1), d_y)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
     e: Array
-    e_t: Array
-    s: Array
+    e_y: Array
+    rest: Array
 
 
 def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> NativeIndexTerms:
     at, e = weights.position, xp.softmax(x)
-    e_t = xp.take_along_axis(e, at)
+    e_y = xp.take_along_axis(e, at)
     e = xp.put_along_axis(e, at, 0.0)
-    return NativeIndexTerms(e, e_t, xp.sum(e, axis=-1))
+    return NativeIndexTerms(e, e_y, xp.sum(e, axis=-1))
 
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
-    # log(s + e_t) - d_t. If t is the largest, e_t is 1 and d_t is 0; if not, s is 1 or more.
-    return _weighted(xp, weights, xp.log1p(t.s + (t.e_t - 1)) - t.d_t)
+    # log(rest + e_y) - d_y. If y is the largest, e_y is 1 and d_y is 0; if not, rest is 1 or more.
+    return _weighted(xp, weights, xp.log1p(t.rest + (t.e_y - 1)) - t.d_y)
 
 
 def native_index_value(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex) -> Array:
-    # Where e_t has lost more digits than a logarithm can do without, s / e_t is infinite.
-    return _weighted(xp, weights, xp.log1p(t.s / t.e_t))
+    # Where e_y is so small that its rounding would count, the quotient is infinite, and blocks.run computes again.
+    return _weighted(xp, weights, xp.log1p(t.rest / t.e_y))
 
 
 def _weighted(xp: Namespace, weights: ClassIndex, values: Array) -> Array:
@@ -173,19 +175,19 @@ def _weighted(xp: Namespace, weights: ClassIndex, values: Array) -> Array:
 
 
 def index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
-    return xp.put_along_axis(t.e, weights.position, -t.s)
+    return xp.put_along_axis(t.e, weights.position, -t.rest)
 
 
 def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
-    # Probabilities add up to 1 but for the digits that a native softmax loses in long rows: these are put right, too.
-    return (1 if weights.weight is None else weights.weight) / (t.s + t.e_t)
+    # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
+    return (1 if weights.weight is None else weights.weight) / (t.rest + t.e_y)
 
 
 SOFTMAX = Loss(
     "softmax_nll",
     per_example=True,
     takes="logits",
-    masked=-math.inf,  # out of the softmax
+    fill=-math.inf,  # out of the softmax
     forms=(
         Form(
             distribution,

@@ -1,6 +1,6 @@
-"""Target weights: how much of the loss each class carries, of targets, weights, smoothing and masks.
+"""Target weights: how much of the loss each class carries, from targets, weights, smoothing and masks.
 
-They hold no logits. `like` is an array of the logits' shape and device in the dtype that is computed in.
+They do not depend on the logits: `like` gives shape, device and compute dtype alone.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from .types import Operands, Options
 
 
 class Elementwise(NamedTuple):
-    """Of independent classes: each element's weight of the label 0, and of the label 1."""
+    """For independent classes: the weights of label 0 and label 1 of each element."""
 
     negative: Array | None  # None: 1 - positive
     positive: Array
     total: Array | None  # the sum of the two; None: 1
-    keep: Array | None  # False where the element does not exist
+    keep: Array | None  # False where masked
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        """x with a harmless number wherever it does not exist."""
+        """x, with `fill` where it is masked."""
         return x if self.keep is None else xp.where(self.keep, x, fill)
 
 
 class Distribution(NamedTuple):
-    """Of mutually exclusive classes: how much of an example's loss each class carries."""
+    """For mutually exclusive classes: how much of an example's loss each class carries."""
 
     z: Array
-    where: Array | None  # False where the class does not exist
-    ignored: Array | None  # True for an example that does not exist
-    keep: Array | None  # False for either; None: all exist
+    where: Array | None  # False for a masked class
+    ignored: Array | None  # True for an ignored example
+    keep: Array | None  # False for either; None: no class or example is left out
     counts: Array | None  # what each example adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
@@ -42,11 +42,11 @@ class Distribution(NamedTuple):
 
 
 class ClassIndex(NamedTuple):
-    """Of mutually exclusive classes: the one that carries all of an example's loss."""
+    """For mutually exclusive classes: the one that carries all of an example's loss."""
 
     position: Position
     weight: Array | None  # one for each example; None: 1
-    keep: Array | None  # False for an example that does not exist
+    keep: Array | None  # False for an ignored example
     counts: Array | None
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
@@ -62,7 +62,7 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
     weight, pos_weight = (_like(xp, array, like) for array in (operands.weight, operands.pos_weight))
     keep, counts = operands.where, None
     if keep is not None:
-        # Masked before the arithmetic: a NaN that stands there must not reach a derivative either.
+        # Masked before the arithmetic: a masked NaN must not reach a derivative either.
         counts = xp.where(keep, xp.ones_like(like), 0.0)
         z = xp.where(keep, z, 0.0)
         weight = counts if weight is None else xp.where(keep, weight, 0.0)
@@ -148,9 +148,11 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     targets, weight, _, sample_weight, _, _ = operands
     targets = xp.as_index(targets, like)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
+    # If not looked for here, IndexError or a loss that is not finite shows it (blocks.run).
     out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
-    unusable = ignored if out_of_range is None else out_of_range  # ignore_index may be a class
-    index = targets if unusable is None else xp.where(unusable, 0, targets)
+    # 0 in place of what cannot be looked up; an ignored index in range can.
+    no_class = ignored if out_of_range is None else out_of_range
+    index = targets if no_class is None else xp.where(no_class, 0, targets)
 
     total = None
     if weight is not None:
@@ -175,7 +177,7 @@ def _like(xp: Namespace, array: Array | None, like: Array) -> Array | None:
 
 
 def _smoothing(xp: Namespace, like: Array, operands: Operands, options: Options) -> Any:
-    """ε: None, a number, or an array, which nobody has checked: NaN where it is not from 0 to 1."""
+    """ε: None, a number, or an array, whose value nobody has checked: NaN outside of [0, 1]."""
     if operands.label_smoothing is None:
         return options.label_smoothing
     smoothing = xp.astype(operands.label_smoothing, like.dtype, copy=False)

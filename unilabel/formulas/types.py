@@ -1,4 +1,4 @@
-"""The records of a computation: a loss and its forms, what it is computed of, and with which options."""
+"""The records of a computation: a loss and its forms, what it is computed from, and with which options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..namespace import Array, Namespace
 
 
 class Operands(NamedTuple):
-    """The arrays beside the logits, in the logits' framework and on their device; None where the caller gave none.
+    """The arrays other than the logits, in the logits' framework and on their device; None where the caller gave none.
 
     Before `canonical` they are what the caller gave.
     """
@@ -19,7 +19,7 @@ class Operands(NamedTuple):
     pos_weight: Array | None = None
     sample_weight: Array | None = None
     where: Array | None = None
-    label_smoothing: Array | None = None  # of no dimensions: traced, or to be learned; a plain number is an option
+    label_smoothing: Array | None = None  # 0-d: traced or learned; a number is an option
 
 
 class Options(NamedTuple):
@@ -38,19 +38,18 @@ Formula = Callable[[Namespace, Any, Any], Array]  # of the namespace, the terms 
 
 
 class Form(NamedTuple):
-    """One way to compute a loss: target weights and terms, and of these value and derivatives.
+    """One way to compute a loss: target weights and terms, and from these value and derivatives.
 
-    The value of a form that needs "autodiff", or of a loss that has no such form, is differentiated right by a
-    framework, and so is its gradient.
+    Autodiff is right through value and gradient of a form that needs "autodiff", and of a loss that has no such form.
     """
 
     weights: Callable[[Namespace, Array, Operands, Options], Any]  # how much of the loss each class carries
     terms: Callable[[Namespace, Array, Any, Options], Any]  # what value, gradient and Hessian have in common
     value: Formula
-    gradient: Formula  # less a factor for each example, if there is `scale`
+    gradient: Formula  # without the factor `scale` of each example, if there is one
     hessian: Formula | None = None  # its diagonal
-    scale: Formula | None = None  # that factor: rows are multiplied once, with all there is
-    needs: str = ""  # a group of the namespace
+    scale: Formula | None = None  # kept apart, so that a row is multiplied once: by this, cotangent and divisor
+    needs: str = ""  # an optional group of functions: "autodiff", "sigmoid" or "softmax"
     of_one_class: bool = False  # for class indices alone, with neither smoothing nor masked classes
 
 
@@ -60,5 +59,5 @@ class Loss(NamedTuple):
     name: str
     per_example: bool  # one loss for each example (its classes are mutually exclusive), not one for each element
     takes: str  # "logits", "probs" or "log_probs"
-    masked: float  # what an input is set to where it is masked
+    fill: float  # what an input is set to where it is masked
     forms: tuple[Form, ...]

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shared import pattern
 
 import unilabel as ul
 
@@ -81,7 +82,7 @@ WRONG: list[Any] = [
     (ul.multilabel_logistic_loss, Z, {"label_smoothing": "much"}, ValueError, "Received: 'much'"),
     (ul.binary_cross_entropy, Z, {"eps": 0.7}, ValueError, "eps: a number from 0 to 0.5. Received: 0.7"),
     (ul.multilabel_logistic_loss, Z, {"axis": 2}, ValueError, "axis: .*-2 to 1, .*Received: 2 for 2 dimensions"),
-    (ul.multilabel_logistic_loss, Z, {"axis": (0, -2)}, ValueError, "axes that differ. Received: (0, -2)"),
+    (ul.multilabel_logistic_loss, Z, {"axis": (0, -2)}, ValueError, "distinct axes. Received: (0, -2)"),
     (ul.multilabel_logistic_loss, Z, {"axis": ()}, ValueError, "axis: .*tuple of them. Received: ()"),
     (
         ul.multilabel_logistic_loss,
@@ -92,7 +93,13 @@ WRONG: list[Any] = [
     ),
     (ul.softmax_nll, [0, 1], {"ignore_index": 0.5}, TypeError, "ignore_index: an integer. Received: 0.5"),
     (ul.softmax_nll, X, {"ignore_index": 1}, ValueError, "ignore_index: None, .*Received: 1"),
-    (ul.softmax_nll, [0, 1], {"ignore_index": 2**40}, ValueError, "ignore_index: an integer of 32 bits. Received: "),
+    (
+        ul.softmax_nll,
+        [0, 1],
+        {"ignore_index": 2**40},
+        ValueError,
+        "ignore_index: an integer between .*Received: ",
+    ),
     (ul.binary_cross_entropy, Z, {"eps": 1e-310}, ValueError, "eps: 0 or a normal number .*Received: 1e-310"),
     # values, on demand
     (ul.softmax_nll, [0, 3], {"validate": True}, ValueError, "class indices from 0 to 2. Received: 3 at (1,)"),
@@ -108,7 +115,7 @@ WRONG: list[Any] = [
         [0, 1],
         {"validate": True, "where": [True, False, True]},
         ValueError,
-        "where does not mask. Received: 1 at (1,)",
+        "where `where` is True. Received: 1 at (1,)",
     ),
     (ul.softmax_nll, [[0.5, 0.5, 0], [0.5, 0, 0]], {"validate": True}, ValueError, "sum to 1. Received: 0.5 at (1,)"),
     (
@@ -132,12 +139,8 @@ WRONG: list[Any] = [
         ValueError,
         "probs: values from 0 to 1. Received: 1.25 at (1, 2)",
     ),
-    (ul.nll, [0, 1], {"validate": True}, ValueError, "log_probs: values up to 0. Received: 0.25 at (0, 1)"),
+    (ul.nll, [0, 1], {"validate": True}, ValueError, "log_probs: values of at most 0. Received: 0.25 at (0, 1)"),
 ]
-
-
-def pattern(text):
-    return ".*".join(re.escape(part) for part in text.split(".*"))
 
 
 @pytest.mark.parametrize(("loss", "targets", "options", "error", "text"), WRONG)
@@ -177,83 +180,10 @@ def test_integer_logits(framework, dtype):
         ul.softmax(framework.integers(X, dtype))
 
 
-@pytest.mark.parametrize("logits", [X.tolist(), 1.0, None, "logits", {"a": 1}])
-def test_logits_that_are_no_array(logits):
-    with pytest.raises(TypeError, match=f"numpy, torch, jax, tensorflow or .*Received: {type(logits).__name__}"):
-        ul.softmax_nll(logits, [0, 1])
-
-
-def test_other_things_of_a_framework_are_no_arrays():
-    import jax
-    import tensorflow as tf
-    import torch
-
-    for thing, name in (
-        (np.dtype("f4"), "numpy Float32DType"),
-        (torch.nn.Linear(2, 2), "torch Linear"),
-        (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
-        (jax.ShapeDtypeStruct((2,), "float32"), "jax ShapeDtypeStruct"),
-        (tf.ragged.constant([[1.0], []]), "a tensorflow RaggedTensor"),
-    ):
-        with pytest.raises(TypeError, match=pattern(f"logits: a plain array of .*Received: {name}")):
-            ul.softmax_nll(thing, [0, 1])
-    with pytest.raises(TypeError, match=r"targets: a plain array. Received: torch max"):  # forgot .indices
-        ul.softmax_nll(torch.eye(2), torch.eye(2).max(1))
-
-
-def test_lists_that_make_no_array():
-    """Nothing is dropped on the way: no mask, no gradient."""
-    import torch
-
-    x = torch.tensor(X)
-    for weight, text in (
-        ([np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0])] * 2, "a list that makes none (it holds a numpy MaskedArray"),
-        ([[np.ma.masked_array(1.0, True)] * 3] * 2, "a list that makes none (it holds a numpy MaskedArray"),
-        ([torch.nn.Parameter(torch.tensor(1.0)), 2.0, 3.0], "a list that makes none (Can't call numpy() on Tensor"),
-    ):
-        with pytest.raises(TypeError, match=pattern(f"Expected weight: an array. Received: {text}")):
-            ul.multilabel_logistic_loss(x, Z, weight=weight)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
-def test_tensors_that_do_not_go_together():
-    import torch
-    from torch.masked import masked_tensor
-
-    x, masked = torch.tensor(X), masked_tensor(torch.tensor(X), torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(TypeError, match=pattern("logits: a plain array of torch. Received: a torch MaskedTensor")):
-        ul.softmax_nll(masked, [0, 1])
-    for targets, text in (
-        (masked, "a torch MaskedTensor"),
-        (torch.tensor([0, 1], device="meta"), "a tensor on the meta"),
-    ):
-        with pytest.raises(TypeError, match=pattern(f"targets: a plain array. Received: {text}")):
-            ul.softmax_nll(x, targets)
-    with pytest.raises(ValueError, match=pattern("values to read. Received: a Tensor on meta, which has none")):
-        ul.softmax_nll(x.to("meta"), [0, 1], validate=True)
-    assert ul.softmax_nll(x.to("meta"), torch.tensor([0, 1])).is_meta
-
-
-@pytest.mark.parametrize("kind", [np.matrix, np.ma.masked_array])
-@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
-def test_numpy_subclasses_with_other_arithmetic(kind):
-    with pytest.raises(TypeError, match=r"logits: a plain array of numpy. Received: numpy (matrix|MaskedArray)"):
-        ul.multilabel_logistic_loss(kind(X), Z)
-
-
 @pytest.mark.parametrize("dtype", ["complex64", "longdouble", "object"])
 def test_numpy_dtypes_that_no_loss_is_for(dtype):
     with pytest.raises(TypeError, match=pattern("logits: dtype float16, bfloat16, float32 or float64. Received:")):
         ul.multilabel_logistic_loss(X.astype(dtype), Z)
-
-
-def test_frameworks_do_not_mix(framework):
-    from unilabel.backend import backend_named
-
-    other = "jax" if framework.name == "torch" else "torch"
-    targets = backend_named(other).asarray(np.array(Z))
-    with pytest.raises(TypeError, match=pattern(f"Received: {framework.name} logits with a {other} array")):
-        ul.multilabel_logistic_loss(framework.array(X), targets)
 
 
 def test_no_class(framework):
@@ -264,42 +194,8 @@ def test_no_class(framework):
 
 
 def test_no_class_axis(framework):
-    with pytest.raises(ValueError, match=pattern("axis: logits that have an axis, .*Received: -1 for 0 dimensions")):
+    with pytest.raises(ValueError, match=pattern("axis: logits with at least one axis, .*Received: -1")):
         ul.softmax_nll(framework.array(1.0), 0)
-
-
-def test_a_call_like_one_that_was_right(framework):
-    """Calls that were checked once are not checked again; only those."""
-    x, y = framework.array(X), framework.integers([0, 2])
-    right = [framework.numpy(ul.softmax_nll(x, y, axis=1)) for _ in range(3)]
-    assert right[0] == right[1] == right[2]
-    for error, options in (
-        (TypeError, {"axis": True}),
-        (TypeError, {"axis": 1.0}),
-        (TypeError, {"axis": 1, "ignore_index": 1.0}),
-        (TypeError, {"axis": 1, "ignore_index": True}),
-        (ValueError, {"axis": 1, "reduction": "average"}),
-        (ValueError, {"axis": 1, "label_smoothing": 2.0}),
-        (ValueError, {"axis": 1, "weight": [1.0]}),
-    ):
-        with pytest.raises(error):
-            ul.softmax_nll(x, y, **options)
-    for error, targets in ((ValueError, framework.integers([0, 2, 1])), (TypeError, framework.array([0, 2]))):
-        with pytest.raises(error):
-            ul.softmax_nll(x, targets, axis=1)
-    with pytest.raises(ValueError, match="class indices from 0 to 2"):
-        ul.softmax_nll(x, framework.integers([0, 3]), axis=1, validate=True)
-    with pytest.raises(TypeError):
-        ul.softmax_nll(framework.integers(np.zeros((2, 3))), y, axis=1)
-
-
-def test_value_and_grad_of_something_else():
-    with pytest.raises(
-        TypeError, match=r"a loss of unilabel: multilabel_logistic_loss, .*Received: <built-in function sum>"
-    ):
-        ul.value_and_grad(sum)
-    with pytest.raises(TypeError, match=r"options of softmax_nll: weight, .*Received: pos_weight"):
-        ul.value_and_grad(ul.softmax_nll)(X, [0, 1], pos_weight=1.0)
 
 
 def test_validation_cannot_read_what_is_traced(recorder):

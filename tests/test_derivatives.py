@@ -1,6 +1,8 @@
-"""Gradient and Hessian diagonal: against autodiff twice, and in a boosting library against its own objectives."""
+"""value_and_grad and grad_and_hess: against autodiff twice, and in a boosting library against its own objectives."""
 
+import inspect
 import itertools
+import pickle
 from typing import Any
 
 import lightgbm
@@ -123,6 +125,31 @@ def test_only_the_sum_has_an_elementwise_gradient():
     ul.grad_and_hess(ul.softmax_nll)(X, [2, 0], reduction="sum")
     with pytest.raises(ValueError, match=r"Expected reduction 'sum' for grad_and_hess. Received: 'mean'"):
         ul.grad_and_hess(ul.softmax_nll)(X, [2, 0], reduction="mean")
+
+
+def test_value_and_grad_of_something_else():
+    with pytest.raises(
+        TypeError, match=r"a loss of unilabel: multilabel_logistic_loss, .*Received: <built-in function sum>"
+    ):
+        ul.value_and_grad(sum)
+    with pytest.raises(TypeError, match=r"options of softmax_nll: weight, .*Received: pos_weight"):
+        ul.value_and_grad(ul.softmax_nll)(X, [0, 1], pos_weight=1.0)
+
+
+@pytest.mark.parametrize("maker", [ul.value_and_grad, ul.grad_and_hess])
+def test_a_derivative_is_an_object_of_its_loss(maker):
+    """The same each time, so that compilers know it again; pickled by reference; called like the loss."""
+    function = maker(ul.softmax_nll)
+    assert maker(ul.softmax_nll) is function
+    assert pickle.loads(pickle.dumps(function)) is function
+    assert repr(function) == function.__name__ == f"{maker.__name__}(softmax_nll)"
+    of_loss = inspect.signature(ul.cross_entropy).parameters
+    parameters = inspect.signature(maker(ul.cross_entropy)).parameters
+    assert list(parameters) == ["logits", *list(of_loss)[1:]]
+    reduction = "sum" if maker is ul.grad_and_hess else "mean"
+    assert parameters["reduction"].default == reduction
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = function.nothing
 
 
 # --- As the objective of LightGBM ------------------------------------------------------------------------------------
