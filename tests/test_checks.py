@@ -98,7 +98,7 @@ WRONG: list[Any] = [
         [0, 1],
         {"ignore_index": 2**40},
         ValueError,
-        "ignore_index: an integer between .*Received: ",
+        "an integer between -2**31 and 2**31 - 1, which are not included. Received: ",
     ),
     (ul.binary_cross_entropy, Z, {"eps": 1e-310}, ValueError, "eps: 0 or a normal number .*Received: 1e-310"),
     # values, on demand

@@ -28,7 +28,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 FULL = pytest.mark.full
 SEVERAL = ("multilabel_logistic_loss", "softmax_nll")
-OTHERS = [pytest.param(loss, marks=FULL) for loss in ("binary_cross_entropy", "cross_entropy", "nll")]
+OTHERS = [pytest.param(loss, marks=FULL) for loss in (*ELEMENTWISE, *PER_EXAMPLE) if loss not in SEVERAL]
 PLAIN = pytest.mark.parametrize("sample", [*SEVERAL, *OTHERS], indirect=True)  # calls without options
 
 

@@ -62,8 +62,7 @@ def test_shapes_that_do_not_fit_when_it_runs():
                 tf.function(loss, input_signature=signature, jit_compile=jit)(x, targets)
 
 
-def test_not_even_the_rank_is_known():
-    """Then what is no target is told apart all the same."""
+def test_no_targets_for_logits_of_unknown_rank():
     import tensorflow as tf
 
     for loss in (ul.softmax_nll, ul.multilabel_logistic_loss):

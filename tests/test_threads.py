@@ -251,13 +251,14 @@ before = state()
 
 import unilabel as ul
 from unilabel.backend import backend_named
+from unilabel.losses import FORMULAS
 
 backend = backend_named(name)
 LABELS, INDICES = [[1, 0, 1], [0, 1, 0]], [2, 0]
 for dtype in ("float64",) + (("bfloat16",) if name != "array_api_strict" else ()):
     x = backend.cast(backend.asarray(np.array([[0.2, 0.5, 0.3], [0.7, 0.2, 0.1]])), dtype)
-    for loss in (ul.multilabel_logistic_loss, ul.softmax_nll, ul.binary_cross_entropy, ul.cross_entropy, ul.nll):
-        z = LABELS if loss in (ul.multilabel_logistic_loss, ul.binary_cross_entropy) else INDICES
+    for loss, formula in FORMULAS.items():
+        z = INDICES if formula.per_example else LABELS
         for options in ({}, {"where": [True] * 3, "weight": [1, 2.0, 3], "label_smoothing": 0.1}):
             loss(x, z, **options)
             ul.value_and_grad(loss)(x, z, **options)
