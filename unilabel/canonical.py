@@ -72,8 +72,8 @@ _HASHABLE = {int, float, bool, str, type(None)}
 
 def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Any:
     """The key of a call: calls with the same key need the same checks. None: check each time."""
-    targets, *others = operands
-    if given.validate or any(other is not None for other in others):
+    targets, weight, pos_weight, sample_weight, where, smoothing = operands
+    if given.validate or not (weight is pos_weight is sample_weight is where is smoothing is None):
         return None
     arrays = backend.cache_key(logits, targets)
     kinds = None if arrays is None else tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 from . import formulas
@@ -45,16 +46,14 @@ class Derivative:
                 name = self.maker.__name__
                 raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
         options = self.defaults | options
-        operands = {name: value for name, value in options.items() if name in OPERANDS}
-        given = {name: value for name, value in options.items() if name not in OPERANDS}
-        call = canonical(FORMULAS[self.loss], logits, Operands(targets, **operands), Given(**given))
-        return self.run(call)
+        operands = Operands(targets, *map(options.pop, OPERANDS, repeat(None)))
+        return self.run(canonical(FORMULAS[self.loss], logits, operands, Given(**options)))
 
     def run(self, call: Canonical) -> tuple[Any, Any]:
         raise NotImplementedError
 
 
-OPERANDS = set(Operands._fields) - {"targets", "label_smoothing"}  # smoothing is an option that may be an array
+OPERANDS = Operands._fields[1:-1]  # the first are the targets; the last is smoothing, an option that may be an array
 as_it_is_in_autograph(Derivative)
 
 

@@ -59,7 +59,7 @@ TargetWeights = Elementwise | Distribution | ClassIndex
 def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
     """`negative = w (1 - z)` and `positive = w · pos_weight · z`, where smoothing makes z (1 - ε) + ε/2 of z."""
     z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
-    weight, pos_weight = (_like(xp, array, like) for array in (operands.weight, operands.pos_weight))
+    weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
     keep, counts = operands.where, None
     if keep is not None:
         # Masked before the arithmetic: a masked NaN must not reach a derivative either.
