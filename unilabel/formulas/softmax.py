@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from .. import lengths
 from ..namespace import Array, Namespace
 from .numerics import weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
@@ -121,10 +122,10 @@ def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]
     return p, xp.where(confident, t.others / (1 + t.s), 1 - p)
 
 
-# Where one class, y, carries all of an example's loss w, and nothing is differentiated again:
+# For class indices, where nothing is differentiated again. A class y of weight w, and u_c for all with smoothing:
 #
-#     L = w log(1 + rest / e_y),    rest = Σ_{c≠y} e_c,    e_c = exp(x_c - m)
-#     dL/dx_c = w e_c / (rest + e_y),    dL/dx_y = -w rest / (rest + e_y)
+#     L = w (m - x_y) + Σ_c u_c (m - x_c) + (w + U) log total,    total = Σ_c e_c,    e_c = exp(x_c - m),    U = Σ_c u_c
+#     dL/dx_c = (w + U) e_c / total - u_c,    dL/dx_y = (U e_y - w rest) / total - u_y,    rest = total - e_y
 
 
 class IndexTerms(NamedTuple):
@@ -132,10 +133,12 @@ class IndexTerms(NamedTuple):
     e_y: Array
     rest: Array
     d_y: Array  # x_y - m
+    apart: Array | None = None  # Σ u_c (m - x_c)
+    share: Any = None  # Σ u_c
 
 
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
-    at = weights.position
+    at, uniform = weights.position, weights.uniform
     m, x_y = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at), axis=-1)
     if xp.assume_finite:
         d, d_y = x - m, x_y - m
@@ -143,8 +146,22 @@ def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexT
         # inf - inf counts as 0. -inf - (-inf) stays NaN: then no class is possible.
         d, d_y = xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)
     d_y = xp.squeeze(d_y, axis=-1)
+    apart = share = None
+    if uniform is not None:
+        apart, share = _shared(xp, weights, d)
     e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_y)
-    return IndexTerms(e, e_y, xp.sum(e, axis=-1), d_y)
+    return IndexTerms(e, e_y, xp.sum(e, axis=-1), d_y, apart, share)
+
+
+def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
+    """Σ u_c (m - x_c) and Σ u_c."""
+    uniform, where = weights.uniform, weights.where
+    if where is not None:
+        d = xp.where(where, d, 0.0)
+    if isinstance(uniform, float) or uniform.ndim == 0:
+        apart = -uniform * xp.sum(d, axis=-1) if xp.assume_finite else xp.sum(xp.weigh(uniform + 0 * d, -d), axis=-1)
+        return apart, uniform * lengths.count(xp, d, (-1,))
+    return xp.sum(weigh_logits(xp, uniform, -d), axis=-1), xp.sum(uniform, axis=-1)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
@@ -162,25 +179,38 @@ def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) ->
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     # log(rest + e_y) - d_y. If y is the largest, e_y is 1 and d_y is 0; if not, rest is 1 or more.
-    return _weighted(xp, weights, xp.log1p(t.rest + (t.e_y - 1)) - t.d_y)
+    log_total = xp.log1p(t.rest + (t.e_y - 1))
+    values = _weighted(xp, weights.weight, log_total - t.d_y)
+    if t.apart is not None:
+        values = _weighted(xp, weights.example, values + (t.apart + t.share * log_total))
+    return values
 
 
 def native_index_value(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex) -> Array:
     # Where e_y is so small that its rounding would count, the quotient is infinite, and blocks.run computes again.
-    return _weighted(xp, weights, xp.log1p(t.rest / t.e_y))
+    return _weighted(xp, weights.weight, xp.log1p(t.rest / t.e_y))
 
 
-def _weighted(xp: Namespace, weights: ClassIndex, values: Array) -> Array:
-    return values if weights.weight is None else weigh_logits(xp, weights.weight, values)
+def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
+    return values if weight is None else weigh_logits(xp, weight, values)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+    if t.apart is None:
+        return native_index_gradient(xp, t, weights)
+    total, weight, uniform = t.rest + t.e_y, weights.weight, weights.uniform
+    array = t.e * xp.expand_dims(weight + t.share, axis=-1) - xp.expand_dims(total, axis=-1) * uniform
+    return xp.put_along_axis(array, weights.position, t.e_y * t.share - weight * t.rest - total * weights.uniform_y)
+
+
+def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
     return xp.put_along_axis(t.e, weights.position, -t.rest)
 
 
 def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
     # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
-    return (1 if weights.weight is None else weights.weight) / (t.rest + t.e_y)
+    factor = weights.weight if weights.uniform is None else weights.example
+    return (1 if factor is None else factor) / (t.rest + t.e_y)
 
 
 SOFTMAX = Loss(
@@ -201,12 +231,12 @@ SOFTMAX = Loss(
             class_index,
             native_index_terms,
             native_index_value,
-            index_gradient,
+            native_index_gradient,
             scale=index_scale,
             needs="softmax",
             of_one_class=True,
         ),
-        Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_one_class=True),
+        Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_indices=True),
         Form(distribution, terms, value, gradient, hessian),
     ),
 )

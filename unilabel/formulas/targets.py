@@ -42,15 +42,26 @@ class Distribution(NamedTuple):
 
 
 class ClassIndex(NamedTuple):
-    """For mutually exclusive classes: the one that carries all of an example's loss."""
+    """For mutually exclusive classes: one class y, and with smoothing a share for all others too.
+
+    An example's loss is `example · (weight · loss_y + Σ_c uniform_c · loss_c)`.
+    """
 
     position: Position
     weight: Array | None  # one for each example; None: 1
-    keep: Array | None  # False for an ignored example
+    uniform: Any  # one for all, one for each class, or one for each logit; None: 0
+    uniform_y: Any  # that of the class y
+    example: Array | None  # one for each example; None: 1
+    where: Array | None  # False for a masked class
+    ignored: Array | None  # True for an ignored example
+    keep: Array | None  # False for either; None: no class or example is left out
     counts: Array | None
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, 0.0)
+        x = x if self.where is None else xp.where(self.where, x, fill)
+        if self.ignored is None or xp.assume_finite:
+            return x
+        return xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)
 
 
 TargetWeights = Elementwise | Distribution | ClassIndex
@@ -144,8 +155,12 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
 
 
 def class_index(xp: Namespace, like: Array, operands: Operands, options: Options) -> ClassIndex:
-    """w_t for the class t of each example. An index out of range makes its weight, and so the loss, NaN."""
-    targets, weight, _, sample_weight, _, _ = operands
+    """`w_y (1 - ε)` for the class y of an example, and `w_c ε/K` for all, K the classes of the example.
+
+    A class index out of range, or of a masked class, makes the weight of its example, and so the loss, NaN.
+    """
+    targets, weight, _, sample_weight, where, _ = operands
+    smoothing = _smoothing(xp, like, operands, options)
     targets = xp.as_index(targets, like)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
     # If not looked for here, IndexError or a loss that is not finite shows it (blocks.run).
@@ -153,23 +168,50 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     # 0 in place of what cannot be looked up; an ignored index in range can.
     no_class = ignored if out_of_range is None else out_of_range
     index = targets if no_class is None else xp.where(no_class, 0, targets)
+    position = xp.position(like, index)
+    if where is not None:
+        if out_of_range is not None:
+            out_of_range = xp.logical_or(out_of_range, ~xp.take_along_axis(where, position))
+        empty = ~xp.any(where, axis=-1)
+        ignored = empty if ignored is None else xp.logical_or(ignored, empty)
 
-    total = None
+    of_y = None
     if weight is not None:
-        total = xp.take(xp.astype(weight, like.dtype, copy=False), index)
-    if sample_weight is not None:
-        sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
-        total = sample_weight if total is None else total * sample_weight
+        weight = xp.astype(weight, like.dtype, copy=False)
+        of_y = xp.take(weight, index)
+    example = None if sample_weight is None else xp.astype(sample_weight, like.dtype, copy=False)
     if ignored is not None:
-        total = xp.astype(~ignored, like.dtype) if total is None else xp.where(ignored, 0.0, total)
-    counts = total
+        example = xp.astype(~ignored, like.dtype) if example is None else xp.where(ignored, 0.0, example)
+    counts = example if of_y is None else of_y if example is None else of_y * example
     if out_of_range is not None:
         if weight is not None:
             counts = xp.where(out_of_range, 0.0, counts)
         out_of_range = out_of_range if ignored is None else xp.logical_and(out_of_range, ~ignored)
-        total = xp.where(out_of_range, math.nan, xp.astype(~out_of_range, like.dtype) if total is None else total)
-    keep = None if ignored is None else xp.expand_dims(~ignored, axis=-1)
-    return ClassIndex(xp.position(like, index), total, keep, counts)
+        example = xp.where(out_of_range, math.nan, xp.astype(~out_of_range, like.dtype) if example is None else example)
+    uniform = uniform_y = None
+    if smoothing is None:
+        of_y, example = (example if of_y is None else of_y if example is None else of_y * example), None
+    else:
+        uniform, uniform_y = _uniform(xp, like, smoothing, weight, of_y, where)
+        of_y = (1 - smoothing) * (xp.ones_like(index, dtype=like.dtype) if of_y is None else of_y)
+    keep = where
+    if ignored is not None:
+        exists = xp.expand_dims(~ignored, axis=-1)
+        keep = exists if where is None else xp.logical_and(where, exists)
+    return ClassIndex(position, of_y, uniform, uniform_y, example, where, ignored, keep, counts)
+
+
+def _uniform(
+    xp: Namespace, like: Array, smoothing: Any, weight: Array | None, of_y: Array | None, where: Array | None
+) -> tuple[Any, Any]:
+    """`w_c ε/K` for all classes, and for the class y."""
+    if where is None:
+        share = smoothing / lengths.count(xp, like, (-1,))
+        return (share, share) if weight is None else (share * weight, share * of_y)
+    k = xp.sum(xp.astype(where, like.dtype), axis=-1)
+    share = smoothing / xp.where(k == 0, 1.0, k)
+    uniform = xp.where(where, xp.expand_dims(share, axis=-1), 0.0)
+    return (uniform, share) if weight is None else (xp.weigh(uniform, weight), share * of_y)
 
 
 def _like(xp: Namespace, array: Array | None, like: Array) -> Array | None:

@@ -50,7 +50,8 @@ class Form(NamedTuple):
     hessian: Formula | None = None  # its diagonal
     scale: Formula | None = None  # kept apart, so that a row is multiplied once: by this, cotangent and divisor
     needs: str = ""  # an optional group of functions: "autodiff", "sigmoid" or "softmax"
-    of_one_class: bool = False  # for class indices alone, with neither smoothing nor masked classes
+    of_indices: bool = False  # for class indices alone
+    of_one_class: bool = False  # for class indices with neither smoothing nor masked classes
 
 
 class Loss(NamedTuple):
