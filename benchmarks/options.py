@@ -98,7 +98,7 @@ def inputs(shape: Shape, seed: int) -> Inputs:
 
 def torch(option: str, shape: Shape, seed: int) -> Steps:
     import torch
-    from torch.nn import functional as F  # noqa: N812  # as its users write
+    from torch.nn import functional as F  # as its users write
 
     of = Inputs(*map(torch.from_numpy, inputs(shape, seed)))
     axis, eps = shape.axis, SMOOTHING
@@ -134,9 +134,7 @@ def torch(option: str, shape: Shape, seed: int) -> Steps:
         "sample_weight": (
             of.x,
             lambda x: ul.softmax_nll(x, of.y, axis=axis, sample_weight=of.sample_weight),
-            lambda x: (
-                (F.cross_entropy(x, of.y, reduction="none") * of.sample_weight).sum() / of.sample_weight.sum()
-            ),
+            lambda x: (F.cross_entropy(x, of.y, reduction="none") * of.sample_weight).sum() / of.sample_weight.sum(),
         ),
         "distributions": (of.x, lambda x: ul.softmax_nll(x, of.z, axis=axis), lambda x: F.cross_entropy(x, of.z)),
         "where": (
@@ -151,9 +149,7 @@ def torch(option: str, shape: Shape, seed: int) -> Steps:
         ),
         "multilabel, pos_weight": (
             of.x,
-            lambda x: ul.multilabel_logistic_loss(
-                x, of.labels, axis=axis, pos_weight=of.pos_weight, reduction="mean"
-            ),
+            lambda x: ul.multilabel_logistic_loss(x, of.labels, axis=axis, pos_weight=of.pos_weight, reduction="mean"),
             lambda x: F.binary_cross_entropy_with_logits(x, of.labels, pos_weight=of.pos_weight),
         ),
         "multilabel, where": (
