@@ -140,6 +140,9 @@ class TorchBackend(Backend):
             return "a tensor on the meta device, which has no values, but the logits have"
         return None
 
+    def keeps_axis(self, x: Array) -> bool:
+        return type(x) in ORDINARY and not torch.compiler.is_compiling()
+
     def cache_key(self, x: Array, targets: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):
             return None

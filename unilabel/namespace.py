@@ -96,8 +96,8 @@ class Namespace(Protocol):
     def weigh(self, weight: Array, size: Array, /) -> Array:
         """weight · size, and 0 where an infinite size has weight 0."""
 
-    def classes(self, x: Array, /) -> Array:
-        """The classes of x: 0, 1, …"""
+    def classes(self, x: Array, axis: int, /) -> Array:
+        """The classes of x: 0, 1, … along the axis, to broadcast to x."""
 
     def as_index(self, targets: Array, like: Array, /) -> Array:
         """Class indices in the dtype that the functions below take."""
@@ -105,13 +105,13 @@ class Namespace(Protocol):
     def take(self, weight: Array, index: Array, /) -> Array:
         """The elements of a vector at class indices."""
 
-    def position(self, x: Array, index: Array, /) -> Position:
+    def position(self, x: Array, index: Array, axis: int, /) -> Position:
         """Where x has the classes of these indices."""
 
-    def take_along_axis(self, x: Array, position: Position, /) -> Array:
+    def take_along_axis(self, x: Array, position: Position, axis: int, /) -> Array:
         """The element of each example that is there."""
 
-    def put_along_axis(self, x: Array, position: Position, values: Any, /) -> Array:
+    def put_along_axis(self, x: Array, position: Position, values: Any, axis: int, /) -> Array:
         """x with other elements there; it may write into x."""
 
     def extent(self, x: Array, axis: int, /) -> Any:
@@ -136,7 +136,7 @@ class Namespace(Protocol):
 
     # The group "softmax":
 
-    def softmax(self, x: Array, /) -> Array: ...
+    def softmax(self, x: Array, axis: int, /) -> Array: ...
 
 
 class Extended:
@@ -172,25 +172,28 @@ class Extended:
     def weigh(self, weight: Array, size: Array) -> Array:
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
 
-    def classes(self, x: Array) -> Array:
-        return self.arange(self.extent(x, -1), device=getattr(x, "device", None))
+    def classes(self, x: Array, axis: int) -> Array:
+        numbers = self.arange(self.extent(x, axis), device=getattr(x, "device", None))
+        for _ in range(-1 - axis):
+            numbers = self.expand_dims(numbers, axis=-1)
+        return numbers
 
     # By masks: the standard has no scatter, and leaves indices out of range undefined.
 
     def as_index(self, targets: Array, like: Array) -> Array:
-        return self.astype(targets, self.classes(like).dtype, copy=False)
+        return self.astype(targets, self.classes(like, -1).dtype, copy=False)
 
     def take(self, weight: Array, index: Array) -> Array:
-        return self.sum(self.where(self.position(weight, index), weight, 0.0), axis=-1)
+        return self.sum(self.where(self.position(weight, index, -1), weight, 0.0), axis=-1)
 
-    def position(self, x: Array, index: Array) -> Position:
-        return self.classes(x) == self.expand_dims(index, axis=-1)
+    def position(self, x: Array, index: Array, axis: int) -> Position:
+        return self.classes(x, axis) == self.expand_dims(index, axis=axis)
 
-    def take_along_axis(self, x: Array, position: Position) -> Array:
-        return self.sum(self.where(position, x, 0.0), axis=-1)
+    def take_along_axis(self, x: Array, position: Position, axis: int) -> Array:
+        return self.sum(self.where(position, x, 0.0), axis=axis)
 
-    def put_along_axis(self, x: Array, position: Position, values: Any) -> Array:
-        return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=-1), x)
+    def put_along_axis(self, x: Array, position: Position, values: Any, axis: int) -> Array:
+        return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=axis), x)
 
     def extent(self, x: Array, axis: int) -> Any:
         return x.shape[axis]

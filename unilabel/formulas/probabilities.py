@@ -73,7 +73,7 @@ def terms(xp: Namespace, p: Array, weights: Distribution, options: Options) -> T
 
 def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     log_p = _clamped_log(xp, t.p, t.free, t.floor)
-    return xp.sum(xp.weigh(weights.z, -log_p), axis=-1)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
@@ -89,7 +89,7 @@ def log_terms(xp: Namespace, log_p: Array, *_: Any) -> Array:
 
 
 def log_value(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
-    return xp.sum(xp.weigh(weights.z, -log_p), axis=-1)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis)
 
 
 def log_gradient(xp: Namespace, log_p: Array, weights: Distribution) -> Array:

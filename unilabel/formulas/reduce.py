@@ -114,7 +114,7 @@ def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, op
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
     form, weights, terms, _ = _prepare(xp, loss, options, x, operands)
     array, scale = _gradient(xp, form, terms, weights)
-    return array if scale is None else array * xp.expand_dims(scale, axis=-1)
+    return array if scale is None else array * xp.expand_dims(scale, axis=options.axes[0])
 
 
 def jvp(
@@ -124,7 +124,7 @@ def jvp(
     weights, divisor = _weights(xp, loss, options, x, operands)
     tangent = xp.astype(tangent, unreduced.dtype, copy=False)
     change = unreduced * (tangent if weights.keep is None else xp.where(weights.keep, tangent, 0.0))
-    change = xp.sum(change, axis=-1) if loss.per_example else change
+    change = xp.sum(change, axis=options.axes[0]) if loss.per_example else change
     return xp.astype(_reduced(xp, options, change, divisor), x.dtype, copy=False)
 
 
@@ -192,7 +192,7 @@ def factor(
         scale = found.scale if scale is None else found.scale * scale
     elif scale is None or not (loss.per_example and options.reduction == "none"):
         return scale
-    return xp.expand_dims(scale, axis=-1)
+    return xp.expand_dims(scale, axis=options.axes[0])
 
 
 def _scaled(

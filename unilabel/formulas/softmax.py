@@ -28,50 +28,56 @@ class Terms(NamedTuple):
     s: Array  # the sum of e over all classes but one of the largest
 
 
-def terms(xp: Namespace, x: Array, *_: Any) -> Terms:
-    is_max, d, e, others = _shifted(xp, x, xp.max(x, axis=-1, keepdims=True))
-    ties = xp.sum(xp.astype(is_max, x.dtype), axis=-1, keepdims=True) - 1
+def terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> Terms:
+    return _terms(xp, x, weights.axis)
+
+
+def _terms(xp: Namespace, x: Array, axis: int) -> Terms:
+    is_max, d, e, others = _shifted(xp, x, xp.max(x, axis=axis, keepdims=True), axis)
+    ties = xp.sum(xp.astype(is_max, x.dtype), axis=axis, keepdims=True) - 1
     return Terms(d, e, others + ties)
 
 
-def _shifted(xp: Namespace, x: Array, m: Array) -> tuple[Array, Array, Array, Array]:
+def _shifted(xp: Namespace, x: Array, m: Array, axis: int) -> tuple[Array, Array, Array, Array]:
     """Which x are the largest, x - m, its exponential, and the sum of that over the others."""
     is_max = x == m
     d = xp.where(is_max & (m == math.inf), 0.0, x - m)
     e = xp.exp(d)
-    return is_max, d, e, xp.sum(xp.where(is_max, 0.0, e), axis=-1, keepdims=True)
+    return is_max, d, e, xp.sum(xp.where(is_max, 0.0, e), axis=axis, keepdims=True)
 
 
 def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
-    return _value(xp, weights.z, t.d, t.s)
+    return _value(xp, weights, t.d, t.s)
 
 
-def _value(xp: Namespace, z: Array, log_ratio: Array, s: Array) -> Array:
+def _value(xp: Namespace, weights: Distribution, log_ratio: Array, s: Array) -> Array:
     """`log_ratio` is log p + log(1 + s)."""
-    linear_term = xp.sum(xp.weigh(z, -log_ratio), axis=-1)
-    return linear_term + xp.sum(z, axis=-1) * xp.squeeze(xp.log1p(s), axis=-1)
+    z, axis = weights.z, weights.axis
+    linear_term = xp.sum(xp.weigh(z, -log_ratio), axis=axis)
+    return linear_term + xp.sum(z, axis=axis) * xp.squeeze(xp.log1p(s), axis=axis)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     # 1 - p directly: from p it would lose its digits where p is close to 1.
-    return _gradient(xp, weights.z, t.e, (1 - t.e) + t.s) / (1 + t.s)
+    return _gradient(xp, weights, t.e, (1 - t.e) + t.s) / (1 + t.s)
 
 
-def _gradient(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
+def _gradient(xp: Namespace, weights: Distribution, p: Array, q: Array) -> Array:
     """p_c Σ_k z_k - z_c without the cancellation: p_c times the other targets, less z_c times q_c = 1 - p_c."""
-    largest = xp.max(z, axis=-1, keepdims=True)
+    z, axis = weights.z, weights.axis
+    largest = xp.max(z, axis=axis, keepdims=True)
     is_max = z == largest
-    ties = xp.sum(xp.astype(is_max, z.dtype), axis=-1, keepdims=True)
-    rest = xp.sum(xp.where(is_max, 0.0, z), axis=-1, keepdims=True) + (ties - 1) * largest
+    ties = xp.sum(xp.astype(is_max, z.dtype), axis=axis, keepdims=True)
+    rest = xp.sum(xp.where(is_max, 0.0, z), axis=axis, keepdims=True) + (ties - 1) * largest
     return p * ((largest - z) + rest) - z * q
 
 
 def hessian(xp: Namespace, t: Terms, weights: Distribution) -> Array:
-    return _hessian(xp, weights.z, t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s))
+    return _hessian(xp, weights, t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s))
 
 
-def _hessian(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
-    return xp.sum(z, axis=-1, keepdims=True) * p * q
+def _hessian(xp: Namespace, weights: Distribution, p: Array, q: Array) -> Array:
+    return xp.sum(weights.z, axis=weights.axis, keepdims=True) * p * q
 
 
 # For autodiff. A softmax stays the same if all logits are shifted by the same amount. So for a class that has more than
@@ -87,20 +93,24 @@ class DifferentiableTerms(NamedTuple):
     move: Array
 
 
-def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> DifferentiableTerms:
-    m = xp.max(x, axis=-1, keepdims=True)
+def differentiable_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> DifferentiableTerms:
+    return _differentiable_terms(xp, x, weights.axis)
+
+
+def _differentiable_terms(xp: Namespace, x: Array, axis: int) -> DifferentiableTerms:
+    m = xp.max(x, axis=axis, keepdims=True)
     m = xp.where(m == math.inf, m, xp.stop_gradient(m))  # all depends on an infinite logit: its derivative stays
-    is_max, d, e, others = _shifted(xp, x, m)
+    is_max, d, e, others = _shifted(xp, x, m, axis)
     # The number of ties less 1, as a sum of e, which has a derivative.
-    s = others + (xp.sum(xp.where(is_max, e, 0.0), axis=-1, keepdims=True) - 1)
+    s = others + (xp.sum(xp.where(is_max, e, 0.0), axis=axis, keepdims=True) - 1)
     confident = xp.stop_gradient(s) < 1
-    move = xp.where(confident, xp.sum(xp.where(is_max, d, 0.0), axis=-1, keepdims=True), 0.0)
+    move = xp.where(confident, xp.sum(xp.where(is_max, d, 0.0), axis=axis, keepdims=True), 0.0)
     others = others * xp.exp(-move)
     return DifferentiableTerms(d, e, others, xp.where(confident, others, s), move)
 
 
 def differentiable_value(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
-    return _value(xp, weights.z, _log_ratio(xp, t), t.s)
+    return _value(xp, weights, _log_ratio(xp, t), t.s)
 
 
 def _log_ratio(xp: Namespace, t: DifferentiableTerms) -> Array:
@@ -108,11 +118,11 @@ def _log_ratio(xp: Namespace, t: DifferentiableTerms) -> Array:
 
 
 def differentiable_gradient(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
-    return _gradient(xp, weights.z, *_probabilities(xp, t))
+    return _gradient(xp, weights, *_probabilities(xp, t))
 
 
 def differentiable_hessian(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
-    return _hessian(xp, weights.z, *_probabilities(xp, t))
+    return _hessian(xp, weights, *_probabilities(xp, t))
 
 
 def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]:
@@ -138,30 +148,32 @@ class IndexTerms(NamedTuple):
 
 
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
-    at, uniform = weights.position, weights.uniform
-    m, x_y = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at), axis=-1)
+    at, uniform, axis = weights.position, weights.uniform, weights.axis
+    m, x_y = xp.max(x, axis=axis, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
     if xp.assume_finite:
         d, d_y = x - m, x_y - m
     else:
         # inf - inf counts as 0. -inf - (-inf) stays NaN: then no class is possible.
         d, d_y = xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)
-    d_y = xp.squeeze(d_y, axis=-1)
+    d_y = xp.squeeze(d_y, axis=axis)
     apart = share = None
     if uniform is not None:
         apart, share = _shared(xp, weights, d)
-    e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_y)
-    return IndexTerms(e, e_y, xp.sum(e, axis=-1), d_y, apart, share)
+    e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0, axis), xp.exp(d_y)
+    return IndexTerms(e, e_y, xp.sum(e, axis=axis), d_y, apart, share)
 
 
 def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
     """Σ u_c (m - x_c) and Σ u_c."""
-    uniform, where = weights.uniform, weights.where
+    uniform, where, axis = weights.uniform, weights.where, weights.axis
     if where is not None:
         d = xp.where(where, d, 0.0)
     if isinstance(uniform, float) or uniform.ndim == 0:
-        apart = -uniform * xp.sum(d, axis=-1) if xp.assume_finite else xp.sum(xp.weigh(uniform + 0 * d, -d), axis=-1)
-        return apart, uniform * lengths.count(xp, d, (-1,))
-    return xp.sum(weigh_logits(xp, uniform, -d), axis=-1), xp.sum(uniform, axis=-1)
+        apart = (
+            -uniform * xp.sum(d, axis=axis) if xp.assume_finite else xp.sum(xp.weigh(uniform + 0 * d, -d), axis=axis)
+        )
+        return apart, uniform * lengths.count(xp, d, (axis,))
+    return xp.sum(weigh_logits(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
@@ -171,10 +183,11 @@ class NativeIndexTerms(NamedTuple):  # the same, of probabilities
 
 
 def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> NativeIndexTerms:
-    at, e = weights.position, xp.softmax(x)
-    e_y = xp.take_along_axis(e, at)
-    e = xp.put_along_axis(e, at, 0.0)
-    return NativeIndexTerms(e, e_y, xp.sum(e, axis=-1))
+    at, axis = weights.position, weights.axis
+    e = xp.softmax(x, axis)
+    e_y = xp.take_along_axis(e, at, axis)
+    e = xp.put_along_axis(e, at, 0.0, axis)
+    return NativeIndexTerms(e, e_y, xp.sum(e, axis=axis))
 
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
@@ -198,13 +211,14 @@ def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     if t.apart is None:
         return native_index_gradient(xp, t, weights)
-    total, weight, uniform = t.rest + t.e_y, weights.weight, weights.uniform
-    array = t.e * xp.expand_dims(weight + t.share, axis=-1) - xp.expand_dims(total, axis=-1) * uniform
-    return xp.put_along_axis(array, weights.position, t.e_y * t.share - weight * t.rest - total * weights.uniform_y)
+    total, weight, axis = t.rest + t.e_y, weights.weight, weights.axis
+    array = t.e * xp.expand_dims(weight + t.share, axis=axis) - xp.expand_dims(total, axis=axis) * weights.uniform
+    at_y = t.e_y * t.share - weight * t.rest - total * weights.uniform_y
+    return xp.put_along_axis(array, weights.position, at_y, axis)
 
 
 def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
-    return xp.put_along_axis(t.e, weights.position, -t.rest)
+    return xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
 
 
 def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
@@ -244,14 +258,14 @@ SOFTMAX = Loss(
 
 def softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
-        return _probabilities(xp, differentiable_terms(xp, x))[0]
-    _, e, s = terms(xp, x)
+        return _probabilities(xp, _differentiable_terms(xp, x, -1))[0]
+    _, e, s = _terms(xp, x, -1)
     return e / (1 + s)
 
 
 def log_softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
-        t = differentiable_terms(xp, x)
+        t = _differentiable_terms(xp, x, -1)
         return _log_ratio(xp, t) - xp.log1p(t.s)
-    d, _, s = terms(xp, x)
+    d, _, s = _terms(xp, x, -1)
     return d - xp.log1p(s)

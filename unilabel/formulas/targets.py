@@ -31,6 +31,7 @@ class Distribution(NamedTuple):
     """For mutually exclusive classes: how much of an example's loss each class carries."""
 
     z: Array
+    axis: int
     where: Array | None  # False for a masked class
     ignored: Array | None  # True for an ignored example
     keep: Array | None  # False for either; None: no class or example is left out
@@ -38,7 +39,7 @@ class Distribution(NamedTuple):
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         x = x if self.where is None else xp.where(self.where, x, fill)
-        return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)
+        return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
 class ClassIndex(NamedTuple):
@@ -48,7 +49,8 @@ class ClassIndex(NamedTuple):
     """
 
     position: Position
-    weight: Array | None  # one for each example; None: 1
+    axis: int
+    weight: Any  # of the class y, one for each example; None: 1, and there is no smoothing
     uniform: Any  # one for all, one for each class, or one for each logit; None: 0
     uniform_y: Any  # that of the class y
     example: Array | None  # one for each example; None: 1
@@ -61,7 +63,7 @@ class ClassIndex(NamedTuple):
         x = x if self.where is None else xp.where(self.where, x, fill)
         if self.ignored is None or xp.assume_finite:
             return x
-        return xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)
+        return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
 TargetWeights = Elementwise | Distribution | ClassIndex
@@ -98,31 +100,32 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
     A class index out of range, or of a masked class, makes the weights of its example, and so the loss, NaN.
     """
     targets, weight, _, sample_weight, where, _ = operands
+    (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
     ignored = out_of_range = one_hot = None
     if options.indices:
         index = xp.as_index(targets, like)
-        one_hot = xp.classes(like) == xp.expand_dims(index, axis=-1)
+        one_hot = xp.classes(like, axis) == xp.expand_dims(index, axis=axis)
         if where is not None:
             one_hot = xp.logical_and(one_hot, where)
         z = xp.astype(one_hot, like.dtype)
-        out_of_range = ~xp.any(one_hot, axis=-1)
+        out_of_range = ~xp.any(one_hot, axis=axis)
         if options.ignore_index is not None:
             ignored = index == options.ignore_index
     else:
         z = xp.astype(targets, like.dtype, copy=False)
         z = z if where is None else xp.where(where, z, 0.0)
     if where is not None:
-        empty = ~xp.any(where, axis=-1)
+        empty = ~xp.any(where, axis=axis)
         ignored = empty if ignored is None else xp.logical_or(ignored, empty)
 
     counts = None
     if weight is not None:
-        weight = xp.astype(weight, like.dtype, copy=False)
+        weight = along(xp, xp.astype(weight, like.dtype, copy=False), axis)
         weight = weight if where is None else xp.where(where, weight, 0.0)
         if one_hot is not None and smoothing is None:  # an infinite weight of another class
             weight = xp.where(one_hot, weight, 0.0)
-        counts = xp.sum(z * weight, axis=-1)
+        counts = xp.sum(z * weight, axis=axis)
     if sample_weight is not None:
         sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
         if ignored is not None:
@@ -133,25 +136,25 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
 
     if smoothing is not None:
         if where is None:
-            z = z * (1 - smoothing) + smoothing / lengths.count(xp, like, (-1,))
+            z = z * (1 - smoothing) + smoothing / lengths.count(xp, like, (axis,))
         else:
-            k = xp.sum(xp.astype(where, like.dtype), axis=-1, keepdims=True)
+            k = xp.sum(xp.astype(where, like.dtype), axis=axis, keepdims=True)
             uniform = xp.where(where, smoothing / xp.where(k == 0, 1.0, k), 0.0)
             z = z * (1 - smoothing) + uniform
     if weight is not None:
         z = z * weight
     if sample_weight is not None:
-        z = z * xp.expand_dims(sample_weight, axis=-1)
+        z = z * xp.expand_dims(sample_weight, axis=axis)
     if out_of_range is not None:
         if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
             out_of_range = xp.logical_and(out_of_range, ~ignored)
-        z = xp.where(xp.expand_dims(out_of_range, axis=-1), math.nan, z)
+        z = xp.where(xp.expand_dims(out_of_range, axis=axis), math.nan, z)
     keep = where
     if ignored is not None:
-        z = xp.where(xp.expand_dims(ignored, axis=-1), 0.0, z)
-        exists = xp.expand_dims(~ignored, axis=-1)
+        z = xp.where(xp.expand_dims(ignored, axis=axis), 0.0, z)
+        exists = xp.expand_dims(~ignored, axis=axis)
         keep = exists if where is None else xp.logical_and(where, exists)
-    return Distribution(z, where, ignored, keep, counts)
+    return Distribution(z, axis, where, ignored, keep, counts)
 
 
 def class_index(xp: Namespace, like: Array, operands: Operands, options: Options) -> ClassIndex:
@@ -160,25 +163,27 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     A class index out of range, or of a masked class, makes the weight of its example, and so the loss, NaN.
     """
     targets, weight, _, sample_weight, where, _ = operands
+    (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
     targets = xp.as_index(targets, like)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
     # If not looked for here, IndexError or a loss that is not finite shows it (blocks.run).
-    out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
+    out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, axis))
     # 0 in place of what cannot be looked up; an ignored index in range can.
     no_class = ignored if out_of_range is None else out_of_range
     index = targets if no_class is None else xp.where(no_class, 0, targets)
-    position = xp.position(like, index)
+    position = xp.position(like, index, axis)
     if where is not None:
         if out_of_range is not None:
-            out_of_range = xp.logical_or(out_of_range, ~xp.take_along_axis(where, position))
-        empty = ~xp.any(where, axis=-1)
+            kept = xp.take_along_axis(xp.astype(where, like.dtype), position, axis)
+            out_of_range = xp.logical_or(out_of_range, kept == 0)
+        empty = ~xp.any(where, axis=axis)
         ignored = empty if ignored is None else xp.logical_or(ignored, empty)
 
     of_y = None
     if weight is not None:
         weight = xp.astype(weight, like.dtype, copy=False)
-        of_y = xp.take(weight, index)
+        of_y, weight = xp.take(weight, index), along(xp, weight, axis)
     example = None if sample_weight is None else xp.astype(sample_weight, like.dtype, copy=False)
     if ignored is not None:
         example = xp.astype(~ignored, like.dtype) if example is None else xp.where(ignored, 0.0, example)
@@ -192,26 +197,39 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     if smoothing is None:
         of_y, example = (example if of_y is None else of_y if example is None else of_y * example), None
     else:
-        uniform, uniform_y = _uniform(xp, like, smoothing, weight, of_y, where)
+        uniform, uniform_y = _uniform(xp, like, smoothing, weight, of_y, where, axis)
         of_y = (1 - smoothing) * (xp.ones_like(index, dtype=like.dtype) if of_y is None else of_y)
     keep = where
     if ignored is not None:
-        exists = xp.expand_dims(~ignored, axis=-1)
+        exists = xp.expand_dims(~ignored, axis=axis)
         keep = exists if where is None else xp.logical_and(where, exists)
-    return ClassIndex(position, of_y, uniform, uniform_y, example, where, ignored, keep, counts)
+    return ClassIndex(position, axis, of_y, uniform, uniform_y, example, where, ignored, keep, counts)
 
 
 def _uniform(
-    xp: Namespace, like: Array, smoothing: Any, weight: Array | None, of_y: Array | None, where: Array | None
+    xp: Namespace,
+    like: Array,
+    smoothing: Any,
+    weight: Array | None,
+    of_y: Array | None,
+    where: Array | None,
+    axis: int,
 ) -> tuple[Any, Any]:
     """`w_c ε/K` for all classes, and for the class y."""
     if where is None:
-        share = smoothing / lengths.count(xp, like, (-1,))
+        share = smoothing / lengths.count(xp, like, (axis,))
         return (share, share) if weight is None else (share * weight, share * of_y)
-    k = xp.sum(xp.astype(where, like.dtype), axis=-1)
+    k = xp.sum(xp.astype(where, like.dtype), axis=axis)
     share = smoothing / xp.where(k == 0, 1.0, k)
-    uniform = xp.where(where, xp.expand_dims(share, axis=-1), 0.0)
+    uniform = xp.where(where, xp.expand_dims(share, axis=axis), 0.0)
     return (uniform, share) if weight is None else (xp.weigh(uniform, weight), share * of_y)
+
+
+def along(xp: Namespace, vector: Array, axis: int) -> Array:
+    """One number for each class, with axes of length 1 behind the class axis, to broadcast to the logits."""
+    for _ in range(-1 - axis):
+        vector = xp.expand_dims(vector, axis=-1)
+    return vector
 
 
 def _like(xp: Namespace, array: Array | None, like: Array) -> Array | None:
