@@ -54,7 +54,7 @@ class _Traced(_Standard, _Indexing):
 class _Eager(_Indexing):
     """Torch's own functions, and kernels that do several steps at once."""
 
-    groups: tuple[str, ...] = ("sigmoid",)
+    groups: tuple[str, ...] = ("sigmoid", "indexing")
     sigmoid = staticmethod(torch.sigmoid)
     expand_dims = staticmethod(torch.unsqueeze)
     max = staticmethod(torch.amax)
@@ -84,7 +84,7 @@ class _Eager(_Indexing):
 
 
 class _Finite(_Eager):
-    groups: tuple[str, ...] = ("sigmoid", "softmax")
+    groups: tuple[str, ...] = ("sigmoid", "indexing", "softmax")
     assume_finite = True
 
     def softmax(self, x: Array, axis: int) -> Array:
