@@ -40,6 +40,7 @@ class Blockwise(NamedTuple):
     all_finite: Callable[[Array], bool]
     large: int  # elements: smaller arrays are computed whole
     block: int
+    are_labels: Callable[[Array], bool] | None = None  # whether float targets are all 0 or 1, where it pays to look
 
 
 class Call(NamedTuple):
@@ -64,7 +65,8 @@ class Call(NamedTuple):
             x = xp.astype(self.x[block.full], _working(xp, self.x), copy=False)
             operands = Operands(*(self._of(name, block) for name in Operands._fields))
             more = () if cotangent is None else (cotangent[self.losses(block)] if unreduced else cotangent,)
-            return write(block, formula(xp, self.loss, options, x, operands, *more))
+            known = seen(self.blockwise, self.loss, options, operands)
+            return write(block, formula(xp, self.loss, known, x, operands, *more))
 
         return list(self.blockwise.each(one, self.blocks))
 
@@ -109,6 +111,13 @@ def _without(shape: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
 
 
+def seen(blockwise: Blockwise, loss: Loss, options: Options, operands: Operands) -> Options:
+    """Options that know whether the targets are 0 or 1."""
+    if loss.per_example or options.binary or blockwise.are_labels is None:
+        return options
+    return options._replace(binary=True) if blockwise.are_labels(operands.targets) else options
+
+
 def _added(sums: list[Any]) -> float:
     """The sum, in pairs: one after the other, thousands of roundings may go in one direction."""
     with np.errstate(all="ignore"):
@@ -145,7 +154,7 @@ def gradient(
     """As `formulas.gradient`, with the namespace that the loss was computed with."""
     call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formulas.gradient(xp, loss, options, x, operands, cotangent)
+        return formulas.gradient(xp, loss, seen(blockwise, loss, options, operands), x, operands, cotangent)
     out, flat = call.memory(x, False)
     if options.reduction == "none":
         cotangent = cotangent.reshape(_without(call.x.shape, call.axes if loss.per_example else ()))
@@ -164,7 +173,7 @@ def _run(
 ) -> Any:
     call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formula(xp, loss, options, x, operands)
+        return formula(xp, loss, seen(blockwise, loss, options, operands), x, operands)
     return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
 
 

@@ -24,6 +24,13 @@ def _empty(shape: tuple[int, ...], like: Array) -> Array:
     return torch.from_numpy(np.empty(shape, str(like.dtype).removeprefix("torch.")))
 
 
+def _are_labels(z: Array) -> bool:
+    if z.numel() < 1 << 13:  # it takes as long as it saves
+        return False
+    low, high = torch.aminmax(z)
+    return low.item() >= 0 and high.item() <= 1 and torch.frac(z).sum().item() == 0
+
+
 blockwise = blocks.Blockwise(
     eager,
     finite,
@@ -33,6 +40,7 @@ blockwise = blocks.Blockwise(
     lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
     large=1 << 21,
     block=1 << 19,
+    are_labels=_are_labels,
 )
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass

@@ -115,6 +115,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
     checks.broadcasts("where", operands.where, shape, loss.takes)
     if not loss.per_example:
         checks.elementwise_shapes(loss, shape, operands)
+        options = options._replace(binary=dtypes["targets"] not in FLOATS)
     else:
         options = checks.per_example_shapes(loss, shape, axes, operands, dtypes["targets"], options, axis, ignore_index)
     if validate:

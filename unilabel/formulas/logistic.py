@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
 from .numerics import weigh_logits
-from .targets import Elementwise, elementwise
+from .targets import Elementwise, Labels, elementwise, labels
 from .types import Form, Loss
 
 
@@ -97,12 +97,36 @@ def native_gradient(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Arra
     return xp.lerp(p, -q, positive) if negative is None else negative * p - positive * q
 
 
+# For labels that are 0 or 1, with the same: L = w log(1 + exp u), u = ±x, and with smoothing w (log(1 + exp u) - ε u/2).
+
+
+class LabelTerms(NamedTuple):
+    u: Array
+
+
+def label_terms(xp: Namespace, x: Array, weights: Labels, *_: Any) -> LabelTerms:
+    return LabelTerms(x * weights.sign)
+
+
+def label_value(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
+    values = xp.softplus(t.u)
+    values = values if weights.other is None else values - weights.other * t.u
+    return values if weights.weight is None else weigh_logits(xp, weights.weight, values)
+
+
+def label_gradient(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
+    p = xp.sigmoid(t.u)
+    p = p if weights.other is None else p - weights.other
+    return p * (weights.sign if weights.weight is None else weights.sign * weights.weight)
+
+
 LOGISTIC = Loss(
     "multilabel_logistic_loss",
     per_example=False,
     takes="logits",
     fill=0.0,
     forms=(
+        Form(labels, label_terms, label_value, label_gradient, needs="sigmoid", of_labels=True),
         Form(elementwise, native_terms, native_value, native_gradient, needs="sigmoid"),
         Form(elementwise, differentiable_terms, value, differentiable_gradient, hessian, needs="autodiff"),
         Form(elementwise, terms, value, gradient, hessian),

@@ -53,7 +53,8 @@ def form_of(xp: Namespace, loss: Loss, options: Options, operands: Operands, hes
     one_class = options.indices and not smoothed and operands.where is None
     for form in loss.forms:
         available = form.needs == "" or form.needs in xp.groups
-        fits = (options.indices or not form.of_indices) and (one_class or not form.of_one_class)
+        fits = (options.indices or not form.of_indices) and (options.binary or not form.of_labels)
+        fits = fits and (one_class or not form.of_one_class)
         if available and fits and (form.hessian is not None or not hessian):
             return form
     raise NotImplementedError(loss.name)

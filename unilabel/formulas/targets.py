@@ -66,7 +66,20 @@ class ClassIndex(NamedTuple):
         return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
-TargetWeights = Elementwise | Distribution | ClassIndex
+class Labels(NamedTuple):
+    """For independent classes whose targets are 0 or 1: the sign that the logit counts with, and the weight."""
+
+    sign: Array  # 1 for the label 0, -1 for the label 1
+    weight: Array | None  # None: 1
+    other: Any  # what smoothing gives to the other label; None: 0
+    keep: Array | None  # False where masked
+    counts: Array | None
+
+    def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
+        return x if self.keep is None else xp.where(self.keep, x, fill)
+
+
+TargetWeights = Labels | Elementwise | Distribution | ClassIndex
 
 
 def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
@@ -92,6 +105,25 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
         negative, positive = negative * weight, positive * weight
     total = None if weight is None and pos_weight is None else negative + positive
     return Elementwise(negative, positive, total, keep, counts)
+
+
+def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> Labels:
+    """`1 - 2 z`, and `w · pos_weight` for the label 1, w for the label 0."""
+    z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
+    weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
+    keep, counts = operands.where, None
+    if keep is not None:
+        counts = (
+            xp.astype(keep, like.dtype) + xp.asarray(0.0, dtype=like.dtype) * like
+            if False
+            else xp.where(keep, xp.ones_like(like), 0.0)
+        )
+        weight = counts if weight is None else xp.where(keep, weight, 0.0)
+        pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    if pos_weight is not None:
+        chosen = xp.where(z > 0, pos_weight, 1.0)
+        weight = chosen if weight is None else weight * chosen
+    return Labels(1 - 2 * z, weight, None if smoothing is None else smoothing / 2, keep, counts)
 
 
 def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
