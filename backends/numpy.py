@@ -52,6 +52,9 @@ class _Numpy(Extended):
     def take(self, weight: Array, index: Array) -> Array:
         return weight[index]
 
+    def scale(self, x: Array, factor: Any) -> Array:
+        return np.multiply(x, factor, out=x) if x.ndim else x * factor
+
     def position(self, x: Array, index: Array, axis: int) -> tuple[Any, ...]:
         if index.size and index.min() < 0:
             raise IndexError("expected class indices from 0 up")

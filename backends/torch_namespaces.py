@@ -70,6 +70,9 @@ class _Eager(_Indexing):
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         return torch.sum(x) if axis is None else torch.sum(x, axis, keepdims)
 
+    def scale(self, x: Array, factor: Any) -> Array:
+        return x.mul_(factor)
+
     def position(self, x: Array, index: Array, axis: int) -> Array:
         return index.unsqueeze(axis)
 

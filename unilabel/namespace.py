@@ -115,6 +115,9 @@ class Namespace(Protocol):
     def put_along_axis(self, x: Array, position: Position, values: Any, axis: int, /) -> Array:
         """x with other elements there; it may write into x."""
 
+    def scale(self, x: Array, factor: Array | float, /) -> Array:
+        """x · factor; it may write into x."""
+
     def extent(self, x: Array, axis: int, /) -> Any:
         """The length of an axis, as an array of no dimensions if it is not known at trace time."""
 
@@ -197,6 +200,9 @@ class Extended:
 
     def put_along_axis(self, x: Array, position: Position, values: Any, axis: int) -> Array:
         return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=axis), x)
+
+    def scale(self, x: Array, factor: Array | float) -> Array:
+        return x * factor
 
     def extent(self, x: Array, axis: int) -> Any:
         return x.shape[axis]

@@ -206,7 +206,7 @@ def _scaled(
     divisor: Divisor | None,
 ) -> Array:
     scale = factor(xp, loss, options, found, cotangent, divisor)
-    scaled = found.array if scale is None else found.array * scale
+    scaled = found.array if scale is None else xp.scale(found.array, scale)
     # Masked here as well: the cotangent may be anything there.
     return scaled if weights.keep is None else xp.where(weights.keep, scaled, 0.0)
 
