@@ -58,6 +58,7 @@ class _Eager(_Indexing):
     sigmoid = staticmethod(torch.sigmoid)
     expand_dims = staticmethod(torch.unsqueeze)
     max = staticmethod(torch.amax)
+    argmax = staticmethod(torch.argmax)
     multiply = staticmethod(torch.mul)
     longest = staticmethod(torch.sym_max)
 

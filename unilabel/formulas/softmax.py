@@ -16,7 +16,7 @@ import math
 from typing import Any, NamedTuple
 
 from .. import lengths
-from ..namespace import Array, Namespace
+from ..namespace import Array, Namespace, Position
 from .numerics import weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
 from .types import Form, Loss
@@ -78,6 +78,38 @@ def hessian(xp: Namespace, t: Terms, weights: Distribution) -> Array:
 
 def _hessian(xp: Namespace, weights: Distribution, p: Array, q: Array) -> Array:
     return xp.sum(weights.z, axis=weights.axis, keepdims=True) * p * q
+
+
+# With class indices that are looked up: the largest logit's class, j, is the one where p_j and z_j may both be close to 1,
+# and p Σ z - z would cancel. There the gradient is p_j Σ_{k≠j} z_k - z_j s / (1 + s).
+
+
+class LookedUpTerms(NamedTuple):
+    d: Array
+    e: Array  # exp d, and 0 at j
+    s: Array
+    at: Position  # of j
+
+
+def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> LookedUpTerms:
+    axis = weights.axis
+    at = xp.position(x, xp.argmax(x, axis=axis), axis)
+    m = xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
+    d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)
+    e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
+    return LookedUpTerms(d, e, xp.sum(e, axis=axis), at)
+
+
+def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
+    z, axis = weights.z, weights.axis
+    return xp.sum(weigh_logits(xp, z, -t.d), axis=axis) + xp.sum(z, axis=axis) * xp.log1p(t.s)
+
+
+def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
+    z, axis = weights.z, weights.axis
+    z_j, others = xp.take_along_axis(z, t.at, axis), xp.sum(xp.put_along_axis(z * 1, t.at, 0.0, axis), axis=axis)
+    p = xp.scale(t.e, xp.expand_dims((others + z_j) / (1 + t.s), axis=axis))
+    return xp.put_along_axis(p - z, t.at, (others - z_j * t.s) / (1 + t.s), axis)
 
 
 # For autodiff. A softmax stays the same if all logits are shifted by the same amount. So for a class that has more than
@@ -251,6 +283,7 @@ SOFTMAX = Loss(
             of_one_class=True,
         ),
         Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_indices=True),
+        Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="indexing"),
         Form(distribution, terms, value, gradient, hessian),
     ),
 )
