@@ -97,7 +97,9 @@ def native_gradient(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Arra
     return xp.lerp(p, -q, positive) if negative is None else negative * p - positive * q
 
 
-# For labels that are 0 or 1, with the same: L = w log(1 + exp u), u = ±x, and with smoothing w (log(1 + exp u) - ε u/2).
+# For labels that are 0 or 1, with the same. The weights of a label and of the other one are w and v, u = ±x:
+#
+#     L = w log(1 + exp u) + v log(1 + exp -u) = (w + v) log(1 + exp u) - v u
 
 
 class LabelTerms(NamedTuple):
@@ -109,15 +111,21 @@ def label_terms(xp: Namespace, x: Array, weights: Labels, *_: Any) -> LabelTerms
 
 
 def label_value(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
+    total, other = weights.total, weights.other
     values = xp.softplus(t.u)
-    values = values if weights.other is None else values - weights.other * t.u
-    return values if weights.weight is None else weigh_logits(xp, weights.weight, values)
+    if other is None:
+        return values if total is None else weigh_logits(xp, total, values)
+    if xp.assume_finite:
+        return (values if total is None else values * total) - t.u * other
+    # inf - inf is NaN
+    weight = (1.0 if total is None else total) - other + 0 * weights.sign
+    return xp.weigh(weight, values) + xp.weigh(other + 0 * weights.sign, xp.softplus(-t.u))
 
 
 def label_gradient(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
     p = xp.sigmoid(t.u)
-    p = p if weights.other is None else p - weights.other
-    return p * (weights.sign if weights.weight is None else weights.sign * weights.weight)
+    p = p if weights.total is None else p * weights.total
+    return (p if weights.other is None else p - weights.other) * weights.sign
 
 
 LOGISTIC = Loss(

@@ -67,13 +67,13 @@ class ClassIndex(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """For independent classes whose targets are 0 or 1: the sign that the logit counts with, and the weight."""
+    """For independent classes whose targets are 0 or 1: the weights of an element's label, and of the other label."""
 
-    sign: Array  # 1 for the label 0, -1 for the label 1
-    weight: Array | None  # None: 1
-    other: Any  # what smoothing gives to the other label; None: 0
+    sign: Array  # what the logit is multiplied by: 1 for the label 0, -1 for the label 1
+    total: Array | None  # the sum of the two weights; None: 1
+    other: Any  # None: 0
     keep: Array | None  # False where masked
-    counts: Array | None
+    counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         return x if self.keep is None else xp.where(self.keep, x, fill)
@@ -108,22 +108,27 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
 
 
 def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> Labels:
-    """`1 - 2 z`, and `w · pos_weight` for the label 1, w for the label 0."""
+    """`w`, and with the label 1 `w · pos_weight`. With smoothing the two labels have 1 - ε/2 and ε/2 of theirs."""
     z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
     weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
     keep, counts = operands.where, None
     if keep is not None:
-        counts = (
-            xp.astype(keep, like.dtype) + xp.asarray(0.0, dtype=like.dtype) * like
-            if False
-            else xp.where(keep, xp.ones_like(like), 0.0)
-        )
+        z = xp.where(keep, z, 0.0)
+        counts = xp.where(keep, xp.ones_like(like), 0.0)
         weight = counts if weight is None else xp.where(keep, weight, 0.0)
         pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    total = other = None
     if pos_weight is not None:
-        chosen = xp.where(z > 0, pos_weight, 1.0)
-        weight = chosen if weight is None else weight * chosen
-    return Labels(1 - 2 * z, weight, None if smoothing is None else smoothing / 2, keep, counts)
+        total, other = xp.where(z > 0, pos_weight, 1.0), xp.where(z > 0, 1.0, pos_weight)
+    if smoothing is not None:
+        other = smoothing / 2 * (1.0 if other is None else other)
+        total = None if total is None else total * (1 - smoothing / 2) + other
+    elif pos_weight is not None:
+        other = None
+    if weight is not None:
+        total = weight if total is None else total * weight
+        other = None if other is None else other * weight
+    return Labels(1 - 2 * z, total, other, keep, counts)
 
 
 def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
