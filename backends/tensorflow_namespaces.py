@@ -46,10 +46,8 @@ def on_device_of(x: Array) -> Any:
 
 def _on_device(function: Callable[[Array], Array], inverse: Callable[[Array], Array], x: Array) -> Array:
     """function(x), which rearranges x, on x's device, and its gradient there too: TensorFlow's own would choose."""
-    if tf.is_symbolic_tensor(x):
-        return function(x)
-    with tf.device(x.device):
-        if len(tf.config.list_logical_devices()) == 1:
+    with on_device_of(x):
+        if tf.is_symbolic_tensor(x) or len(tf.config.list_logical_devices()) == 1:
             return function(x)
         recorded = tf.custom_gradient(
             lambda x: (function(x), lambda cotangent: _on_device(inverse, function, cotangent))
