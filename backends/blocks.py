@@ -6,6 +6,7 @@ so a block is computed as if it were all there is; only the sums of the blocks a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,6 +22,13 @@ from ..formulas import Divisor, Loss, Namespace, Operands, Options
 np.empty(1 << 24, np.uint8)
 
 
+class Block(NamedTuple):
+    """Where it is: in an array of the logits' shape, and in one without the class axis."""
+
+    full: tuple[slice, ...]
+    batch: tuple[slice, ...]
+
+
 class Blockwise(NamedTuple):
     """What `run` and `gradient` need of a framework."""
 
@@ -28,14 +36,15 @@ class Blockwise(NamedTuple):
     finite: Namespace  # the same, for finite logits and class indices in range
     empty: Callable[[tuple[int, ...], Array], Array]  # memory of a shape, for an array's dtype
     is_contiguous: Callable[[Array], bool]
-    each: Callable[[Callable[[slice], Any], list[slice]], Iterable[Any]]  # maps, on several threads or on one
+    each: Callable[[Callable[[Block], Any], list[Block]], Iterable[Any]]  # maps, on several threads or on one
     all_finite: Callable[[Array], bool]
     large: int  # elements: smaller arrays are computed whole
     block: int
+    are_labels: Callable[[Array], bool] | None = None  # whether float targets are all 0 or 1, where it pays to look
 
 
 class Call(NamedTuple):
-    """A call whose arrays have the rows (of a loss per element: or the elements) along the first axis."""
+    """A call with its arrays in a shape that can be cut into blocks, whose class axis is `axes`."""
 
     blockwise: Blockwise
     xp: Namespace
@@ -43,28 +52,35 @@ class Call(NamedTuple):
     options: Options
     x: Array
     operands: Operands
-    rows: list[slice]
+    axes: tuple[int, ...]
+    blocks: list[Block]
 
-    def each(self, formula: Callable[..., Any], write: Callable[[slice, Any], Any], cotangent: Any = None) -> list[Any]:
+    def each(self, formula: Callable[..., Any], write: Callable[[Block, Any], Any], cotangent: Any = None) -> list[Any]:
         """Run a formula on each block (half precision in float32), and return what `write` makes of the results."""
         xp = self.xp
         unreduced = self.options.reduction == "none"
-        options = self.options._replace(half=False, reduction="none" if unreduced else "sum")
+        options = self.options._replace(half=False, reduction="none" if unreduced else "sum", axes=self.axes)
 
-        def one(rows: slice) -> Any:
-            x = xp.astype(self.x[rows], _working(xp, self.x), copy=False)
-            operands = Operands(*(self._of(name, rows) for name in Operands._fields))
-            more = () if cotangent is None else (cotangent[rows] if unreduced else cotangent,)
-            return write(rows, formula(xp, self.loss, options, x, operands, *more))
+        def one(block: Block) -> Any:
+            x = xp.astype(self.x[block.full], _working(xp, self.x), copy=False)
+            operands = Operands(*(self._of(name, block) for name in Operands._fields))
+            more = () if cotangent is None else (cotangent[self.losses(block)] if unreduced else cotangent,)
+            known = seen(self.blockwise, self.loss, options, operands)
+            return write(block, formula(xp, self.loss, known, x, operands, *more))
 
-        return list(self.blockwise.each(one, self.rows))
+        return list(self.blockwise.each(one, self.blocks))
 
-    def _of(self, name: str, rows: slice) -> Any:
+    def losses(self, block: Block) -> tuple[slice, ...]:
+        """Where the losses of a block are."""
+        return block.batch if self.loss.per_example else block.full
+
+    def _of(self, name: str, block: Block) -> Any:
         array = getattr(self.operands, name)
         if array is None or array.ndim == 0 or (self.loss.per_example and name == "weight"):
             return array
-        broadcasts = not self.loss.per_example and (array.ndim < self.x.ndim or array.shape[0] == 1)
-        return array if broadcasts else array[rows]
+        if self.loss.per_example:
+            return array[block.full if array.ndim == self.x.ndim else block.batch]
+        return array if array.ndim < self.x.ndim or array.shape[0] == 1 else array[block.full]
 
     def divide(self, total: Any, whole: Array) -> Any:
         """A total over the divisor of the reduction. `whole` are the logits in the caller's shape."""
@@ -86,8 +102,20 @@ class Call(NamedTuple):
 
     def memory(self, whole: Array, per_example: bool) -> tuple[Array, Array]:
         """For a result of the logits' shape, or with a number for each row: as it is returned, and as it is written."""
-        out = self.blockwise.empty(tuple(whole.shape)[: -1 if per_example else None], whole)
-        return out, out.reshape(tuple(self.x.shape)[: -1 if per_example else None])
+        drop = self.options.axes if per_example else ()
+        out = self.blockwise.empty(_without(whole.shape, drop), whole)
+        return out, out.reshape(_without(self.x.shape, self.axes if per_example else ()))
+
+
+def _without(shape: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
+
+
+def seen(blockwise: Blockwise, loss: Loss, options: Options, operands: Operands) -> Options:
+    """Options that know whether the targets are 0 or 1."""
+    if loss.per_example or options.binary or blockwise.are_labels is None:
+        return options
+    return options._replace(binary=True) if blockwise.are_labels(operands.targets) else options
 
 
 def _added(sums: list[Any]) -> float:
@@ -126,13 +154,17 @@ def gradient(
     """As `formulas.gradient`, with the namespace that the loss was computed with."""
     call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formulas.gradient(xp, loss, options, x, operands, cotangent)
+        return formulas.gradient(xp, loss, seen(blockwise, loss, options, operands), x, operands, cotangent)
     out, flat = call.memory(x, False)
     if options.reduction == "none":
-        cotangent = cotangent.reshape(tuple(call.x.shape)[: -1 if loss.per_example else None])
+        cotangent = cotangent.reshape(_without(call.x.shape, call.axes if loss.per_example else ()))
     else:
         cotangent = call.divide(xp.astype(cotangent, _working(xp, x), copy=False), x)
-    call.each(formulas.gradient, flat.__setitem__, cotangent)
+
+    def write(block: Block, part: Array) -> None:
+        flat[block.full] = part
+
+    call.each(formulas.gradient, write, cotangent)
     return out
 
 
@@ -141,14 +173,18 @@ def _run(
 ) -> Any:
     call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formula(xp, loss, options, x, operands)
+        return formula(xp, loss, seen(blockwise, loss, options, operands), x, operands)
     return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
 
 
 def _value(call: Call, x: Array) -> Array:
     if call.options.reduction == "none":
         out, flat = call.memory(x, call.loss.per_example)
-        call.each(formulas.value, flat.__setitem__)
+
+        def write(block: Block, part: Array) -> None:
+            flat[call.losses(block)] = part
+
+        call.each(formulas.value, write)
         return out
     return call.summed(call.each(formulas.value, lambda _, part: float(part)), x)
 
@@ -160,10 +196,10 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     unreduced = call.options.reduction == "none" or not has_value
     first, flat_first = call.memory(x, has_value and call.loss.per_example) if unreduced else (None, None)
 
-    def write(rows: slice, pair: tuple[Array, Array]) -> float | None:
-        flat_second[rows] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
+    def write(block: Block, pair: tuple[Array, Array]) -> float | None:
+        flat_second[block.full] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
         if flat_first is not None:
-            flat_first[rows] = pair[0]
+            flat_first[call.losses(block) if has_value else block.full] = pair[0]
             return None
         return float(pair[0])
 
@@ -178,17 +214,38 @@ def _in_blocks(
     size = math.prod(x.shape)
     if size < blockwise.large or (loss.per_example and x.ndim == 1):
         return None
-    contiguous = blockwise.is_contiguous
-    if contiguous(x):  # make the first axis longer, where that takes no copy
-        if loss.per_example:
-            rows = {name: _by_rows(name, array, x) for name, array in operands._asdict().items()}
-            x, operands = x.reshape(-1, x.shape[-1]), Operands(**rows)
-        elif all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
-            operands = Operands(*map(_flat, operands))
-            x = x.reshape(-1)
+    axes, contiguous = options.axes, blockwise.is_contiguous
+    if loss.per_example:
+        if contiguous(x):  # as few axes as can be, where that takes no copy
+            lead, classes, trail = (math.prod(x.shape[i:j]) for i, j in _parts(x.ndim + axes[0], x.ndim))
+            rows = {name: _by_rows(name, array, x, lead, classes, trail) for name, array in operands._asdict().items()}
+            x, operands = x.reshape((lead, classes, trail) if trail > 1 else (lead, classes)), Operands(**rows)
+            axes = (-2,) if trail > 1 else (-1,)
+        return Call(blockwise, xp, loss, options, x, operands, axes, _cut(x.shape, x.ndim + axes[0], blockwise.block))
+    if contiguous(x) and all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
+        operands = Operands(*map(_flat, operands))
+        x = x.reshape(-1)
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
-    blocks = [slice(start, start + step) for start in range(0, x.shape[0], step)]
-    return Call(blockwise, xp, loss, options, x, operands, blocks)
+    cuts = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
+    return Call(blockwise, xp, loss, options, x, operands, axes, [Block(cut, cut) for cut in cuts])
+
+
+def _parts(axis: int, ndim: int) -> tuple[tuple[int, int], ...]:
+    return (0, axis), (axis, axis + 1), (axis + 1, ndim)
+
+
+def _cut(shape: tuple[int, ...], axis: int, block: int) -> list[Block]:
+    """Blocks of whole rows, cut along the longest axis that is not the class axis, and along the next if need be."""
+    size, ends = math.prod(shape), list(shape)
+    steps = list(shape)
+    block = min(block, size // 2)
+    for i in sorted((i for i in range(len(shape)) if i != axis), key=lambda i: (-shape[i], i)):
+        rest = math.prod(steps) // steps[i]
+        steps[i] = max(1, min(steps[i], block // rest))
+        if math.prod(steps) <= block:
+            break
+    cuts = [[slice(start, start + step) for start in range(0, n, step)] for n, step in zip(ends, steps, strict=True)]
+    return [Block(full, full[:axis] + full[axis + 1 :]) for full in itertools.product(*cuts)]
 
 
 def _working(xp: Namespace, x: Array) -> Any:
@@ -200,7 +257,8 @@ def _flat(array: Array) -> Any:
     return array if array is None or array.ndim == 0 else array.reshape(-1)
 
 
-def _by_rows(name: str, array: Array, x: Array) -> Any:
+def _by_rows(name: str, array: Array, x: Array, lead: int, classes: int, trail: int) -> Any:
     if array is None or array.ndim == 0 or name == "weight":
         return array
-    return array.reshape(-1) if array.ndim < x.ndim else array.reshape(-1, x.shape[-1])
+    tail = (trail,) if trail > 1 else ()
+    return array.reshape((lead, *tail) if array.ndim < x.ndim else (lead, classes, *tail))

@@ -45,19 +45,19 @@ class _Standard(Extended):
     def take(self, weight: Array, index: Array) -> Array:
         return weight[index]
 
-    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+    def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, as a scatter takes longer."""
-        index = jnp.expand_dims(index, -1)
-        return index, jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index
+        index = jnp.expand_dims(index, axis)
+        return index, jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim + axis) == index
 
-    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
+    def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
         # JAX gathers nothing along a sharded axis, nor from what may be empty (an exporter's length of n - 1).
-        if _is_sharded(x, -1) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
-            return jnp.sum(jnp.where(position[1], x, 0), axis=-1)
-        return jnp.take_along_axis(x, position[0], -1, mode="promise_in_bounds")[..., 0]
+        if _is_sharded(x, axis) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
+            return jnp.sum(jnp.where(position[1], x, 0), axis=axis)
+        return jnp.squeeze(jnp.take_along_axis(x, position[0], axis, mode="promise_in_bounds"), axis)
 
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
-        return jnp.where(position[1], values if isinstance(values, float) else values[..., None], x)
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
+        return jnp.where(position[1], values if isinstance(values, float) else jnp.expand_dims(values, axis), x)
 
 
 def _is_sharded(x: Array, axis: int) -> bool:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class _Numpy(Extended):
     """NumPy's own functions, but where they are slow, or lose digits."""
 
+    groups: tuple[str, ...] = ("indexing",)
+
     def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
         return x.astype(dtype, copy=copy)
 
@@ -38,7 +40,10 @@ class _Numpy(Extended):
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
-        x = np.ascontiguousarray(x) if axis == -1 else x
+        if axis == -1:
+            x = np.ascontiguousarray(x)
+        elif axis is not None:
+            return _sum_across(x, axis, keepdims)
         return np.add.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]
 
     def as_index(self, targets: Array, like: Array) -> Array:
@@ -47,17 +52,37 @@ class _Numpy(Extended):
     def take(self, weight: Array, index: Array) -> Array:
         return weight[index]
 
-    def position(self, x: Array, index: Array) -> tuple[Any, ...]:
+    def scale(self, x: Array, factor: Any) -> Array:
+        return np.multiply(x, factor, out=x) if x.ndim else x * factor
+
+    def position(self, x: Array, index: Array, axis: int) -> tuple[Any, ...]:
         if index.size and index.min() < 0:
             raise IndexError("expected class indices from 0 up")
-        return (np.arange(len(index)), index) if index.ndim == 1 else (*np.indices(index.shape, sparse=True), index)
+        if index.ndim == 1 and axis == -1:
+            return np.arange(len(index)), index
+        places = list(np.indices(index.shape, sparse=True))
+        places.insert(x.ndim + axis, index)
+        return tuple(places)
 
-    def take_along_axis(self, x: Array, position: tuple[Any, ...]) -> Array:
+    def take_along_axis(self, x: Array, position: tuple[Any, ...], axis: int) -> Array:
         return x[position]
 
-    def put_along_axis(self, x: Array, position: tuple[Any, ...], values: Any) -> Array:
+    def put_along_axis(self, x: Array, position: tuple[Any, ...], values: Any, axis: int) -> Array:
         x[position] = values
         return x
+
+
+def _sum_across(x: Array, axis: int, keepdims: bool) -> Array:
+    """The sum across memory, in halves that are added to each other: as exact as pairwise, and as fast."""
+    x = np.moveaxis(x, axis, 0)
+    while len(x) > 8:
+        half = len(x) // 2
+        folded = x[:half] + x[half : 2 * half]
+        if len(x) % 2:
+            folded[0] += x[-1]
+        x = folded
+    total = np.add.reduce(x, axis=0)
+    return np.expand_dims(total, axis) if keepdims else total
 
 
 class _Finite(_Numpy):
@@ -80,7 +105,7 @@ if hasattr(os, "register_at_fork"):  # threads are not forked
     os.register_at_fork(after_in_child=_helpers.cache_clear)
 
 
-def _each(function: Any, rows: list[slice]) -> Any:
+def _each(function: Any, rows: list[Any]) -> Any:
     """Each thread takes the next block. The caller's begins at once; others take a while to wake up."""
     helpers = _helpers()
     if helpers is None:
@@ -144,6 +169,9 @@ class NumpyBackend(Backend):
         ma = sys.modules.get("numpy.ma")  # importing it takes longer than the first loss
         other = isinstance(x, np.matrix) or (ma is not None and isinstance(x, ma.MaskedArray))
         return None if isinstance(x, (np.ndarray, np.generic)) and not other else f"numpy {type(x).__name__}"
+
+    def keeps_axis(self, x: Array) -> bool:
+        return True
 
     def cache_key(self, x: Array, targets: Any) -> Any:
         return (x.dtype, targets.dtype) if type(x) is type(targets) is np.ndarray else None

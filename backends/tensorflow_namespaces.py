@@ -107,15 +107,17 @@ class _Standard(Extended):
     def as_index(self, targets: Array, like: Array) -> Array:
         return tf.cast(targets, tf.int64)
 
-    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+    # The class axis is always the last here.
+
+    def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, as a scatter takes longer."""
         index = tf.cast(index, tf.int32)  # long integers take longer; by now they are class indices
         return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
 
-    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
+    def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
         return tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1)
 
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
         values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
         return tf.where(position[1], values, x)
 

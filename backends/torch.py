@@ -24,6 +24,13 @@ def _empty(shape: tuple[int, ...], like: Array) -> Array:
     return torch.from_numpy(np.empty(shape, str(like.dtype).removeprefix("torch.")))
 
 
+def _are_labels(z: Array) -> bool:
+    if z.numel() < 1 << 13:  # it takes as long as it saves
+        return False
+    low, high = torch.aminmax(z)
+    return low.item() >= 0 and high.item() <= 1 and torch.frac(z).sum().item() == 0
+
+
 blockwise = blocks.Blockwise(
     eager,
     finite,
@@ -33,22 +40,28 @@ blockwise = blocks.Blockwise(
     lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
     large=1 << 21,
     block=1 << 19,
+    are_labels=_are_labels,
 )
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
 
 class _Loss(torch.autograd.Function):
-    """For small arrays, forward computes the gradient too and saves it. For large ones, it saves the inputs alone."""
+    """Of a reduced loss, forward computes the gradient too: the exponentials are the same, and backward needs it soon.
+
+    Else a small array's is computed but for the cotangent; a large one's, and that of half precision, in backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Any) -> Array:
-        given, ctx.gradient = Operands(*operands), None
-        large = x.numel() >= blockwise.large or not _on_cpu(x)
-        if large or given.where is not None or options.ignore_index is not None:
+        given, ctx.gradient, ctx.unscaled = Operands(*operands), None, None
+        masked = given.where is not None or options.ignore_index is not None
+        if _on_cpu(x) and options.reduction != "none" and not options.half:
+            (value, ctx.gradient), ctx.xp = _run(formulas.value_and_gradient, loss, options, x, given)
+        elif masked or x.numel() >= blockwise.large or not _on_cpu(x):
             value, ctx.xp = _run(formulas.value, loss, options, x, given)
         else:
-            (value, ctx.gradient, ctx.divisor), ctx.xp = _run(
+            (value, ctx.unscaled, ctx.divisor), ctx.xp = _run(
                 formulas.value_and_unscaled_gradient, loss, options, x, given
             )
         ctx.loss, ctx.options = loss, options
@@ -65,8 +78,12 @@ class _Loss(torch.autograd.Function):
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
         elif not _on_cpu(x) or internals.is_batched(cotangent):
             gradient = formulas.gradient(_space(x), *call)
-        elif ctx.gradient is not None:
-            found, ctx.gradient = ctx.gradient, None  # overwritten: a second backward computes it again
+        elif ctx.gradient is not None and math.isfinite(scale := cotangent.item()):
+            gradient, ctx.gradient = ctx.gradient, None  # given away: a second backward computes it again
+            if scale != 1:
+                gradient.mul_(scale)
+        elif ctx.unscaled is not None:
+            found, ctx.unscaled = ctx.unscaled, None
             scale = eager.astype(cotangent, found.array.dtype)
             found.array.mul_(formulas.factor(eager, ctx.loss, ctx.options, found, scale, ctx.divisor))
             gradient = eager.astype(found.array, x.dtype)
@@ -139,6 +156,9 @@ class TorchBackend(Backend):
         if beside is not None and x.is_meta and not beside.is_meta:
             return "a tensor on the meta device, which has no values, but the logits have"
         return None
+
+    def keeps_axis(self, x: Array) -> bool:
+        return type(x) in ORDINARY and not torch.compiler.is_compiling()
 
     def cache_key(self, x: Array, targets: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):

@@ -38,25 +38,27 @@ class _Differentiable(_Standard):
 class _Traced(_Standard, _Indexing):
     """For torch.compile, where forward and backward are both formulas."""
 
-    def position(self, x: Array, index: Array) -> tuple[Array, Array]:
+    def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, which a compiler fuses with all else into one loop."""
-        classes = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-        return index.unsqueeze(-1), classes == index.unsqueeze(-1).to(torch.int32)
+        classes = torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
+        classes = classes.view(-1, *[1] * (-1 - axis))
+        return index.unsqueeze(axis), classes == index.unsqueeze(axis).to(torch.int32)
 
-    def take_along_axis(self, x: Array, position: tuple[Array, Array]) -> Array:
-        return x.gather(-1, position[0]).squeeze(-1)
+    def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
+        return x.gather(axis, position[0]).squeeze(axis)
 
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any) -> Array:
-        return self.where(position[1], values if isinstance(values, float) else values.unsqueeze(-1), x)
+    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
+        return self.where(position[1], values if isinstance(values, float) else values.unsqueeze(axis), x)
 
 
 class _Eager(_Indexing):
     """Torch's own functions, and kernels that do several steps at once."""
 
-    groups: tuple[str, ...] = ("sigmoid",)
+    groups: tuple[str, ...] = ("sigmoid", "indexing")
     sigmoid = staticmethod(torch.sigmoid)
     expand_dims = staticmethod(torch.unsqueeze)
     max = staticmethod(torch.amax)
+    argmax = staticmethod(torch.argmax)
     multiply = staticmethod(torch.mul)
     longest = staticmethod(torch.sym_max)
 
@@ -69,26 +71,29 @@ class _Eager(_Indexing):
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         return torch.sum(x) if axis is None else torch.sum(x, axis, keepdims)
 
-    def position(self, x: Array, index: Array) -> Array:
-        return index.unsqueeze(-1)
+    def scale(self, x: Array, factor: Any) -> Array:
+        return x.mul_(factor)
 
-    def take_along_axis(self, x: Array, position: Array) -> Array:
+    def position(self, x: Array, index: Array, axis: int) -> Array:
+        return index.unsqueeze(axis)
+
+    def take_along_axis(self, x: Array, position: Array, axis: int) -> Array:
         try:
-            return x.gather(-1, position).squeeze(-1)
+            return x.gather(axis, position).squeeze(axis)
         except RuntimeError as error:
             raise IndexError(*error.args) from None
 
-    def put_along_axis(self, x: Array, position: Array, values: Any) -> Array:
-        return x.scatter_(-1, position, values if isinstance(values, float) else values.unsqueeze(-1))
+    def put_along_axis(self, x: Array, position: Array, values: Any, axis: int) -> Array:
+        return x.scatter_(axis, position, values if isinstance(values, float) else values.unsqueeze(axis))
 
 
 class _Finite(_Eager):
-    groups: tuple[str, ...] = ("sigmoid", "softmax")
+    groups: tuple[str, ...] = ("sigmoid", "indexing", "softmax")
     assume_finite = True
 
-    def softmax(self, x: Array) -> Array:
-        if x.shape[-1] >= 16 or x.numel() < 1000:
-            return torch.softmax(x, -1)
+    def softmax(self, x: Array, axis: int) -> Array:
+        if axis != -1 or x.shape[-1] >= 16 or x.numel() < 1000:
+            return torch.softmax(x, axis)
         e = torch.exp(x - torch.amax(x, -1, True))  # torch's own is slow where rows are shorter than its vectors
         return e.div_(torch.sum(e, -1, True))
 

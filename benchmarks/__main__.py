@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from . import measure, report
+from . import options as option_cases
 from .measure import Record
 from .subjects import MODES, Case, Setup
 
@@ -29,6 +30,8 @@ Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of r
 )
 @click.option("--forward", is_flag=True, help="The loss alone, without its gradient.")
 @click.option("--compiled", is_flag=True, help="By torch.compile, jax.jit, XLA: the peer too.")
+@click.option("--options", is_flag=True, help="Each option of the losses, by shape, beside what users write for it.")
+@click.option("--busy", is_flag=True, help="Beside one spinning process a core, as a data loader is.")
 @click.option("--large", is_flag=True, help="8192x32000 and 4096x128000, float32 and bfloat16: for GPUs.")
 @click.option("--memory", is_flag=True, help="Not time: the peak of memory, each in a process of its own.")
 @click.option("--rows", default=8192, show_default=True, help="Of --memory.")
@@ -47,6 +50,8 @@ def main(
     dtypes: tuple[str, ...],
     forward: bool,
     compiled: bool,
+    options: bool,
+    busy: bool,
     large: bool,
     memory: bool,
     rows: int,
@@ -86,9 +91,18 @@ def main(
         seconds, rows, classes, largest = 0.02, min(rows, 512), min(classes, 512), min(largest, 1e4)
 
     jobs: list[Job] = []
-    if timed:
+    if timed and options:
+        shapes = option_cases.QUICK if quick else option_cases.SHAPES
+        jobs += [
+            (s.backend, "options", measure.option, (s, option, shape, seconds, busy))
+            for s in first
+            if s.backend in option_cases.BUILD
+            for shape in shapes
+            for option in option_cases.OPTIONS
+        ]
+    elif timed:
         cases = measure.QUICK if quick else measure.LARGE if large else measure.CASES
-        jobs += [(s.backend, "speed", measure.speed, (s, case, seconds)) for s in setups for case in cases]
+        jobs += [(s.backend, "speed", measure.speed, (s, case, seconds, busy)) for s in setups for case in cases]
     if memory:
         big = [Case(loss, rows, classes) for loss in ("bce", "nll")]
         jobs += [("", "memory", measure.memory, (setup, case)) for setup in first for case in big]
@@ -103,8 +117,8 @@ def main(
         jobs += [("", "import", measure.import_time, (3 if quick else 11,))]
         jobs += [("", "first_call", measure.first_call, (setup, measure.QUICK[0])) for setup in first]
 
-    found: Record = measure.machine() | {"seed": seed, "device": device, "forward": forward, "failed": []}
-    found |= {kind: [] for kind in ("speed", "memory", "growth", "import", "first_call")}
+    found: Record = measure.machine() | {"seed": seed, "device": device, "forward": forward, "busy": busy, "failed": []}
+    found |= {kind: [] for kind in ("speed", "options", "memory", "growth", "import", "first_call")}
     console = Console()
     print(report.header(found), flush=True)
     bar = track(_run(jobs), total=len(jobs), console=console, transient=True, disable=not console.is_terminal)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -12,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from . import options
 from .subjects import Case, Setup, Step, build, plus_one, threads
 
 Record = dict[str, Any]  # as it stands in the JSON
@@ -103,10 +106,45 @@ def side_by_side(ours: Step, peer: Step, seconds: float) -> tuple[list[float], l
     return times[1], times[0]
 
 
-def speed(setup: Setup, case: Case, seconds: float) -> Record:
+@contextlib.contextmanager
+def spinning(busy: bool) -> Iterator[None]:
+    """One process a core that never rests."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores() if busy else 0)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def option(setup: Setup, name: str, shape: options.Shape, seconds: float, busy: bool = False) -> Record:
+    """unilabel's time over that of what users write, with one option."""
+    steps = options.BUILD[setup.backend](name, shape, setup.seed)
+    with spinning(busy):
+        ours, peer = side_by_side(*steps, seconds)
+    ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
+    limit = options.bound(name, shape)
+    return {
+        "backend": setup.backend,
+        "option": name,
+        "shape": str(shape),
+        "busy": busy,
+        "ratio": {"min": ratios[0], "median": median(ratios), "max": ratios[-1]},
+        "bound": limit,
+        "passed": median(ratios) <= limit,
+        "ours_ms": median(ours) * 1e3,
+        "peer_ms": median(peer) * 1e3,
+        "rounds": len(ratios),
+        "threads": threads(setup.backend),
+    }
+
+
+def speed(setup: Setup, case: Case, seconds: float, busy: bool = False) -> Record:
     """unilabel's time over the peer's."""
     steps = build(setup, case)
-    ours, peer = side_by_side(*steps, seconds)
+    with spinning(busy):
+        ours, peer = side_by_side(*steps, seconds)
     ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
     size = case.rows * case.classes
     width = 2 if setup.dtype == "bfloat16" else 4
@@ -279,9 +317,19 @@ def machine() -> Record:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": cores(),
+        "capability": _capability(),
         "load": os.getloadavg()[0],  # what others do at the start; times beside much of it say little
         "thread_settings": {k: v for k, v in sorted(os.environ.items()) if k.endswith("_NUM_THREADS")},
     }
+
+
+def _capability() -> str:
+    """The vector instructions that PyTorch uses; ATEN_CPU_CAPABILITY chooses others."""
+    if importlib.util.find_spec("torch") is None:
+        return ""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def _version(package: str) -> str | None:

@@ -16,8 +16,10 @@ SPREAD = ("min", "median", "max", "bound", "")
 def header(found: Record) -> str:
     """What it was measured with, and on."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    capability = f", PyTorch by {found['capability']}" if found["capability"] else ""
+    busy = ", all of them busy" if found["busy"] else ""
     settings = "".join(f", {name}={value}" for name, value in found["thread_settings"].items())
-    where = f"{found['cpu']}, {found['cores']} cores (load {found['load']:.1f}){settings}, {found['platform']}"
+    where = f"{found['cpu']}, {found['cores']} cores{busy} (load {found['load']:.1f}){capability}{settings}, {found['platform']}"
     return f"{versions}\n{where}, seed {found['seed']}"
 
 
@@ -44,6 +46,7 @@ def _tables(found: Record) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
             run | dict.fromkeys((*SPREAD, "ns/element", "peer's", "of copy speed"), "right"),
             [_run(row) + _speed(row) for row in found["speed"]],
         ),
+        *_options(found["options"]),
         (
             "Peak of memory above the inputs, value and gradient, times the gradient's size",
             run | dict.fromkeys(("unilabel", "peer", "bound", ""), "right"),
@@ -79,6 +82,23 @@ def _tables(found: Record) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
             [[*_run(row), f"{row['ours_ms']:.1f}", f"{row['peer_ms']:.1f}"] for row in found["first_call"]],
         ),
     ]  # fmt: skip
+
+
+def _options(rows: list[Record]) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
+    """For each backend a table of options by shapes."""
+    tables = []
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        mine = [row for row in rows if row["backend"] == backend]
+        shapes = list(dict.fromkeys(row["shape"] for row in mine))
+        cells: dict[str, dict[str, str]] = {}
+        for row in mine:
+            cells.setdefault(row["option"], {})[row["shape"]] = (
+                f"{row['ratio']['median']:.2f} / {row['bound']:.1f} {_mark(row)}"
+            )
+        lines = [[option, *(of.get(shape, "") for shape in shapes)] for option, of in cells.items()]
+        title = f"Options: time of value and gradient, unilabel / peer, and its bound, {backend}"
+        tables.append((title, {"option": "left"} | dict.fromkeys(shapes, "right"), lines))
+    return tables
 
 
 def _run(row: Record) -> list[str]:

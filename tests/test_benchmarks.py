@@ -14,7 +14,7 @@ from unilabel.backend import backend_named
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import measure, subjects  # noqa: E402
+from benchmarks import measure, options, subjects  # noqa: E402
 from benchmarks.subjects import Case, Setup, build  # noqa: E402
 
 CASES = [Case("bce", 6, 5), Case("nll", 6, 5)]
@@ -122,13 +122,51 @@ def test_the_command_prints_a_table_and_writes_what_it_found(tmp_path):
         assert f"{row['loss']} {row['rows']}x{row['classes']}" in done.stdout
 
 
+@pytest.mark.parametrize("shape", options.QUICK, ids=str)
+@pytest.mark.parametrize("option", options.OPTIONS)
+def test_with_an_option_both_sides_compute_the_same(option, shape):
+    for backend, build_option in options.BUILD.items():
+        ours, peer = build_option(option, shape, 0)
+        (value, gradient), (their_value, their_gradient) = (
+            numbers(Setup(backend, "eager"), step()) for step in (ours, peer)
+        )
+        assert gradient.shape == shape.shape
+        np.testing.assert_allclose(value, their_value, rtol=1e-5)
+        np.testing.assert_allclose(gradient, their_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_others_spin_beside_what_is_timed_on_busy_cores():
+    with measure.spinning(True):
+        assert len(children()) == measure.cores()
+    assert not children()
+
+
+def children():
+    return [
+        line
+        for line in subprocess.run(
+            ["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True
+        ).stdout.splitlines()
+        if "while True" in line
+    ]
+
+
+@pytest.mark.full
+def test_the_options_are_measured(tmp_path):
+    done = run("--backend", "torch", "--options", "--busy", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["options"]) == len(options.OPTIONS) * len(options.QUICK)
+    assert "all of them busy" in done.stdout
+
+
 @pytest.mark.full
 def test_the_other_measurements_run(tmp_path):
     done = run("--backend", "numpy", "--memory", "--growth", "--import", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {kind: len(found[kind]) for kind in ("speed", "memory", "growth", "import", "first_call")} == {
-        "speed": 0, "memory": 2, "growth": 2, "import": 1, "first_call": 1,
+    assert {kind: len(found[kind]) for kind in ("speed", "options", "memory", "growth", "import", "first_call")} == {
+        "speed": 0, "options": 0, "memory": 2, "growth": 2, "import": 1, "first_call": 1,
     }  # fmt: skip
 
 

@@ -57,6 +57,10 @@ class Backend:
         """
         return None
 
+    def keeps_axis(self, x: Array) -> bool:
+        """Whether the formulas are fast, and right, with the class axis of x in its place; if not, it is moved last."""
+        return False
+
     def cache_key(self, x: Array, targets: Any) -> Any:
         """A hashable key of two arrays on one device, or None.
 

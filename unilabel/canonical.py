@@ -99,7 +99,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         fail(ValueError, "reduction", choices(map(repr, REDUCTIONS)), repr(reduction))
     options = Options(
         reduction=reduction,
-        axes=(-1,) if loss.per_example else axes,
+        axes=axes if not loss.per_example or _stays(backend, axes, logits) else (-1,),
         label_smoothing=checks.fraction("label_smoothing", label_smoothing, 1.0) or None,
         eps=EPSILON[name] if eps is None else checks.fraction("eps", eps, 0.5),
         half=name in HALVES,
@@ -115,6 +115,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
     checks.broadcasts("where", operands.where, shape, loss.takes)
     if not loss.per_example:
         checks.elementwise_shapes(loss, shape, operands)
+        options = options._replace(binary=dtypes["targets"] not in FLOATS)
     else:
         options = checks.per_example_shapes(loss, shape, axes, operands, dtypes["targets"], options, axis, ignore_index)
     if validate:
@@ -128,12 +129,18 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
             keep = xp.expand_dims(keep, axis=0)
         operands = operands._replace(where=xp.logical_and(keep, xp.ones_like(logits, dtype=xp.bool)))
+    if options.axes == axes:
+        return Canonical(backend, loss, options, logits, operands, as_it_is)
     last, restore = _class_axis_last(xp, axes, logits)
     z, where = operands.targets, operands.where
     operands = operands._replace(
         targets=z if options.indices else last(z), where=None if where is None else last(where)
     )
     return Canonical(backend, loss, options, last(logits), operands, restore)
+
+
+def _stays(backend: Backend, axes: tuple[int, ...], logits: Array) -> bool:
+    return axes == (-1,) or (len(axes) == 1 and backend.keeps_axis(logits))
 
 
 TAKES = dict.fromkeys(Operands._fields, NUMBERS) | {"where": ("bool",), "label_smoothing": (*INTEGERS, *FLOATS)}

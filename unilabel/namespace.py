@@ -56,6 +56,7 @@ class Namespace(Protocol):
 
     def abs(self, x: Array, /) -> Array: ...
     def any(self, x: Array, /, *, axis: int) -> Array: ...
+    def argmax(self, x: Array, /, *, axis: int) -> Array: ...
     def arange(self, n: Any, /, *, device: Any) -> Array: ...
     def asarray(self, x: Any, /, *, dtype: Any) -> Array: ...
     def astype(self, x: Array, dtype: Any, /, *, copy: Any = True) -> Array: ...
@@ -70,6 +71,7 @@ class Namespace(Protocol):
     def maximum(self, x: Array, y: Array, /) -> Array: ...
     def minimum(self, x: Array, y: Array, /) -> Array: ...
     def multiply(self, x: Array, y: Array, /) -> Array: ...
+    def zeros_like(self, x: Array, /) -> Array: ...
     def ones_like(self, x: Array, /, *, dtype: Any = None) -> Array: ...
     def permute_dims(self, x: Array, axes: tuple[int, ...], /) -> Array: ...
     def reshape(self, x: Array, shape: tuple[Any, ...], /) -> Array: ...
@@ -96,8 +98,8 @@ class Namespace(Protocol):
     def weigh(self, weight: Array, size: Array, /) -> Array:
         """weight · size, and 0 where an infinite size has weight 0."""
 
-    def classes(self, x: Array, /) -> Array:
-        """The classes of x: 0, 1, …"""
+    def classes(self, x: Array, axis: int, /) -> Array:
+        """The classes of x: 0, 1, … along the axis, to broadcast to x."""
 
     def as_index(self, targets: Array, like: Array, /) -> Array:
         """Class indices in the dtype that the functions below take."""
@@ -105,14 +107,17 @@ class Namespace(Protocol):
     def take(self, weight: Array, index: Array, /) -> Array:
         """The elements of a vector at class indices."""
 
-    def position(self, x: Array, index: Array, /) -> Position:
+    def position(self, x: Array, index: Array, axis: int, /) -> Position:
         """Where x has the classes of these indices."""
 
-    def take_along_axis(self, x: Array, position: Position, /) -> Array:
+    def take_along_axis(self, x: Array, position: Position, axis: int, /) -> Array:
         """The element of each example that is there."""
 
-    def put_along_axis(self, x: Array, position: Position, values: Any, /) -> Array:
+    def put_along_axis(self, x: Array, position: Position, values: Any, axis: int, /) -> Array:
         """x with other elements there; it may write into x."""
+
+    def scale(self, x: Array, factor: Array | float, /) -> Array:
+        """x · factor; it may write into x."""
 
     def extent(self, x: Array, axis: int, /) -> Any:
         """The length of an axis, as an array of no dimensions if it is not known at trace time."""
@@ -134,9 +139,11 @@ class Namespace(Protocol):
     def lerp(self, a: Array, b: Array, t: Array, /) -> Array:
         """a (1 - t) + b t"""
 
+    # The group "indexing", of no functions: class indices are looked up, not compared with all classes.
+
     # The group "softmax":
 
-    def softmax(self, x: Array, /) -> Array: ...
+    def softmax(self, x: Array, axis: int, /) -> Array: ...
 
 
 class Extended:
@@ -172,25 +179,31 @@ class Extended:
     def weigh(self, weight: Array, size: Array) -> Array:
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
 
-    def classes(self, x: Array) -> Array:
-        return self.arange(self.extent(x, -1), device=getattr(x, "device", None))
+    def classes(self, x: Array, axis: int) -> Array:
+        numbers = self.arange(self.extent(x, axis), device=getattr(x, "device", None))
+        for _ in range(-1 - axis):
+            numbers = self.expand_dims(numbers, axis=-1)
+        return numbers
 
     # By masks: the standard has no scatter, and leaves indices out of range undefined.
 
     def as_index(self, targets: Array, like: Array) -> Array:
-        return self.astype(targets, self.classes(like).dtype, copy=False)
+        return self.astype(targets, self.classes(like, -1).dtype, copy=False)
 
     def take(self, weight: Array, index: Array) -> Array:
-        return self.sum(self.where(self.position(weight, index), weight, 0.0), axis=-1)
+        return self.sum(self.where(self.position(weight, index, -1), weight, 0.0), axis=-1)
 
-    def position(self, x: Array, index: Array) -> Position:
-        return self.classes(x) == self.expand_dims(index, axis=-1)
+    def position(self, x: Array, index: Array, axis: int) -> Position:
+        return self.classes(x, axis) == self.expand_dims(index, axis=axis)
 
-    def take_along_axis(self, x: Array, position: Position) -> Array:
-        return self.sum(self.where(position, x, 0.0), axis=-1)
+    def take_along_axis(self, x: Array, position: Position, axis: int) -> Array:
+        return self.sum(self.where(position, x, 0.0), axis=axis)
 
-    def put_along_axis(self, x: Array, position: Position, values: Any) -> Array:
-        return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=-1), x)
+    def put_along_axis(self, x: Array, position: Position, values: Any, axis: int) -> Array:
+        return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=axis), x)
+
+    def scale(self, x: Array, factor: Array | float) -> Array:
+        return x * factor
 
     def extent(self, x: Array, axis: int) -> Any:
         return x.shape[axis]

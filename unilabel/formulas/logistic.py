@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
 from .numerics import weigh_logits
-from .targets import Elementwise, elementwise
+from .targets import Elementwise, Labels, elementwise, labels
 from .types import Form, Loss
 
 
@@ -97,12 +97,44 @@ def native_gradient(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Arra
     return xp.lerp(p, -q, positive) if negative is None else negative * p - positive * q
 
 
+# For labels that are 0 or 1, with the same. The weights of a label and of the other one are w and v, u = ±x:
+#
+#     L = w log(1 + exp u) + v log(1 + exp -u) = (w + v) log(1 + exp u) - v u
+
+
+class LabelTerms(NamedTuple):
+    u: Array
+
+
+def label_terms(xp: Namespace, x: Array, weights: Labels, *_: Any) -> LabelTerms:
+    return LabelTerms(x * weights.sign)
+
+
+def label_value(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
+    total, other = weights.total, weights.other
+    values = xp.softplus(t.u)
+    if other is None:
+        return values if total is None else weigh_logits(xp, total, values)
+    if xp.assume_finite:
+        return (values if total is None else values * total) - t.u * other
+    # inf - inf is NaN
+    weight = (1.0 if total is None else total) - other + 0 * weights.sign
+    return xp.weigh(weight, values) + xp.weigh(other + 0 * weights.sign, xp.softplus(-t.u))
+
+
+def label_gradient(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
+    p = xp.sigmoid(t.u)
+    p = p if weights.total is None else p * weights.total
+    return (p if weights.other is None else p - weights.other) * weights.sign
+
+
 LOGISTIC = Loss(
     "multilabel_logistic_loss",
     per_example=False,
     takes="logits",
     fill=0.0,
     forms=(
+        Form(labels, label_terms, label_value, label_gradient, needs="sigmoid", of_labels=True),
         Form(elementwise, native_terms, native_value, native_gradient, needs="sigmoid"),
         Form(elementwise, differentiable_terms, value, differentiable_gradient, hessian, needs="autodiff"),
         Form(elementwise, terms, value, gradient, hessian),

@@ -21,7 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
-from .targets import Distribution, Elementwise, distribution, elementwise
+from .targets import ClassIndex, Distribution, Elementwise, class_index, distribution, elementwise
 from .types import Form, Loss, Options
 
 
@@ -73,7 +73,7 @@ def terms(xp: Namespace, p: Array, weights: Distribution, options: Options) -> T
 
 def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     log_p = _clamped_log(xp, t.p, t.free, t.floor)
-    return xp.sum(xp.weigh(weights.z, -log_p), axis=-1)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
@@ -89,7 +89,7 @@ def log_terms(xp: Namespace, log_p: Array, *_: Any) -> Array:
 
 
 def log_value(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
-    return xp.sum(xp.weigh(weights.z, -log_p), axis=-1)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis)
 
 
 def log_gradient(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
@@ -98,6 +98,55 @@ def log_gradient(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
 
 def log_hessian(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
     return 0 * weights.z
+
+
+# For class indices, neither smoothed nor masked: of each example one number is looked up.
+
+
+class IndexTerms(NamedTuple):
+    p: Array
+    p_y: Array
+    free: Array  # True where the clamp leaves p_y alone
+    weight: Array
+    floor: float
+
+
+def index_terms(xp: Namespace, p: Array, weights: ClassIndex, options: Options) -> IndexTerms:
+    p_y = xp.take_along_axis(p, weights.position, weights.axis)
+    weight = xp.ones_like(p_y) if weights.weight is None else weights.weight
+    return IndexTerms(p, p_y, _free(xp, p_y, weight, options.eps), weight, _log(options.eps))
+
+
+def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+    values = xp.weigh(t.weight, -_clamped_log(xp, t.p_y, t.free, t.floor))
+    return _nan_like(xp, values, t.p, weights)
+
+
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+    at_y = -_quotient(xp, t.weight, t.p_y, t.free)
+    return xp.put_along_axis(_zeros(xp, 0 * t.p, weights), weights.position, at_y, weights.axis)
+
+
+def log_index_value(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
+    values = -xp.take_along_axis(log_p, weights.position, weights.axis)
+    values = values if weights.weight is None else xp.weigh(weights.weight, values)
+    return _nan_like(xp, values, log_p, weights)
+
+
+def log_index_gradient(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
+    at_y = -1.0 if weights.weight is None else -weights.weight
+    return xp.put_along_axis(_zeros(xp, xp.zeros_like(log_p), weights), weights.position, at_y, weights.axis)
+
+
+def _zeros(xp: Namespace, zeros: Array, weights: ClassIndex) -> Array:
+    """NaN for an example whose weight is."""
+    return zeros if weights.weight is None else zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
+
+
+def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Array:
+    """NaN where an example has a NaN in any class, as with the same targets one-hot."""
+    total = xp.sum(x, axis=weights.axis)
+    return xp.where(total == total, values, math.nan)
 
 
 def _free(xp: Namespace, p: Array, weight: Array, eps: float) -> Array:
@@ -132,12 +181,28 @@ CATEGORICAL = Loss(
     per_example=True,
     takes="probs",
     fill=0.0,
-    forms=(Form(distribution, terms, value, gradient, hessian),),
+    forms=(
+        Form(
+            class_index, index_terms, index_value, index_gradient, of_indices=True, of_one_class=True, needs="indexing"
+        ),
+        Form(distribution, terms, value, gradient, hessian),
+    ),
 )
 NLL = Loss(
     "nll",
     per_example=True,
     takes="log_probs",
     fill=0.0,
-    forms=(Form(distribution, log_terms, log_value, log_gradient, log_hessian),),
+    forms=(
+        Form(
+            class_index,
+            log_terms,
+            log_index_value,
+            log_index_gradient,
+            of_indices=True,
+            of_one_class=True,
+            needs="indexing",
+        ),
+        Form(distribution, log_terms, log_value, log_gradient, log_hessian),
+    ),
 )

@@ -53,7 +53,9 @@ def form_of(xp: Namespace, loss: Loss, options: Options, operands: Operands, hes
     one_class = options.indices and not smoothed and operands.where is None
     for form in loss.forms:
         available = form.needs == "" or form.needs in xp.groups
-        if available and (one_class or not form.of_one_class) and (form.hessian is not None or not hessian):
+        fits = (options.indices or not form.of_indices) and (options.binary or not form.of_labels)
+        fits = fits and (one_class or not form.of_one_class)
+        if available and fits and (form.hessian is not None or not hessian):
             return form
     raise NotImplementedError(loss.name)
 
@@ -113,7 +115,7 @@ def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, op
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
     form, weights, terms, _ = _prepare(xp, loss, options, x, operands)
     array, scale = _gradient(xp, form, terms, weights)
-    return array if scale is None else array * xp.expand_dims(scale, axis=-1)
+    return array if scale is None else array * xp.expand_dims(scale, axis=options.axes[0])
 
 
 def jvp(
@@ -123,7 +125,7 @@ def jvp(
     weights, divisor = _weights(xp, loss, options, x, operands)
     tangent = xp.astype(tangent, unreduced.dtype, copy=False)
     change = unreduced * (tangent if weights.keep is None else xp.where(weights.keep, tangent, 0.0))
-    change = xp.sum(change, axis=-1) if loss.per_example else change
+    change = xp.sum(change, axis=options.axes[0]) if loss.per_example else change
     return xp.astype(_reduced(xp, options, change, divisor), x.dtype, copy=False)
 
 
@@ -191,7 +193,7 @@ def factor(
         scale = found.scale if scale is None else found.scale * scale
     elif scale is None or not (loss.per_example and options.reduction == "none"):
         return scale
-    return xp.expand_dims(scale, axis=-1)
+    return xp.expand_dims(scale, axis=options.axes[0])
 
 
 def _scaled(
@@ -204,7 +206,7 @@ def _scaled(
     divisor: Divisor | None,
 ) -> Array:
     scale = factor(xp, loss, options, found, cotangent, divisor)
-    scaled = found.array if scale is None else found.array * scale
+    scaled = found.array if scale is None else xp.scale(found.array, scale)
     # Masked here as well: the cotangent may be anything there.
     return scaled if weights.keep is None else xp.where(weights.keep, scaled, 0.0)
 

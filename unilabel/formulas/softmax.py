@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ..namespace import Array, Namespace
+from .. import lengths
+from ..namespace import Array, Namespace, Position
 from .numerics import weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
 from .types import Form, Loss
@@ -27,50 +28,88 @@ class Terms(NamedTuple):
     s: Array  # the sum of e over all classes but one of the largest
 
 
-def terms(xp: Namespace, x: Array, *_: Any) -> Terms:
-    is_max, d, e, others = _shifted(xp, x, xp.max(x, axis=-1, keepdims=True))
-    ties = xp.sum(xp.astype(is_max, x.dtype), axis=-1, keepdims=True) - 1
+def terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> Terms:
+    return _terms(xp, x, weights.axis)
+
+
+def _terms(xp: Namespace, x: Array, axis: int) -> Terms:
+    is_max, d, e, others = _shifted(xp, x, xp.max(x, axis=axis, keepdims=True), axis)
+    ties = xp.sum(xp.astype(is_max, x.dtype), axis=axis, keepdims=True) - 1
     return Terms(d, e, others + ties)
 
 
-def _shifted(xp: Namespace, x: Array, m: Array) -> tuple[Array, Array, Array, Array]:
+def _shifted(xp: Namespace, x: Array, m: Array, axis: int) -> tuple[Array, Array, Array, Array]:
     """Which x are the largest, x - m, its exponential, and the sum of that over the others."""
     is_max = x == m
     d = xp.where(is_max & (m == math.inf), 0.0, x - m)
     e = xp.exp(d)
-    return is_max, d, e, xp.sum(xp.where(is_max, 0.0, e), axis=-1, keepdims=True)
+    return is_max, d, e, xp.sum(xp.where(is_max, 0.0, e), axis=axis, keepdims=True)
 
 
 def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
-    return _value(xp, weights.z, t.d, t.s)
+    return _value(xp, weights, t.d, t.s)
 
 
-def _value(xp: Namespace, z: Array, log_ratio: Array, s: Array) -> Array:
+def _value(xp: Namespace, weights: Distribution, log_ratio: Array, s: Array) -> Array:
     """`log_ratio` is log p + log(1 + s)."""
-    linear_term = xp.sum(xp.weigh(z, -log_ratio), axis=-1)
-    return linear_term + xp.sum(z, axis=-1) * xp.squeeze(xp.log1p(s), axis=-1)
+    z, axis = weights.z, weights.axis
+    linear_term = xp.sum(xp.weigh(z, -log_ratio), axis=axis)
+    return linear_term + xp.sum(z, axis=axis) * xp.squeeze(xp.log1p(s), axis=axis)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     # 1 - p directly: from p it would lose its digits where p is close to 1.
-    return _gradient(xp, weights.z, t.e, (1 - t.e) + t.s) / (1 + t.s)
+    return _gradient(xp, weights, t.e, (1 - t.e) + t.s) / (1 + t.s)
 
 
-def _gradient(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
+def _gradient(xp: Namespace, weights: Distribution, p: Array, q: Array) -> Array:
     """p_c Σ_k z_k - z_c without the cancellation: p_c times the other targets, less z_c times q_c = 1 - p_c."""
-    largest = xp.max(z, axis=-1, keepdims=True)
+    z, axis = weights.z, weights.axis
+    largest = xp.max(z, axis=axis, keepdims=True)
     is_max = z == largest
-    ties = xp.sum(xp.astype(is_max, z.dtype), axis=-1, keepdims=True)
-    rest = xp.sum(xp.where(is_max, 0.0, z), axis=-1, keepdims=True) + (ties - 1) * largest
+    ties = xp.sum(xp.astype(is_max, z.dtype), axis=axis, keepdims=True)
+    rest = xp.sum(xp.where(is_max, 0.0, z), axis=axis, keepdims=True) + (ties - 1) * largest
     return p * ((largest - z) + rest) - z * q
 
 
 def hessian(xp: Namespace, t: Terms, weights: Distribution) -> Array:
-    return _hessian(xp, weights.z, t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s))
+    return _hessian(xp, weights, t.e / (1 + t.s), ((1 - t.e) + t.s) / (1 + t.s))
 
 
-def _hessian(xp: Namespace, z: Array, p: Array, q: Array) -> Array:
-    return xp.sum(z, axis=-1, keepdims=True) * p * q
+def _hessian(xp: Namespace, weights: Distribution, p: Array, q: Array) -> Array:
+    return xp.sum(weights.z, axis=weights.axis, keepdims=True) * p * q
+
+
+# With class indices that are looked up: the largest logit's class, j, is the one where p_j and z_j may both be close to 1,
+# and p Σ z - z would cancel. There the gradient is p_j Σ_{k≠j} z_k - z_j s / (1 + s).
+
+
+class LookedUpTerms(NamedTuple):
+    d: Array
+    e: Array  # exp d, and 0 at j
+    s: Array
+    at: Position  # of j
+
+
+def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> LookedUpTerms:
+    axis = weights.axis
+    at = xp.position(x, xp.argmax(x, axis=axis), axis)
+    m = xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
+    d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)
+    e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
+    return LookedUpTerms(d, e, xp.sum(e, axis=axis), at)
+
+
+def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
+    z, axis = weights.z, weights.axis
+    return xp.sum(weigh_logits(xp, z, -t.d), axis=axis) + xp.sum(z, axis=axis) * xp.log1p(t.s)
+
+
+def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
+    z, axis = weights.z, weights.axis
+    z_j, others = xp.take_along_axis(z, t.at, axis), xp.sum(xp.put_along_axis(z * 1, t.at, 0.0, axis), axis=axis)
+    p = xp.scale(t.e, xp.expand_dims((others + z_j) / (1 + t.s), axis=axis))
+    return xp.put_along_axis(p - z, t.at, (others - z_j * t.s) / (1 + t.s), axis)
 
 
 # For autodiff. A softmax stays the same if all logits are shifted by the same amount. So for a class that has more than
@@ -86,20 +125,24 @@ class DifferentiableTerms(NamedTuple):
     move: Array
 
 
-def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> DifferentiableTerms:
-    m = xp.max(x, axis=-1, keepdims=True)
+def differentiable_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> DifferentiableTerms:
+    return _differentiable_terms(xp, x, weights.axis)
+
+
+def _differentiable_terms(xp: Namespace, x: Array, axis: int) -> DifferentiableTerms:
+    m = xp.max(x, axis=axis, keepdims=True)
     m = xp.where(m == math.inf, m, xp.stop_gradient(m))  # all depends on an infinite logit: its derivative stays
-    is_max, d, e, others = _shifted(xp, x, m)
+    is_max, d, e, others = _shifted(xp, x, m, axis)
     # The number of ties less 1, as a sum of e, which has a derivative.
-    s = others + (xp.sum(xp.where(is_max, e, 0.0), axis=-1, keepdims=True) - 1)
+    s = others + (xp.sum(xp.where(is_max, e, 0.0), axis=axis, keepdims=True) - 1)
     confident = xp.stop_gradient(s) < 1
-    move = xp.where(confident, xp.sum(xp.where(is_max, d, 0.0), axis=-1, keepdims=True), 0.0)
+    move = xp.where(confident, xp.sum(xp.where(is_max, d, 0.0), axis=axis, keepdims=True), 0.0)
     others = others * xp.exp(-move)
     return DifferentiableTerms(d, e, others, xp.where(confident, others, s), move)
 
 
 def differentiable_value(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
-    return _value(xp, weights.z, _log_ratio(xp, t), t.s)
+    return _value(xp, weights, _log_ratio(xp, t), t.s)
 
 
 def _log_ratio(xp: Namespace, t: DifferentiableTerms) -> Array:
@@ -107,11 +150,11 @@ def _log_ratio(xp: Namespace, t: DifferentiableTerms) -> Array:
 
 
 def differentiable_gradient(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
-    return _gradient(xp, weights.z, *_probabilities(xp, t))
+    return _gradient(xp, weights, *_probabilities(xp, t))
 
 
 def differentiable_hessian(xp: Namespace, t: DifferentiableTerms, weights: Distribution) -> Array:
-    return _hessian(xp, weights.z, *_probabilities(xp, t))
+    return _hessian(xp, weights, *_probabilities(xp, t))
 
 
 def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]:
@@ -121,10 +164,10 @@ def _probabilities(xp: Namespace, t: DifferentiableTerms) -> tuple[Array, Array]
     return p, xp.where(confident, t.others / (1 + t.s), 1 - p)
 
 
-# Where one class, y, carries all of an example's loss w, and nothing is differentiated again:
+# For class indices, where nothing is differentiated again. A class y of weight w, and u_c for all with smoothing:
 #
-#     L = w log(1 + rest / e_y),    rest = Σ_{c≠y} e_c,    e_c = exp(x_c - m)
-#     dL/dx_c = w e_c / (rest + e_y),    dL/dx_y = -w rest / (rest + e_y)
+#     L = w (m - x_y) + Σ_c u_c (m - x_c) + (w + U) log total,    total = Σ_c e_c,    e_c = exp(x_c - m),    U = Σ_c u_c
+#     dL/dx_c = (w + U) e_c / total - u_c,    dL/dx_y = (U e_y - w rest) / total - u_y,    rest = total - e_y
 
 
 class IndexTerms(NamedTuple):
@@ -132,19 +175,37 @@ class IndexTerms(NamedTuple):
     e_y: Array
     rest: Array
     d_y: Array  # x_y - m
+    apart: Array | None = None  # Σ u_c (m - x_c)
+    share: Any = None  # Σ u_c
 
 
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
-    at = weights.position
-    m, x_y = xp.max(x, axis=-1, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at), axis=-1)
+    at, uniform, axis = weights.position, weights.uniform, weights.axis
+    m, x_y = xp.max(x, axis=axis, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
     if xp.assume_finite:
         d, d_y = x - m, x_y - m
     else:
         # inf - inf counts as 0. -inf - (-inf) stays NaN: then no class is possible.
         d, d_y = xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)
-    d_y = xp.squeeze(d_y, axis=-1)
-    e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_y)
-    return IndexTerms(e, e_y, xp.sum(e, axis=-1), d_y)
+    d_y = xp.squeeze(d_y, axis=axis)
+    apart = share = None
+    if uniform is not None:
+        apart, share = _shared(xp, weights, d)
+    e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0, axis), xp.exp(d_y)
+    return IndexTerms(e, e_y, xp.sum(e, axis=axis), d_y, apart, share)
+
+
+def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
+    """Σ u_c (m - x_c) and Σ u_c."""
+    uniform, where, axis = weights.uniform, weights.where, weights.axis
+    if where is not None:
+        d = xp.where(where, d, 0.0)
+    if isinstance(uniform, float) or uniform.ndim == 0:
+        apart = (
+            -uniform * xp.sum(d, axis=axis) if xp.assume_finite else xp.sum(xp.weigh(uniform + 0 * d, -d), axis=axis)
+        )
+        return apart, uniform * lengths.count(xp, d, (axis,))
+    return xp.sum(weigh_logits(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
@@ -154,33 +215,48 @@ class NativeIndexTerms(NamedTuple):  # the same, of probabilities
 
 
 def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> NativeIndexTerms:
-    at, e = weights.position, xp.softmax(x)
-    e_y = xp.take_along_axis(e, at)
-    e = xp.put_along_axis(e, at, 0.0)
-    return NativeIndexTerms(e, e_y, xp.sum(e, axis=-1))
+    at, axis = weights.position, weights.axis
+    e = xp.softmax(x, axis)
+    e_y = xp.take_along_axis(e, at, axis)
+    e = xp.put_along_axis(e, at, 0.0, axis)
+    return NativeIndexTerms(e, e_y, xp.sum(e, axis=axis))
 
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     # log(rest + e_y) - d_y. If y is the largest, e_y is 1 and d_y is 0; if not, rest is 1 or more.
-    return _weighted(xp, weights, xp.log1p(t.rest + (t.e_y - 1)) - t.d_y)
+    log_total = xp.log1p(t.rest + (t.e_y - 1))
+    values = _weighted(xp, weights.weight, log_total - t.d_y)
+    if t.apart is not None:
+        values = _weighted(xp, weights.example, values + (t.apart + t.share * log_total))
+    return values
 
 
 def native_index_value(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex) -> Array:
     # Where e_y is so small that its rounding would count, the quotient is infinite, and blocks.run computes again.
-    return _weighted(xp, weights, xp.log1p(t.rest / t.e_y))
+    return _weighted(xp, weights.weight, xp.log1p(t.rest / t.e_y))
 
 
-def _weighted(xp: Namespace, weights: ClassIndex, values: Array) -> Array:
-    return values if weights.weight is None else weigh_logits(xp, weights.weight, values)
+def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
+    return values if weight is None else weigh_logits(xp, weight, values)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
-    return xp.put_along_axis(t.e, weights.position, -t.rest)
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+    if t.apart is None:
+        return native_index_gradient(xp, t, weights)
+    total, weight, axis = t.rest + t.e_y, weights.weight, weights.axis
+    array = t.e * xp.expand_dims(weight + t.share, axis=axis) - xp.expand_dims(total, axis=axis) * weights.uniform
+    at_y = t.e_y * t.share - weight * t.rest - total * weights.uniform_y
+    return xp.put_along_axis(array, weights.position, at_y, axis)
+
+
+def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
+    return xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
 
 
 def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
     # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
-    return (1 if weights.weight is None else weights.weight) / (t.rest + t.e_y)
+    factor = weights.weight if weights.uniform is None else weights.example
+    return (1 if factor is None else factor) / (t.rest + t.e_y)
 
 
 SOFTMAX = Loss(
@@ -201,12 +277,13 @@ SOFTMAX = Loss(
             class_index,
             native_index_terms,
             native_index_value,
-            index_gradient,
+            native_index_gradient,
             scale=index_scale,
             needs="softmax",
             of_one_class=True,
         ),
-        Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_one_class=True),
+        Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_indices=True),
+        Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="indexing"),
         Form(distribution, terms, value, gradient, hessian),
     ),
 )
@@ -214,14 +291,14 @@ SOFTMAX = Loss(
 
 def softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
-        return _probabilities(xp, differentiable_terms(xp, x))[0]
-    _, e, s = terms(xp, x)
+        return _probabilities(xp, _differentiable_terms(xp, x, -1))[0]
+    _, e, s = _terms(xp, x, -1)
     return e / (1 + s)
 
 
 def log_softmax(xp: Namespace, x: Array) -> Array:
     if "autodiff" in xp.groups:
-        t = differentiable_terms(xp, x)
+        t = _differentiable_terms(xp, x, -1)
         return _log_ratio(xp, t) - xp.log1p(t.s)
-    d, _, s = terms(xp, x)
+    d, _, s = _terms(xp, x, -1)
     return d - xp.log1p(s)

@@ -31,6 +31,7 @@ class Distribution(NamedTuple):
     """For mutually exclusive classes: how much of an example's loss each class carries."""
 
     z: Array
+    axis: int
     where: Array | None  # False for a masked class
     ignored: Array | None  # True for an ignored example
     keep: Array | None  # False for either; None: no class or example is left out
@@ -38,22 +39,47 @@ class Distribution(NamedTuple):
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         x = x if self.where is None else xp.where(self.where, x, fill)
-        return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)
+        return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
 class ClassIndex(NamedTuple):
-    """For mutually exclusive classes: the one that carries all of an example's loss."""
+    """For mutually exclusive classes: one class y, and with smoothing a share for all others too.
+
+    An example's loss is `example · (weight · loss_y + Σ_c uniform_c · loss_c)`.
+    """
 
     position: Position
-    weight: Array | None  # one for each example; None: 1
-    keep: Array | None  # False for an ignored example
+    axis: int
+    weight: Any  # of the class y, one for each example; None: 1, and there is no smoothing
+    uniform: Any  # one for all, one for each class, or one for each logit; None: 0
+    uniform_y: Any  # that of the class y
+    example: Array | None  # one for each example; None: 1
+    where: Array | None  # False for a masked class
+    ignored: Array | None  # True for an ignored example
+    keep: Array | None  # False for either; None: no class or example is left out
     counts: Array | None
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, 0.0)
+        x = x if self.where is None else xp.where(self.where, x, fill)
+        if self.ignored is None or xp.assume_finite:
+            return x
+        return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
-TargetWeights = Elementwise | Distribution | ClassIndex
+class Labels(NamedTuple):
+    """For independent classes whose targets are 0 or 1: the weights of an element's label, and of the other label."""
+
+    sign: Array  # what the logit is multiplied by: 1 for the label 0, -1 for the label 1
+    total: Array | None  # the sum of the two weights; None: 1
+    other: Any  # None: 0
+    keep: Array | None  # False where masked
+    counts: Array | None  # what each element adds to the divisor of the mean; None: 1
+
+    def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
+        return x if self.keep is None else xp.where(self.keep, x, fill)
+
+
+TargetWeights = Labels | Elementwise | Distribution | ClassIndex
 
 
 def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
@@ -81,37 +107,62 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
     return Elementwise(negative, positive, total, keep, counts)
 
 
+def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> Labels:
+    """`w`, and with the label 1 `w · pos_weight`. With smoothing the two labels have 1 - ε/2 and ε/2 of theirs."""
+    z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
+    weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
+    keep, counts = operands.where, None
+    if keep is not None:
+        z = xp.where(keep, z, 0.0)
+        counts = xp.where(keep, xp.ones_like(like), 0.0)
+        weight = counts if weight is None else xp.where(keep, weight, 0.0)
+        pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    total = other = None
+    if pos_weight is not None:
+        total, other = xp.where(z > 0, pos_weight, 1.0), xp.where(z > 0, 1.0, pos_weight)
+    if smoothing is not None:
+        other = smoothing / 2 * (1.0 if other is None else other)
+        total = None if total is None else total * (1 - smoothing / 2) + other
+    elif pos_weight is not None:
+        other = None
+    if weight is not None:
+        total = weight if total is None else total * weight
+        other = None if other is None else other * weight
+    return Labels(1 - 2 * z, total, other, keep, counts)
+
+
 def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
     """`w_c z_c`, where smoothing makes z_c (1 - ε) + ε/K of z_c, K the classes of the example.
 
     A class index out of range, or of a masked class, makes the weights of its example, and so the loss, NaN.
     """
     targets, weight, _, sample_weight, where, _ = operands
+    (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
     ignored = out_of_range = one_hot = None
     if options.indices:
         index = xp.as_index(targets, like)
-        one_hot = xp.classes(like) == xp.expand_dims(index, axis=-1)
+        one_hot = xp.classes(like, axis) == xp.expand_dims(index, axis=axis)
         if where is not None:
             one_hot = xp.logical_and(one_hot, where)
         z = xp.astype(one_hot, like.dtype)
-        out_of_range = ~xp.any(one_hot, axis=-1)
+        out_of_range = ~xp.any(one_hot, axis=axis)
         if options.ignore_index is not None:
             ignored = index == options.ignore_index
     else:
         z = xp.astype(targets, like.dtype, copy=False)
         z = z if where is None else xp.where(where, z, 0.0)
     if where is not None:
-        empty = ~xp.any(where, axis=-1)
+        empty = ~xp.any(where, axis=axis)
         ignored = empty if ignored is None else xp.logical_or(ignored, empty)
 
     counts = None
     if weight is not None:
-        weight = xp.astype(weight, like.dtype, copy=False)
+        weight = along(xp, xp.astype(weight, like.dtype, copy=False), axis)
         weight = weight if where is None else xp.where(where, weight, 0.0)
         if one_hot is not None and smoothing is None:  # an infinite weight of another class
             weight = xp.where(one_hot, weight, 0.0)
-        counts = xp.sum(z * weight, axis=-1)
+        counts = xp.sum(z * weight, axis=axis)
     if sample_weight is not None:
         sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
         if ignored is not None:
@@ -122,54 +173,100 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
 
     if smoothing is not None:
         if where is None:
-            z = z * (1 - smoothing) + smoothing / lengths.count(xp, like, (-1,))
+            z = z * (1 - smoothing) + smoothing / lengths.count(xp, like, (axis,))
         else:
-            k = xp.sum(xp.astype(where, like.dtype), axis=-1, keepdims=True)
+            k = xp.sum(xp.astype(where, like.dtype), axis=axis, keepdims=True)
             uniform = xp.where(where, smoothing / xp.where(k == 0, 1.0, k), 0.0)
             z = z * (1 - smoothing) + uniform
     if weight is not None:
         z = z * weight
     if sample_weight is not None:
-        z = z * xp.expand_dims(sample_weight, axis=-1)
+        z = z * xp.expand_dims(sample_weight, axis=axis)
     if out_of_range is not None:
         if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
             out_of_range = xp.logical_and(out_of_range, ~ignored)
-        z = xp.where(xp.expand_dims(out_of_range, axis=-1), math.nan, z)
+        z = xp.where(xp.expand_dims(out_of_range, axis=axis), math.nan, z)
     keep = where
     if ignored is not None:
-        z = xp.where(xp.expand_dims(ignored, axis=-1), 0.0, z)
-        exists = xp.expand_dims(~ignored, axis=-1)
+        z = xp.where(xp.expand_dims(ignored, axis=axis), 0.0, z)
+        exists = xp.expand_dims(~ignored, axis=axis)
         keep = exists if where is None else xp.logical_and(where, exists)
-    return Distribution(z, where, ignored, keep, counts)
+    return Distribution(z, axis, where, ignored, keep, counts)
 
 
 def class_index(xp: Namespace, like: Array, operands: Operands, options: Options) -> ClassIndex:
-    """w_t for the class t of each example. An index out of range makes its weight, and so the loss, NaN."""
-    targets, weight, _, sample_weight, _, _ = operands
+    """`w_y (1 - ε)` for the class y of an example, and `w_c ε/K` for all, K the classes of the example.
+
+    A class index out of range, or of a masked class, makes the weight of its example, and so the loss, NaN.
+    """
+    targets, weight, _, sample_weight, where, _ = operands
+    (axis,) = options.axes
+    smoothing = _smoothing(xp, like, operands, options)
     targets = xp.as_index(targets, like)
     ignored = None if options.ignore_index is None else targets == options.ignore_index
     # If not looked for here, IndexError or a loss that is not finite shows it (blocks.run).
-    out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, -1))
+    out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, axis))
     # 0 in place of what cannot be looked up; an ignored index in range can.
     no_class = ignored if out_of_range is None else out_of_range
     index = targets if no_class is None else xp.where(no_class, 0, targets)
+    position = xp.position(like, index, axis)
+    if where is not None:
+        if out_of_range is not None:
+            kept = xp.take_along_axis(xp.astype(where, like.dtype), position, axis)
+            out_of_range = xp.logical_or(out_of_range, kept == 0)
+        empty = ~xp.any(where, axis=axis)
+        ignored = empty if ignored is None else xp.logical_or(ignored, empty)
 
-    total = None
+    of_y = None
     if weight is not None:
-        total = xp.take(xp.astype(weight, like.dtype, copy=False), index)
-    if sample_weight is not None:
-        sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
-        total = sample_weight if total is None else total * sample_weight
+        weight = xp.astype(weight, like.dtype, copy=False)
+        of_y, weight = xp.take(weight, index), along(xp, weight, axis)
+    example = None if sample_weight is None else xp.astype(sample_weight, like.dtype, copy=False)
     if ignored is not None:
-        total = xp.astype(~ignored, like.dtype) if total is None else xp.where(ignored, 0.0, total)
-    counts = total
+        example = xp.astype(~ignored, like.dtype) if example is None else xp.where(ignored, 0.0, example)
+    counts = example if of_y is None else of_y if example is None else of_y * example
     if out_of_range is not None:
         if weight is not None:
             counts = xp.where(out_of_range, 0.0, counts)
         out_of_range = out_of_range if ignored is None else xp.logical_and(out_of_range, ~ignored)
-        total = xp.where(out_of_range, math.nan, xp.astype(~out_of_range, like.dtype) if total is None else total)
-    keep = None if ignored is None else xp.expand_dims(~ignored, axis=-1)
-    return ClassIndex(xp.position(like, index), total, keep, counts)
+        example = xp.where(out_of_range, math.nan, xp.astype(~out_of_range, like.dtype) if example is None else example)
+    uniform = uniform_y = None
+    if smoothing is None:
+        of_y, example = (example if of_y is None else of_y if example is None else of_y * example), None
+    else:
+        uniform, uniform_y = _uniform(xp, like, smoothing, weight, of_y, where, axis)
+        of_y = (1 - smoothing) * (xp.ones_like(index, dtype=like.dtype) if of_y is None else of_y)
+    keep = where
+    if ignored is not None:
+        exists = xp.expand_dims(~ignored, axis=axis)
+        keep = exists if where is None else xp.logical_and(where, exists)
+    return ClassIndex(position, axis, of_y, uniform, uniform_y, example, where, ignored, keep, counts)
+
+
+def _uniform(
+    xp: Namespace,
+    like: Array,
+    smoothing: Any,
+    weight: Array | None,
+    of_y: Array | None,
+    where: Array | None,
+    axis: int,
+) -> tuple[Any, Any]:
+    """`w_c ε/K` for all classes, and for the class y."""
+    if where is None:
+        share = smoothing / lengths.count(xp, like, (axis,))
+        return (share, share) if weight is None else (share * weight, share * of_y)
+    k = xp.sum(xp.astype(where, like.dtype), axis=axis)
+    share = smoothing / xp.where(k == 0, 1.0, k)
+    uniform = xp.where(where, xp.expand_dims(share, axis=axis), 0.0)
+    return (uniform, share) if weight is None else (xp.weigh(uniform, weight), share * of_y)
+
+
+def along(xp: Namespace, vector: Array, axis: int) -> Array:
+    """One number for each class, with axes of length 1 behind the class axis, to broadcast to the logits."""
+    for _ in range(-1 - axis):
+        vector = xp.expand_dims(vector, axis=-1)
+    return vector
 
 
 def _like(xp: Namespace, array: Array | None, like: Array) -> Array | None:

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     reduction: str
     axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for elementwise losses
     indices: bool = False  # the targets are class indices, not a distribution
+    binary: bool = False  # the targets are known to be 0 or 1, of an elementwise loss
     ignore_index: int | None = None
     label_smoothing: float | None = None  # None: none, or an operand
     eps: float = 0.0
@@ -50,7 +51,9 @@ class Form(NamedTuple):
     hessian: Formula | None = None  # its diagonal
     scale: Formula | None = None  # kept apart, so that a row is multiplied once: by this, cotangent and divisor
     needs: str = ""  # an optional group of functions: "autodiff", "sigmoid" or "softmax"
-    of_one_class: bool = False  # for class indices alone, with neither smoothing nor masked classes
+    of_labels: bool = False  # for targets that are 0 or 1 alone
+    of_indices: bool = False  # for class indices alone
+    of_one_class: bool = False  # for class indices with neither smoothing nor masked classes
 
 
 class Loss(NamedTuple):
