@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import formulas
 from ..backend import Array
-from ..formulas import Divisor, Loss, Namespace, Operands, Options
+from ..formulas import Loss, Namespace, Operands, Options
 
 # The C library gives memory from 128 kB up back to the system when it is freed, and the system clears it each time that
 # it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc reuses it.
@@ -91,10 +91,8 @@ class Call(NamedTuple):
         if self.options.reduction == "mean" and chosen:
             counts = self.each(formulas.counts, lambda _, count: None if count is None else float(count))
         if counts[0] is None:
-            divisor = formulas.counted(xp, self.loss, self.options, whole)
-        else:
-            divisor = Divisor(None, xp.asarray(_added(counts), dtype=_working(xp, whole)))
-        return formulas.mean(xp, total, divisor)
+            return total / formulas.counted(xp, self.loss, self.options, whole)
+        return total / formulas.or_infinity(xp, xp.asarray(_added(counts), dtype=_working(xp, whole)))
 
     def summed(self, values: list[float], whole: Array) -> Array:
         """The reduced loss, of the sums of the blocks: Python floats, as small arrays would fragment the memory."""

@@ -25,10 +25,8 @@ def _empty(shape: tuple[int, ...], like: Array) -> Array:
 
 
 def _are_labels(z: Array) -> bool:
-    if z.numel() < 1 << 13:  # it takes as long as it saves
-        return False
-    low, high = torch.aminmax(z)
-    return low.item() >= 0 and high.item() <= 1 and torch.frac(z).sum().item() == 0
+    """Whether z is z², to the last digit; not worth the look if there are few."""
+    return z.numel() >= 1 << 13 and torch.addcmul(z, z, z, value=-1).abs_().amax().item() == 0
 
 
 blockwise = blocks.Blockwise(
@@ -47,24 +45,15 @@ ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
 
 class _Loss(torch.autograd.Function):
-    """Of a reduced loss, forward computes the gradient too: the exponentials are the same, and backward needs it soon.
-
-    Else a small array's is computed but for the cotangent; a large one's, and that of half precision, in backward.
-    """
+    """Where that saves time, forward computes the gradient too: the exponentials are the same, and it is needed soon."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Loss, options: Options, x: Array, *operands: Any) -> Array:
-        given, ctx.gradient, ctx.unscaled = Operands(*operands), None, None
-        masked = given.where is not None or options.ignore_index is not None
-        if _on_cpu(x) and options.reduction != "none" and not options.half:
-            (value, ctx.gradient), ctx.xp = _run(formulas.value_and_gradient, loss, options, x, given)
-        elif masked or x.numel() >= blockwise.large or not _on_cpu(x):
-            value, ctx.xp = _run(formulas.value, loss, options, x, given)
+    def forward(ctx: Any, loss: Loss, options: Options, operands: Operands, x: Array) -> Array:
+        ctx.loss, ctx.options, ctx.gradient = loss, options, None
+        if options.half or (options.reduction == "none" and not _is_light(options, x, operands)) or _is_sharded(x):
+            value, ctx.xp = _run(formulas.value, loss, options, x, operands)
         else:
-            (value, ctx.unscaled, ctx.divisor), ctx.xp = _run(
-                formulas.value_and_unscaled_gradient, loss, options, x, given
-            )
-        ctx.loss, ctx.options = loss, options
+            (value, ctx.gradient), ctx.xp = _run(formulas.value_and_gradient, loss, options, x, operands)
         ctx.save_for_backward(x, *operands)
         return value
 
@@ -76,20 +65,35 @@ class _Loss(torch.autograd.Function):
             gradient = formulas.gradient(_space(x, autodiff=True), *call)
             # A function of x even where it is constant: its derivative is 0, not missing.
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
-        elif not _on_cpu(x) or internals.is_batched(cotangent):
-            gradient = formulas.gradient(_space(x), *call)
-        elif ctx.gradient is not None and math.isfinite(scale := cotangent.item()):
+        elif internals.is_batched(cotangent):
+            gradient = formulas.gradient(standard, *call)
+        elif ctx.gradient is not None and (scale := _scale(ctx.loss, ctx.options, cotangent)) is not None:
             gradient, ctx.gradient = ctx.gradient, None  # given away: a second backward computes it again
-            if scale != 1:
+            if scale is not ONE:
                 gradient.mul_(scale)
-        elif ctx.unscaled is not None:
-            found, ctx.unscaled = ctx.unscaled, None
-            scale = eager.astype(cotangent, found.array.dtype)
-            found.array.mul_(formulas.factor(eager, ctx.loss, ctx.options, found, scale, ctx.divisor))
-            gradient = eager.astype(found.array, x.dtype)
-        else:
+        elif _on_cpu(x):
             gradient = blocks.gradient(blockwise, ctx.xp, *call)
-        return None, None, gradient, *(None for _ in operands)
+        else:
+            gradient = formulas.gradient(_space(x), *call)
+        return None, None, None, gradient
+
+
+ONE = 1.0
+
+
+def _is_light(options: Options, x: Array, operands: Operands) -> bool:
+    """Whether a gradient can wait for the cotangents of all losses: small, and 0 nowhere whatever they are."""
+    return operands.where is None and options.ignore_index is None and x.numel() < blockwise.large
+
+
+def _scale(loss: Loss, options: Options, cotangent: Array) -> Any:
+    """What a gradient that does not have it yet is multiplied by; None: compute it again, where the mask is not lost."""
+    if options.reduction == "none":
+        return cotangent.unsqueeze(options.axes[0]) if loss.per_example else cotangent
+    if cotangent.device.type != "cpu":
+        return cotangent  # to read it would wait for the device
+    scale = cotangent.item()
+    return ONE if scale == 1 else scale if math.isfinite(scale) else None
 
 
 class _TracedLoss(torch.autograd.Function):
@@ -163,7 +167,7 @@ class TorchBackend(Backend):
     def cache_key(self, x: Array, targets: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):
             return None
-        if x.is_nested or targets.is_nested or torch.jit.is_tracing() or x.device != targets.device:
+        if x.is_nested or targets.is_nested or internals.is_tracing() or x.device != targets.device:
             return None
         return x.dtype, targets.dtype, x.layout, targets.layout
 
@@ -198,15 +202,16 @@ class TorchBackend(Backend):
             raise ValueError(text) from error
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        x, options = _autocast(x, options)
-        if torch.compiler.is_compiling() and _is_only_compiled(x, operands):
+        x, options = _autocast(x, options) if options.half else (x, options)
+        compiling = torch.compiler.is_compiling()
+        if compiling and _is_only_compiled(x, operands):
             if torch.is_grad_enabled() and x.requires_grad:
                 return _TracedLoss.apply(loss, options, x, *operands)
             return formulas.value(traced, loss, options, x, operands)
-        if torch.compiler.is_compiling() or not _is_ordinary(x, operands):
+        if compiling or not _is_ordinary(x, operands):
             return formulas.value(_space(x, autodiff=True), loss, options, x, operands)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Loss.apply(loss, options, x, *operands)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Loss.apply(loss, options, operands, x)
         return _run(formulas.value, loss, options, x, operands)[0]
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
@@ -230,17 +235,14 @@ class TorchBackend(Backend):
 
 def _is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
-    return (
-        (type(x) in ORDINARY or _is_sharded(x))
-        and not internals.is_transformed()
-        and not internals.is_traced()
-        and not internals.is_overridden()
-        and not torch.jit.is_tracing()
-        and not any(
-            array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array)))
-            for array in operands
-        )
-    )
+    if not internals.is_eager():
+        return False
+    for array in (x, *operands):
+        if array is not None and type(array) not in ORDINARY and not _is_sharded(array):
+            return False
+        if array is not None and array is not x and array.requires_grad:
+            return False
+    return True
 
 
 def _is_only_compiled(x: Array, operands: tuple[Any, ...]) -> bool:

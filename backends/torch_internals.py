@@ -37,7 +37,16 @@ class Internals:
         self._function_modes = find("_C._len_torch_function_stack") or _yes
         self._function_mode_stack = find("overrides._get_current_function_mode_stack")
         self._device_context = find("utils._device.DeviceContext")
+        self.is_tracing = find("_C._is_tracing") or torch.jit.is_tracing
         self._find = find
+
+    def is_eager(self) -> bool:
+        """Whether operations run one by one, as they are called, and nothing but a tape watches."""
+        if self.is_transformed() or self.is_tracing():
+            return False
+        return not (self._dispatch_modes() and self.is_traced()) and not (
+            self._function_modes() and self.is_overridden()
+        )
 
     def is_transformed(self) -> bool:
         """Whether a transformation of torch.func or forward mode is at work."""
@@ -49,16 +58,12 @@ class Internals:
 
     def is_traced(self) -> bool:
         """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs anyway."""
-        if not self._dispatch_modes():
-            return False
         if self._dispatch_mode is None or None in self._tracing_modes:
             return True
         return any(self._dispatch_mode(mode) is not None for mode in self._tracing_modes)
 
     def is_overridden(self) -> bool:
         """Whether a function mode may change what runs. A default device is a function mode too, and does not."""
-        if not self._function_modes():
-            return False
         if self._function_mode_stack is None or self._device_context is None:
             return True
         return any(type(mode) is not self._device_context for mode in self._function_mode_stack())

@@ -98,6 +98,12 @@ class Namespace(Protocol):
     def weigh(self, weight: Array, size: Array, /) -> Array:
         """weight · size, and 0 where an infinite size has weight 0."""
 
+    def masked(self, x: Array, keep: Array, fill: float, /) -> Array:
+        """x, and `fill`, which is not more, where it is masked."""
+
+    def sign_of_label(self, z: Array, /) -> Array:
+        """1 for the label 0, -1 for the label 1."""
+
     def classes(self, x: Array, axis: int, /) -> Array:
         """The classes of x: 0, 1, … along the axis, to broadcast to x."""
 
@@ -178,6 +184,12 @@ class Extended:
 
     def weigh(self, weight: Array, size: Array) -> Array:
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
+
+    def masked(self, x: Array, keep: Array, fill: float) -> Array:
+        return self.where(keep, x, fill)
+
+    def sign_of_label(self, z: Array) -> Array:
+        return 1 - 2 * z
 
     def classes(self, x: Array, axis: int) -> Array:
         numbers = self.arange(self.extent(x, axis), device=getattr(x, "device", None))

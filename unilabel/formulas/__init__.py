@@ -13,26 +13,22 @@ A loss has several forms of these (types.py): for any namespace, for autodiff, w
 from ..namespace import Array, Namespace
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
-    Divisor,
     activation,
     counted,
     counts,
-    factor,
     gradient,
     gradient_and_hessian,
     jvp,
-    mean,
+    or_infinity,
     unreduced_gradient,
     value,
     value_and_gradient,
-    value_and_unscaled_gradient,
 )
 from .softmax import log_softmax, softmax
 from .types import Form, Loss, Operands, Options
 
 __all__ = [
     "Array",
-    "Divisor",
     "Form",
     "Loss",
     "Namespace",
@@ -41,17 +37,15 @@ __all__ = [
     "activation",
     "counted",
     "counts",
-    "factor",
     "gradient",
     "gradient_and_hessian",
     "jvp",
     "log_sigmoid",
     "log_softmax",
-    "mean",
+    "or_infinity",
     "sigmoid",
     "softmax",
     "unreduced_gradient",
     "value",
     "value_and_gradient",
-    "value_and_unscaled_gradient",
 ]

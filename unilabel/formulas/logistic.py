@@ -124,8 +124,8 @@ def label_value(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
 
 def label_gradient(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
     p = xp.sigmoid(t.u)
-    p = p if weights.total is None else p * weights.total
-    return (p if weights.other is None else p - weights.other) * weights.sign
+    p = p if weights.total is None else xp.scale(p, weights.total)
+    return xp.scale(p if weights.other is None else p - weights.other, weights.sign)
 
 
 LOGISTIC = Loss(

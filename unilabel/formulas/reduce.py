@@ -5,6 +5,7 @@ Examples meet only in the final sum, so that a backend may run all of this on wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,27 +15,13 @@ from .targets import TargetWeights
 from .types import Form, Loss, Operands, Options
 
 
-class Divisor(NamedTuple):
-    """The divisor of a mean: the number of losses, 1 for none; or the sum of their weights, an array."""
-
-    count: Any
-    weight: Array | None = None
-
-
-class Gradient(NamedTuple):
-    """The gradient of each loss with respect to its own logits, but for the scale of its example (None: 1)."""
-
-    array: Array
-    scale: Array | None = None
-
-
 class Prepared(NamedTuple):
     """A call with its weights and terms computed."""
 
     form: Form
     weights: TargetWeights
     terms: Any
-    divisor: Divisor | None
+    divisor: Any  # a number or an array, infinite in place of 0; None: nothing is divided
 
 
 def _prepare(
@@ -43,7 +30,8 @@ def _prepare(
     form = form_of(xp, loss, options, operands, hessian)
     x = working(xp, options, x)
     weights = form.weights(xp, x, operands, options)
-    terms = form.terms(xp, weights.masked(xp, x, loss.fill), weights, options)
+    kept = x if weights.keep is None else weights.masked(xp, x, loss.fill)
+    terms = form.terms(xp, kept, weights, options)
     return Prepared(form, weights, terms, divisor(xp, loss, options, x, weights))
 
 
@@ -73,49 +61,40 @@ def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Opera
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
     """The cotangent of the reduced loss times its derivative with respect to the logits."""
-    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    found = _gradient(xp, form, terms, weights)
-    cotangent = xp.astype(cotangent, found.array.dtype, copy=False)
-    return xp.astype(_scaled(xp, loss, options, found, weights, cotangent, divisor), x.dtype, copy=False)
+    call = _prepare(xp, loss, options, x, operands)
+    cotangent = xp.astype(cotangent, xp.float32 if options.half else x.dtype, copy=False)
+    found = _scaled(xp, loss, options, call, call.form.gradient, cotangent)
+    # Masked here as well: the cotangent may be anything there.
+    found = found if call.weights.keep is None else xp.where(call.weights.keep, found, 0.0)
+    return xp.astype(found, x.dtype, copy=False)
 
 
 def value_and_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
     """The reduced loss and the gradient of its sum, which share the exponentials."""
-    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
-    found = _scaled(xp, loss, options, _gradient(xp, form, terms, weights), weights, None, divisor)
+    call = _prepare(xp, loss, options, x, operands)
+    total = _reduced(xp, options, call.form.value(xp, call.terms, call.weights), call.divisor)
+    found = _of_sum(xp, loss, options, call, call.form.gradient)
     return xp.astype(total, x.dtype, copy=False), xp.astype(found, x.dtype, copy=False)
-
-
-def value_and_unscaled_gradient(
-    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
-) -> tuple[Array, Gradient, Divisor | None]:
-    """The reduced loss, and its gradient before it is multiplied by `factor`; nothing may be masked."""
-    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    total = _reduced(xp, options, form.value(xp, terms, weights), divisor)
-    return xp.astype(total, x.dtype, copy=False), _gradient(xp, form, terms, weights), divisor
 
 
 def gradient_and_hessian(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
     """The gradient of the sum of the losses with respect to the logits, and the diagonal of its Hessian."""
-    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands, hessian=True)
-    assert form.hessian is not None
+    call = _prepare(xp, loss, options, x, operands, hessian=True)
+    assert call.form.hessian is not None
     first, second = (
-        _scaled(xp, loss, options, Gradient(derivative(xp, terms, weights)), weights, None, divisor)
-        for derivative in (form.gradient, form.hessian)
+        _of_sum(xp, loss, options, call, derivative) for derivative in (call.form.gradient, call.form.hessian)
     )
     return xp.astype(first, x.dtype, copy=False), xp.astype(second, x.dtype, copy=False)
 
 
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
-    form, weights, terms, _ = _prepare(xp, loss, options, x, operands)
-    array, scale = _gradient(xp, form, terms, weights)
-    return array if scale is None else array * xp.expand_dims(scale, axis=options.axes[0])
+    call = _prepare(xp, loss, options._replace(reduction="sum"), x, operands)
+    return _scaled(xp, loss, options, call, call.form.gradient, None)
 
 
 def jvp(
@@ -137,7 +116,7 @@ def counts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Oper
 
 def _weights(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
-) -> tuple[TargetWeights, Divisor | None]:
+) -> tuple[TargetWeights, Any]:
     x = working(xp, options, x)
     weights = form_of(xp, loss, options, operands).weights(xp, x, operands, options)
     return weights, divisor(xp, loss, options, x, weights)
@@ -146,69 +125,55 @@ def _weights(
 # --- Reductions -------------------------------------------------------------------------------------------------------
 
 
-def _reduced(xp: Namespace, options: Options, values: Array, divisor: Divisor | None) -> Array:
+def _reduced(xp: Namespace, options: Options, values: Array, divisor: Any) -> Array:
     if options.reduction == "none":
         return values
-    return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)
+    return xp.sum(values) if divisor is None else xp.sum(values) / divisor
 
 
-def divisor(xp: Namespace, loss: Loss, options: Options, x: Array, weights: TargetWeights) -> Divisor | None:
+def divisor(xp: Namespace, loss: Loss, options: Options, x: Array, weights: TargetWeights) -> Any:
     """What the reduction divides by; None if it does not divide."""
     if options.reduction not in ("mean", "batchmean"):
         return None
     if options.reduction == "mean" and weights.counts is not None:
-        return Divisor(None, xp.sum(weights.counts))
+        return or_infinity(xp, xp.sum(weights.counts))
     return counted(xp, loss, options, x)
 
 
-def counted(xp: Namespace, loss: Loss, options: Options, x: Array) -> Divisor:
-    """The number of all examples, or for the mean of an elementwise loss of all elements."""
+def or_infinity(xp: Namespace, weight: Array) -> Array:
+    """The sum of the weights as a divisor: where nothing takes part, the mean is 0, or NaN if the sum of the losses is."""
+    return xp.where(weight == 0, math.inf, weight)
+
+
+def counted(xp: Namespace, loss: Loss, options: Options, x: Array) -> Any:
+    """The number of all examples, or for the mean of an elementwise loss of all elements; 1 for none."""
     of_one = options.axes if loss.per_example or options.reduction == "batchmean" else ()
-    return Divisor(lengths.count(xp, x, [axis for axis in range(-x.ndim, 0) if axis not in of_one]))
-
-
-def mean(xp: Namespace, total: Any, divisor: Divisor) -> Any:
-    """total / divisor, and 0 where nothing takes part (NaN if the total is)."""
-    if divisor.weight is None:
-        return total / divisor.count
-    nothing = divisor.weight == 0
-    return xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor.weight))
+    return lengths.count(xp, x, [axis for axis in range(-x.ndim, 0) if axis not in of_one])
 
 
 # --- From the gradient of each loss to that of all --------------------------------------------------------------------
 
 
-def _gradient(xp: Namespace, form: Form, terms: Any, weights: TargetWeights) -> Gradient:
-    return Gradient(form.gradient(xp, terms, weights), None if form.scale is None else form.scale(xp, terms, weights))
-
-
-def factor(
-    xp: Namespace, loss: Loss, options: Options, found: Gradient, cotangent: Array | None, divisor: Divisor | None
-) -> Any:
-    """What to multiply a gradient by: scale · cotangent / divisor, a missing one being 1; None if all are missing."""
-    scale = cotangent
-    if divisor is not None:
-        scale = mean(xp, 1.0 if scale is None else scale, divisor)
-    if found.scale is not None:
-        scale = found.scale if scale is None else found.scale * scale
-    elif scale is None or not (loss.per_example and options.reduction == "none"):
-        return scale
-    return xp.expand_dims(scale, axis=options.axes[0])
-
-
 def _scaled(
-    xp: Namespace,
-    loss: Loss,
-    options: Options,
-    found: Gradient,
-    weights: TargetWeights,
-    cotangent: Array | None,
-    divisor: Divisor | None,
+    xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Formula, cotangent: Array | None
 ) -> Array:
-    scale = factor(xp, loss, options, found, cotangent, divisor)
-    scaled = found.array if scale is None else xp.scale(found.array, scale)
-    # Masked here as well: the cotangent may be anything there.
-    return scaled if weights.keep is None else xp.where(weights.keep, scaled, 0.0)
+    """The derivative of each loss times scale · cotangent / divisor, a missing one being 1."""
+    form, weights, terms, divisor = call
+    array = derivative(xp, terms, weights)
+    factor = cotangent if divisor is None else (1.0 if cotangent is None else cotangent) / divisor
+    if form.scale is not None:
+        factor = form.scale(xp, terms, weights, factor)
+    elif factor is None:
+        return array
+    elif not (loss.per_example and options.reduction == "none"):
+        return xp.scale(array, factor)
+    return xp.scale(array, xp.expand_dims(factor, axis=options.axes[0]))
+
+
+def _of_sum(xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Formula) -> Array:
+    """The derivative of the reduced loss, 0 where it is masked. (Where all is finite, a weight of 0 sees to that.)"""
+    found, keep = _scaled(xp, loss, options, call, derivative, None), call.weights.keep
+    return found if keep is None or xp.assume_finite else xp.where(keep, found, 0.0)
 
 
 def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:

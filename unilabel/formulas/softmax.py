@@ -253,10 +253,12 @@ def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weigh
     return xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
 
 
-def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
+def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
     # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
-    factor = weights.weight if weights.uniform is None else weights.example
-    return (1 if factor is None else factor) / (t.rest + t.e_y)
+    example = weights.weight if weights.uniform is None else weights.example
+    if factor is None or example is not None:
+        factor = (1.0 if factor is None else factor) * (1.0 if example is None else example)
+    return factor / (t.rest + t.e_y)
 
 
 SOFTMAX = Loss(

@@ -23,8 +23,8 @@ class Elementwise(NamedTuple):
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        """x, with `fill` where it is masked."""
-        return x if self.keep is None else xp.where(self.keep, x, fill)
+        """x, with `fill` where it is masked; as it is if it is finite there, as its weight is 0."""
+        return x if xp.assume_finite else xp.where(self.keep, x, fill)
 
 
 class Distribution(NamedTuple):
@@ -38,7 +38,7 @@ class Distribution(NamedTuple):
     counts: Array | None  # what each example adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        x = x if self.where is None else xp.where(self.where, x, fill)
+        x = x if self.where is None else xp.masked(x, self.where, fill)
         return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
@@ -60,7 +60,7 @@ class ClassIndex(NamedTuple):
     counts: Array | None
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        x = x if self.where is None else xp.where(self.where, x, fill)
+        x = x if self.where is None else xp.masked(x, self.where, fill)
         if self.ignored is None or xp.assume_finite:
             return x
         return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
@@ -76,7 +76,7 @@ class Labels(NamedTuple):
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        return x if self.keep is None else xp.where(self.keep, x, fill)
+        return x if xp.assume_finite else xp.where(self.keep, x, fill)
 
 
 TargetWeights = Labels | Elementwise | Distribution | ClassIndex
@@ -84,15 +84,8 @@ TargetWeights = Labels | Elementwise | Distribution | ClassIndex
 
 def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
     """`negative = w (1 - z)` and `positive = w · pos_weight · z`, where smoothing makes z (1 - ε) + ε/2 of z."""
-    z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
-    weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
-    keep, counts = operands.where, None
-    if keep is not None:
-        # Masked before the arithmetic: a masked NaN must not reach a derivative either.
-        counts = xp.where(keep, xp.ones_like(like), 0.0)
-        z = xp.where(keep, z, 0.0)
-        weight = counts if weight is None else xp.where(keep, weight, 0.0)
-        pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    z, weight, pos_weight, counts = _each(xp, like, operands)
+    keep, smoothing = operands.where, _smoothing(xp, like, operands, options)
     if weight is None and pos_weight is None and smoothing is None:
         return Elementwise(None, z, None, keep, counts)
     negative, positive = 1 - z, z
@@ -109,26 +102,41 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
 
 def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> Labels:
     """`w`, and with the label 1 `w · pos_weight`. With smoothing the two labels have 1 - ε/2 and ε/2 of theirs."""
-    z, smoothing = xp.astype(operands.targets, like.dtype, copy=False), _smoothing(xp, like, operands, options)
-    weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
-    keep, counts = operands.where, None
-    if keep is not None:
-        z = xp.where(keep, z, 0.0)
-        counts = xp.where(keep, xp.ones_like(like), 0.0)
-        weight = counts if weight is None else xp.where(keep, weight, 0.0)
-        pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    z, weight, pos_weight, counts = _each(xp, like, operands)
+    keep, smoothing = operands.where, _smoothing(xp, like, operands, options)
     total = other = None
     if pos_weight is not None:
-        total, other = xp.where(z > 0, pos_weight, 1.0), xp.where(z > 0, 1.0, pos_weight)
+        total = _by_label(xp, z, xp.ones_like(pos_weight), pos_weight)
     if smoothing is not None:
-        other = smoothing / 2 * (1.0 if other is None else other)
-        total = None if total is None else total * (1 - smoothing / 2) + other
-    elif pos_weight is not None:
-        other = None
+        other = smoothing / 2
+        if total is not None:
+            other = other * _by_label(xp, z, pos_weight, xp.ones_like(pos_weight))
+            total = total * (1 - smoothing / 2) + other
     if weight is not None:
         total = weight if total is None else total * weight
         other = None if other is None else other * weight
-    return Labels(1 - 2 * z, total, other, keep, counts)
+    return Labels(xp.sign_of_label(z), total, other, keep, counts)
+
+
+def _by_label(xp: Namespace, z: Array, of_0: Array, of_1: Array) -> Array:
+    return xp.lerp(of_0, of_1, z) if xp.assume_finite else xp.where(z > 0, of_1, of_0)
+
+
+def _each(xp: Namespace, like: Array, operands: Operands) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Targets, weight, pos_weight of each element, and what it counts in the mean, with the mask."""
+    z = xp.astype(operands.targets, like.dtype, copy=False)
+    weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
+    keep = operands.where
+    if keep is None:
+        return z, weight, pos_weight, None
+    if xp.assume_finite and lengths.same(keep.shape, like.shape):
+        counts = xp.astype(keep, like.dtype)
+        return z, counts if weight is None else weight * counts, pos_weight, counts
+    # Masked before the arithmetic: a masked NaN must not reach a derivative either.
+    counts = xp.where(keep, xp.ones_like(like), 0.0)
+    weight = counts if weight is None else xp.where(keep, weight, 0.0)
+    pos_weight = None if pos_weight is None else xp.where(keep, pos_weight, 1.0)
+    return xp.where(keep, z, 0.0), weight, pos_weight, counts
 
 
 def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
