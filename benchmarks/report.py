@@ -19,8 +19,8 @@ def header(found: Record) -> str:
     capability = f", PyTorch by {found['capability']}" if found["capability"] else ""
     busy = ", all of them busy" if found["busy"] else ""
     settings = "".join(f", {name}={value}" for name, value in found["thread_settings"].items())
-    where = f"{found['cpu']}, {found['cores']} cores{busy} (load {found['load']:.1f}){capability}{settings}, {found['platform']}"
-    return f"{versions}\n{where}, seed {found['seed']}"
+    where = f"{found['cpu']}, {found['cores']} cores{busy} (load {found['load']:.1f}){capability}{settings}"
+    return f"{versions}\n{where}, {found['platform']}, seed {found['seed']}"
 
 
 def show(console: Console, found: Record) -> None:
