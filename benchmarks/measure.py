@@ -120,19 +120,19 @@ def spinning(busy: bool) -> Iterator[None]:
 
 def option(setup: Setup, name: str, shape: options.Shape, seconds: float, busy: bool = False) -> Record:
     """unilabel's time over that of what users write, with one option."""
-    steps = options.BUILD[setup.backend](name, shape, setup.seed)
+    steps = options.build(setup, name, shape)
     with spinning(busy):
         ours, peer = side_by_side(*steps, seconds)
     ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
-    limit = options.bound(name, shape)
+    limit = options.bound(setup, name, shape)
     return {
-        "backend": setup.backend,
+        **setup._asdict(),
         "option": name,
         "shape": str(shape),
         "busy": busy,
         "ratio": {"min": ratios[0], "median": median(ratios), "max": ratios[-1]},
         "bound": limit,
-        "passed": median(ratios) <= limit,
+        "passed": None if limit is None else median(ratios) <= limit,
         "ours_ms": median(ours) * 1e3,
         "peer_ms": median(peer) * 1e3,
         "rounds": len(ratios),

@@ -93,10 +93,10 @@ def _options(rows: list[Record]) -> list[tuple[str, dict[str, Any], list[list[st
         cells: dict[str, dict[str, str]] = {}
         for row in mine:
             cells.setdefault(row["option"], {})[row["shape"]] = (
-                f"{row['ratio']['median']:.2f} / {row['bound']:.1f} {_mark(row)}"
+                f"{row['ratio']['median']:.2f} / {_limit(row)} {_mark(row)}"
             )
         lines = [[option, *(of.get(shape, "") for shape in shapes)] for option, of in cells.items()]
-        title = f"Options: time of value and gradient, unilabel / peer, and its bound, {backend}"
+        title = f"Options: time of value and gradient, unilabel / peer, and its bound, {backend} {mine[0]['mode']}"
         tables.append((title, {"option": "left"} | dict.fromkeys(shapes, "right"), lines))
     return tables
 
@@ -106,11 +106,14 @@ def _run(row: Record) -> list[str]:
 
 
 def _speed(row: Record) -> list[str]:
-    limit = "–" if row["bound"] is None else f"{row['bound']:.2f}"
     ratios = [f"{row['ratio'][name]:.2f}" for name in ("min", "median", "max")]
     return [
-        *ratios, limit, _mark(row), f"{row['ours_ns']:.3g}", f"{row['peer_ns']:.3g}", f"{row['copy_share']:.1%}",
+        *ratios, _limit(row), _mark(row), f"{row['ours_ns']:.3g}", f"{row['peer_ns']:.3g}", f"{row['copy_share']:.1%}",
     ]  # fmt: skip
+
+
+def _limit(row: Record) -> str:
+    return "–" if row["bound"] is None else f"{row['bound']:.2f}"
 
 
 def _mark(row: Record) -> str:

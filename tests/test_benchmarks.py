@@ -122,17 +122,34 @@ def test_the_command_prints_a_table_and_writes_what_it_found(tmp_path):
         assert f"{row['loss']} {row['rows']}x{row['classes']}" in done.stdout
 
 
+def assert_same_with(option, shape, setup):
+    ours, peer = options.build(setup, option, shape)
+    (value, gradient), (their_value, their_gradient) = (numbers(setup, step()) for step in (ours, peer))
+    assert gradient.shape == their_gradient.shape == shape.shape
+    np.testing.assert_allclose(value, their_value, rtol=1e-5)
+    np.testing.assert_allclose(gradient, their_gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", options.QUICK, ids=str)
 @pytest.mark.parametrize("option", options.OPTIONS)
-def test_with_an_option_both_sides_compute_the_same(option, shape):
-    for backend, build_option in options.BUILD.items():
-        ours, peer = build_option(option, shape, 0)
-        (value, gradient), (their_value, their_gradient) = (
-            numbers(Setup(backend, "eager"), step()) for step in (ours, peer)
-        )
-        assert gradient.shape == shape.shape
-        np.testing.assert_allclose(value, their_value, rtol=1e-5)
-        np.testing.assert_allclose(gradient, their_gradient, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("backend", subjects.MODES)
+def test_with_an_option_both_sides_compute_the_same(backend, option, shape):
+    assert_same_with(option, shape, Setup(backend, subjects.MODES[backend][0]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("option", ["weight, smoothing", "where", "multilabel, pos_weight"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+def test_with_an_option_compiled_too(backend, option):
+    assert_same_with(option, options.QUICK[1], Setup(backend, "compiled"))
+
+
+def test_a_bound_for_each_option():
+    compiled, first, other = Setup("torch", "compiled"), *options.SHAPES[:2]
+    assert options.bound(Setup("torch", "eager"), "indices", first) == 2.0
+    assert options.bound(Setup("torch", "eager"), "indices", other) == 1.0
+    assert options.bound(compiled, "indices", first) == options.bound(Setup("numpy", "eager"), "nll", other) == 1.2
+    assert options.bound(Setup("torch", "eager", device="cuda"), "indices", first) is None
 
 
 def test_others_spin_beside_what_is_timed_on_busy_cores():
@@ -153,11 +170,27 @@ def children():
 
 @pytest.mark.full
 def test_the_options_are_measured(tmp_path):
-    done = run("--backend", "torch", "--options", "--busy", "--json", tmp_path / "found.json")
+    done = run("--backend", "numpy", "--backend", "torch", "--options", "--busy", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["options"]) == len(options.OPTIONS) * len(options.QUICK)
+    assert [row["backend"] for row in found["options"]] == [
+        backend for backend in ("numpy", "torch") for _ in range(len(options.OPTIONS) * len(options.QUICK))
+    ]
     assert "all of them busy" in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "chosen", [*(["--backend", name] for name in subjects.MODES), ["--backend", "torch", "--compiled"]], ids=" ".join
+)
+def test_a_single_option_is_measured(chosen, tmp_path):
+    chosen = [*chosen, "--options", "--option", "smoothing", "--shape", "64x1000", "--json", tmp_path / "found.json"]
+    done = run(*chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "found.json").read_text())["options"]
+    assert (row["option"], row["shape"], row["bound"]) == (
+        "smoothing", "64x1000", 1.0 if (row["backend"], row["mode"]) == ("torch", "eager") else 1.2,
+    )  # fmt: skip
 
 
 @pytest.mark.full
@@ -165,7 +198,8 @@ def test_the_other_measurements_run(tmp_path):
     done = run("--backend", "numpy", "--memory", "--growth", "--import", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {kind: len(found[kind]) for kind in ("speed", "options", "memory", "growth", "import", "first_call")} == {
+    kinds = ("speed", "options", "memory", "growth", "import", "first_call")
+    assert {kind: len(found[kind]) for kind in kinds} == {
         "speed": 0, "options": 0, "memory": 2, "growth": 2, "import": 1, "first_call": 1,
     }  # fmt: skip
 
@@ -176,6 +210,10 @@ def test_the_other_measurements_run(tmp_path):
         (("--backend", "numpy", "--compiled"), "NumPy compiles nothing"),
         (("--memory", "--plot", "ratios.png"), "--plot draws times"),
         (("--memory", "--device", "cuda"), "expected --device cpu"),
+        (("--options", "--option", "smoothness"), "is not one of 'indices', 'ignore_index'"),
+        (("--options", "--shape", "64x1001"), "is not one of '8x10', '64x1000'"),
+        (("--shape", "64x1000"), "expected --options too"),
+        (("--options", "--dtype", "bfloat16"), "in float32"),
     ],
 )
 def test_a_wrong_call(arguments, said):
