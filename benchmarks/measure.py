@@ -273,6 +273,25 @@ def growth(setup: Setup, loss: str, sizes: list[int], seconds: float) -> Record:
     }
 
 
+# --- Traffic ----------------------------------------------------------------------------------------------------------
+
+
+def traffic(option: str) -> Record:
+    """What PyTorch's kernels move, in arrays of the logits' size, and how many there are: ours and the peer's."""
+    from . import traffic as of
+
+    ours, peer = of.count(option)
+    array = 4 * of.ROWS * of.CLASSES
+    ratio, kernel_ratio = ours.bytes / peer.bytes, ours.kernels / peer.kernels
+    return {
+        "option": option, "rows": of.ROWS, "classes": of.CLASSES,
+        "ours": ours.bytes / array, "peer": peer.bytes / array, "ratio": ratio, "bound": of.BOUNDS[option],
+        "ours_kernels": ours.kernels, "peer_kernels": peer.kernels,
+        "kernel_ratio": kernel_ratio, "kernel_bound": of.KERNELS,
+        "passed": ratio <= of.BOUNDS[option], "kernels_passed": kernel_ratio <= of.KERNELS,
+    }  # fmt: skip
+
+
 # --- Imports and first calls ------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What is measured with --options: each option of the losses, beside what users write for it.
+"""What is measured with --options and --traffic: each option of the losses, beside what users write for it.
 
 The functions are named by option. Their parameters are named as the fields of Inputs that they are called with, and
 they return the mean loss, which is differentiated by the first; NumPy's return the gradient too.

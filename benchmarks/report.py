@@ -47,6 +47,7 @@ def _tables(found: Record) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
             [_run(row) + _speed(row) for row in found["speed"]],
         ),
         *_options(found["options"]),
+        *_traffic(found["traffic"]),
         (
             "Peak of memory above the inputs, value and gradient, times the gradient's size",
             run | dict.fromkeys(("unilabel", "peer", "bound", ""), "right"),
@@ -99,6 +100,24 @@ def _options(rows: list[Record]) -> list[tuple[str, dict[str, Any], list[list[st
         title = f"Options: time of value and gradient, unilabel / peer, and its bound, {backend} {mine[0]['mode']}"
         tables.append((title, {"option": "left"} | dict.fromkeys(shapes, "right"), lines))
     return tables
+
+
+def _traffic(rows: list[Record]) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
+    """One table of the bytes, in arrays, and of the kernels."""
+    if not rows:
+        return []
+    size = f"{rows[0]['rows']}x{rows[0]['classes']}"
+    columns = ("arrays", "peer's", "ratio", "bound", "", "kernels", "peer's ", "ratio ", "bound ", " ")
+    lines = [
+        [
+            row["option"], f"{row['ours']:.2f}", f"{row['peer']:.2f}", f"{row['ratio']:.2f}", _limit(row), _mark(row),
+            str(row["ours_kernels"]), str(row["peer_kernels"]), f"{row['kernel_ratio']:.2f}",
+            f"{row['kernel_bound']:.2f}", "✓" if row["kernels_passed"] else "✗",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    title = f"Traffic of value and gradient, eager PyTorch away from the CPU, in arrays as large as the logits, {size}"
+    return [(title, {"case": "left"} | dict.fromkeys(columns, "right"), lines)]
 
 
 def _run(row: Record) -> list[str]:
