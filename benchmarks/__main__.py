@@ -31,6 +31,8 @@ Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of r
 @click.option("--forward", is_flag=True, help="The loss alone, without its gradient.")
 @click.option("--compiled", is_flag=True, help="By torch.compile, jax.jit, XLA: the peer too.")
 @click.option("--options", is_flag=True, help="Each option of the losses, by shape, beside what users write for it.")
+@click.option("--option", "named", multiple=True, type=click.Choice(option_cases.OPTIONS), help="Of --options: these.")
+@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(option_cases.BY_NAME)), help="The same.")
 @click.option("--busy", is_flag=True, help="Beside one spinning process a core, as a data loader is.")
 @click.option("--large", is_flag=True, help="8192x32000 and 4096x128000, float32 and bfloat16: for GPUs.")
 @click.option("--memory", is_flag=True, help="Not time: the peak of memory, each in a process of its own.")
@@ -38,6 +40,7 @@ Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of r
 @click.option("--classes", default=8192, show_default=True, help="Of --memory.")
 @click.option("--growth", is_flag=True, help="Not time: ns per element from a million elements up.")
 @click.option("--largest", default=1e9, show_default=True, help="Elements of --growth, if they fit into memory.")
+@click.option("--traffic", is_flag=True, help="Not time: the bytes that eager PyTorch moves on a GPU, counted without.")
 @click.option("--import", "imports", is_flag=True, help="Not time: `import unilabel`, and the first call.")
 @click.option("--seconds", default=5.0, show_default=True, help="For each case.")
 @click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
@@ -51,6 +54,8 @@ def main(
     forward: bool,
     compiled: bool,
     options: bool,
+    named: tuple[str, ...],
+    shapes: tuple[str, ...],
     busy: bool,
     large: bool,
     memory: bool,
@@ -58,6 +63,7 @@ def main(
     classes: int,
     growth: bool,
     largest: float,
+    traffic: bool,
     imports: bool,
     seconds: float,
     seed: int,
@@ -69,16 +75,24 @@ def main(
 
     The exit code is 0 if everything could be measured, whatever the times; 1 if not; 2 for a wrong call.
     """
-    timed = not (memory or growth or imports)
+    timed = not (memory or growth or traffic or imports)
     names = _usable(backends, device, compiled)
     if forward and not timed:
-        raise click.UsageError("--forward is timed: expected no --memory, --growth or --import beside it.")
-    if plot_file is not None and not timed:
-        raise click.UsageError("--plot draws times: expected no --memory, --growth or --import beside it.")
+        raise click.UsageError("--forward is timed: expected no --memory, --growth, --traffic or --import beside it.")
+    if plot_file is not None and (options or not timed):
+        others = "--options, --memory, --growth, --traffic or --import"
+        raise click.UsageError(f"--plot draws times: expected no {others} beside it.")
     if plot_file is not None and find_spec("matplotlib") is None:
         raise click.UsageError("--plot needs matplotlib: pip install 'unilabel[bench]'.")
     if memory and device == "cuda":
         raise click.UsageError("--memory measures the memory of a process: expected --device cpu.")
+    if options and (not timed or forward or dtypes or large):
+        others = "--forward, --dtype, --large, --memory, --growth, --traffic or --import"
+        raise click.UsageError(f"--options times value and gradient in float32: expected no {others} beside it.")
+    if (named or shapes) and not options:
+        raise click.UsageError("--option and --shape choose from what --options measures: expected --options too.")
+    if traffic and "torch" not in names:
+        raise click.UsageError("--traffic counts what PyTorch does: expected --backend torch.")
     dtypes = dtypes or (("float32", "bfloat16") if large else ("float32",))
     setups = [
         Setup(name, mode, dtype, device, forward, seed)
@@ -92,13 +106,12 @@ def main(
 
     jobs: list[Job] = []
     if timed and options:
-        shapes = option_cases.QUICK if quick else option_cases.SHAPES
+        chosen = [option_cases.BY_NAME[name] for name in dict.fromkeys(shapes)]
         jobs += [
             (s.backend, "options", measure.option, (s, option, shape, seconds, busy))
             for s in first
-            if s.backend in option_cases.BUILD
-            for shape in shapes
-            for option in option_cases.OPTIONS
+            for shape in chosen or (option_cases.QUICK if quick else option_cases.SHAPES)
+            for option in dict.fromkeys(named or option_cases.OPTIONS)
         ]
     elif timed:
         cases = measure.QUICK if quick else measure.LARGE if large else measure.CASES
@@ -113,12 +126,16 @@ def main(
             for s in first
             for loss in ("bce", "nll")
         ]
+    if traffic:
+        from .traffic import BOUNDS
+
+        jobs += [("torch", "traffic", measure.traffic, (option,)) for option in BOUNDS]
     if imports:
         jobs += [("", "import", measure.import_time, (3 if quick else 11,))]
         jobs += [("", "first_call", measure.first_call, (setup, measure.QUICK[0])) for setup in first]
 
     found: Record = measure.machine() | {"seed": seed, "device": device, "forward": forward, "busy": busy, "failed": []}
-    found |= {kind: [] for kind in ("speed", "options", "memory", "growth", "import", "first_call")}
+    found |= {kind: [] for kind in ("speed", "options", "memory", "growth", "traffic", "import", "first_call")}
     console = Console()
     print(report.header(found), flush=True)
     bar = track(_run(jobs), total=len(jobs), console=console, transient=True, disable=not console.is_terminal)

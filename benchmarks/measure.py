@@ -120,19 +120,19 @@ def spinning(busy: bool) -> Iterator[None]:
 
 def option(setup: Setup, name: str, shape: options.Shape, seconds: float, busy: bool = False) -> Record:
     """unilabel's time over that of what users write, with one option."""
-    steps = options.BUILD[setup.backend](name, shape, setup.seed)
+    steps = options.build(setup, name, shape)
     with spinning(busy):
         ours, peer = side_by_side(*steps, seconds)
     ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
-    limit = options.bound(name, shape)
+    limit = options.bound(setup, name, shape)
     return {
-        "backend": setup.backend,
+        **setup._asdict(),
         "option": name,
         "shape": str(shape),
         "busy": busy,
         "ratio": {"min": ratios[0], "median": median(ratios), "max": ratios[-1]},
         "bound": limit,
-        "passed": median(ratios) <= limit,
+        "passed": None if limit is None else median(ratios) <= limit,
         "ours_ms": median(ours) * 1e3,
         "peer_ms": median(peer) * 1e3,
         "rounds": len(ratios),
@@ -271,6 +271,25 @@ def growth(setup: Setup, loss: str, sizes: list[int], seconds: float) -> Record:
         "bound": GROWTH_BOUND,
         "passed": all(abs(t / middle - 1) <= GROWTH_BOUND for t in times),
     }
+
+
+# --- Traffic ----------------------------------------------------------------------------------------------------------
+
+
+def traffic(option: str) -> Record:
+    """What PyTorch's kernels move, in arrays of the logits' size, and how many there are: ours and the peer's."""
+    from . import traffic as of
+
+    ours, peer = of.count(option)
+    array = 4 * of.ROWS * of.CLASSES
+    ratio, kernel_ratio = ours.bytes / peer.bytes, ours.kernels / peer.kernels
+    return {
+        "option": option, "rows": of.ROWS, "classes": of.CLASSES,
+        "ours": ours.bytes / array, "peer": peer.bytes / array, "ratio": ratio, "bound": of.BOUNDS[option],
+        "ours_kernels": ours.kernels, "peer_kernels": peer.kernels,
+        "kernel_ratio": kernel_ratio, "kernel_bound": of.KERNELS,
+        "passed": ratio <= of.BOUNDS[option], "kernels_passed": kernel_ratio <= of.KERNELS,
+    }  # fmt: skip
 
 
 # --- Imports and first calls ------------------------------------------------------------------------------------------

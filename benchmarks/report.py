@@ -19,8 +19,8 @@ def header(found: Record) -> str:
     capability = f", PyTorch by {found['capability']}" if found["capability"] else ""
     busy = ", all of them busy" if found["busy"] else ""
     settings = "".join(f", {name}={value}" for name, value in found["thread_settings"].items())
-    where = f"{found['cpu']}, {found['cores']} cores{busy} (load {found['load']:.1f}){capability}{settings}, {found['platform']}"
-    return f"{versions}\n{where}, seed {found['seed']}"
+    where = f"{found['cpu']}, {found['cores']} cores{busy} (load {found['load']:.1f}){capability}{settings}"
+    return f"{versions}\n{where}, {found['platform']}, seed {found['seed']}"
 
 
 def show(console: Console, found: Record) -> None:
@@ -47,6 +47,7 @@ def _tables(found: Record) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
             [_run(row) + _speed(row) for row in found["speed"]],
         ),
         *_options(found["options"]),
+        *_traffic(found["traffic"]),
         (
             "Peak of memory above the inputs, value and gradient, times the gradient's size",
             run | dict.fromkeys(("unilabel", "peer", "bound", ""), "right"),
@@ -93,12 +94,30 @@ def _options(rows: list[Record]) -> list[tuple[str, dict[str, Any], list[list[st
         cells: dict[str, dict[str, str]] = {}
         for row in mine:
             cells.setdefault(row["option"], {})[row["shape"]] = (
-                f"{row['ratio']['median']:.2f} / {row['bound']:.1f} {_mark(row)}"
+                f"{row['ratio']['median']:.2f} / {_limit(row)} {_mark(row)}"
             )
         lines = [[option, *(of.get(shape, "") for shape in shapes)] for option, of in cells.items()]
-        title = f"Options: time of value and gradient, unilabel / peer, and its bound, {backend}"
+        title = f"Options: time of value and gradient, unilabel / peer, and its bound, {backend} {mine[0]['mode']}"
         tables.append((title, {"option": "left"} | dict.fromkeys(shapes, "right"), lines))
     return tables
+
+
+def _traffic(rows: list[Record]) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
+    """One table of the bytes, in arrays, and of the kernels."""
+    if not rows:
+        return []
+    size = f"{rows[0]['rows']}x{rows[0]['classes']}"
+    columns = ("arrays", "peer's", "ratio", "bound", "", "kernels", "peer's ", "ratio ", "bound ", " ")
+    lines = [
+        [
+            row["option"], f"{row['ours']:.2f}", f"{row['peer']:.2f}", f"{row['ratio']:.2f}", _limit(row), _mark(row),
+            str(row["ours_kernels"]), str(row["peer_kernels"]), f"{row['kernel_ratio']:.2f}",
+            f"{row['kernel_bound']:.2f}", "✓" if row["kernels_passed"] else "✗",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    title = f"Traffic of value and gradient, eager PyTorch away from the CPU, in arrays as large as the logits, {size}"
+    return [(title, {"case": "left"} | dict.fromkeys(columns, "right"), lines)]
 
 
 def _run(row: Record) -> list[str]:
@@ -106,11 +125,14 @@ def _run(row: Record) -> list[str]:
 
 
 def _speed(row: Record) -> list[str]:
-    limit = "–" if row["bound"] is None else f"{row['bound']:.2f}"
     ratios = [f"{row['ratio'][name]:.2f}" for name in ("min", "median", "max")]
     return [
-        *ratios, limit, _mark(row), f"{row['ours_ns']:.3g}", f"{row['peer_ns']:.3g}", f"{row['copy_share']:.1%}",
+        *ratios, _limit(row), _mark(row), f"{row['ours_ns']:.3g}", f"{row['peer_ns']:.3g}", f"{row['copy_share']:.1%}",
     ]  # fmt: skip
+
+
+def _limit(row: Record) -> str:
+    return "–" if row["bound"] is None else f"{row['bound']:.2f}"
 
 
 def _mark(row: Record) -> str:

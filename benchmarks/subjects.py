@@ -15,6 +15,8 @@ import numpy as np
 
 import unilabel as ul
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors only
+
 Array = Any
 Step = Callable[[], Any]
 
@@ -69,27 +71,30 @@ def _inputs(case: Case, seed: int) -> tuple[Array, Array]:
 # --- NumPy ------------------------------------------------------------------------------------------------------------
 
 
-def _textbook_bce(x: Array, z: Array, forward: bool) -> Any:
+def textbook_bce(x: Array, z: Array, forward: bool = False) -> Any:
     e = np.exp(-np.abs(x))
     value = np.mean(np.maximum(x, 0) - x * z + np.log1p(e))
     return value if forward else (value, (np.where(x >= 0, 1, e) / (1 + e) - z) / x.size)
 
 
-def _textbook_nll(x: Array, y: Array, forward: bool) -> Any:
+def textbook_nll(x: Array, y: Array, forward: bool = False, weight: Array | None = None) -> Any:
+    """`weight`: of each example."""
     rows = np.arange(len(x))
     shifted = x - np.max(x, axis=1, keepdims=True)
     e = np.exp(shifted)
     total = np.sum(e, axis=1, keepdims=True)
-    value = np.mean(np.log(total[:, 0]) - shifted[rows, y])
+    losses = np.log(total[:, 0]) - shifted[rows, y]
+    value = np.mean(losses) if weight is None else np.average(losses, weights=weight)
     if forward:
         return value
     gradient = e / total
     gradient[rows, y] -= 1
-    return value, gradient / len(x)
+    return value, gradient / len(x) if weight is None else gradient * (weight / np.sum(weight))[:, None]
 
 
 def _numpy(setup: Setup, loss: str, x: Array, targets: Array) -> Steps:
-    textbook: Callable[..., Any] = {"bce": _textbook_bce, "nll": _textbook_nll}[loss]
+    textbooks: dict[str, Callable[..., Any]] = {"bce": textbook_bce, "nll": textbook_nll}
+    textbook = textbooks[loss]
     if setup.dtype == "bfloat16":
         import ml_dtypes
 
@@ -118,34 +123,41 @@ def _torch(setup: Setup, loss: str, x: Array, targets: Array) -> Steps:
         "nll": functional.cross_entropy,
     }
     dtype = getattr(torch, setup.dtype)
-    x, targets = (torch.from_numpy(array).to(setup.device) for array in (x, targets))
-    x = x.to(dtype).requires_grad_(not setup.forward)
-    targets = targets.to(dtype) if loss == "bce" else targets
+    x, targets = (torch_array(setup, array) for array in (x, targets))
+    x, targets = x.to(dtype), targets.to(dtype) if loss == "bce" else targets
+    return Steps(torch_step(setup, OURS[loss], x, targets), torch_step(setup, theirs[loss], x, targets))
+
+
+def torch_array(setup: Setup, array: Array) -> Array:
+    import torch
+
+    return torch.from_numpy(array).to(setup.device)
+
+
+def torch_step(setup: Setup, function: Callable[..., Any], x: Array, *others: Array) -> Step:
+    import torch
+
+    x.requires_grad_(not setup.forward)
     torch._dynamo.reset()  # what was compiled for other shapes would make this one's sizes symbols
+    chosen = torch.compile(function) if setup.mode == "compiled" else function
 
-    def step(function: Callable[..., Any]) -> Step:
-        chosen = torch.compile(function) if setup.mode == "compiled" else function
+    def run() -> Any:
+        value = chosen(x, *others)
+        gradient = None
+        if not setup.forward:
+            value.backward()
+            gradient, x.grad = x.grad, None  # given away: kept, it would count as memory that was there before
+        if setup.device == "cuda":
+            torch.cuda.synchronize()
+        return value if setup.forward else (value, gradient)
 
-        def run() -> Any:
-            value = chosen(x, targets)
-            gradient = None
-            if not setup.forward:
-                value.backward()
-                gradient, x.grad = x.grad, None  # given away: kept, it would count as memory that was there before
-            if setup.device == "cuda":
-                torch.cuda.synchronize()
-            return value if setup.forward else (value, gradient)
-
-        return run
-
-    return Steps(step(OURS[loss]), step(theirs[loss]))
+    return run
 
 
 # --- JAX --------------------------------------------------------------------------------------------------------------
 
 
 def _jax(setup: Setup, loss: str, x: Array, targets: Array) -> Steps:
-    import jax
     import jax.numpy as jnp
     import optax
 
@@ -154,56 +166,70 @@ def _jax(setup: Setup, loss: str, x: Array, targets: Array) -> Steps:
         "nll": lambda x, y: optax.softmax_cross_entropy_with_integer_labels(x, y).mean(),
     }
     dtype = jnp.dtype(setup.dtype)
-    place = jax.devices(setup.device)[0]
-    x = jax.device_put(x.astype(dtype), place)
-    targets = jax.device_put(targets.astype(dtype if loss == "bce" else np.int32), place)
+    x = jax_array(setup, x.astype(dtype))
+    targets = jax_array(setup, targets.astype(dtype) if loss == "bce" else targets)
+    return Steps(jax_step(setup, OURS[loss], x, targets), jax_step(setup, theirs[loss], x, targets))
 
-    def step(function: Callable[..., Any]) -> Step:
-        function = function if setup.forward else jax.value_and_grad(function)
-        function = function if setup.mode == "eager" else jax.jit(function)
-        return lambda: jax.block_until_ready(function(x, targets))
 
-    return Steps(step(OURS[loss]), step(theirs[loss]))
+def jax_array(setup: Setup, array: Array) -> Array:
+    import jax
+
+    return jax.device_put(array.astype(np.int32) if array.dtype == np.int64 else array, jax.devices(setup.device)[0])
+
+
+def jax_step(setup: Setup, function: Callable[..., Any], *arrays: Array) -> Step:
+    import jax
+
+    function = function if setup.forward else jax.value_and_grad(function)
+    function = function if setup.mode == "eager" else jax.jit(function)
+    return lambda: jax.block_until_ready(function(*arrays))
 
 
 # --- TensorFlow -------------------------------------------------------------------------------------------------------
 
 
 def _tensorflow(setup: Setup, loss: str, x: Array, targets: Array) -> Steps:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors only
     import tensorflow as tf
 
-    if setup.device == "cpu":
-        tf.config.set_visible_devices([], "GPU")
     theirs: dict[str, Callable[..., Any]] = {
         "bce": lambda x, z: tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(z, x)),
         "nll": lambda x, y: tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, x)),
     }
+    x, targets = (tensorflow_array(setup, array) for array in (x, targets))
+    x, targets = tf.cast(x, setup.dtype), tf.cast(targets, setup.dtype if loss == "bce" else tf.int64)
+    return Steps(tensorflow_step(setup, OURS[loss], x, targets), tensorflow_step(setup, theirs[loss], x, targets))
+
+
+def tensorflow_array(setup: Setup, array: Array) -> Array:
+    import tensorflow as tf
+
+    if setup.device == "cpu":
+        tf.config.set_visible_devices([], "GPU")
     with tf.device("/GPU:0" if setup.device == "cuda" else "/CPU:0"):
-        x = tf.cast(tf.constant(x), setup.dtype)
-        targets = tf.cast(tf.constant(targets), setup.dtype if loss == "bce" else tf.int64)
+        return tf.constant(array)
 
-    def step(function: Callable[..., Any]) -> Step:
-        def both(x: Array, targets: Array) -> Any:
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                value = function(x, targets)
-            return value, tape.gradient(value, x)
 
-        chosen = function if setup.forward else both
-        if setup.mode == "compiled":
-            chosen = tf.function(chosen, jit_compile=True, autograph=False)
-        if setup.device == "cpu":
-            return lambda: chosen(x, targets)
+def tensorflow_step(setup: Setup, function: Callable[..., Any], *arrays: Array) -> Step:
+    import tensorflow as tf
 
-        def run() -> Any:
-            result = chosen(x, targets)
-            tf.test.experimental.sync_devices()
-            return result
+    def both(x: Array, *others: Array) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x, *others)
+        return value, tape.gradient(value, x)
 
-        return run
+    chosen = function if setup.forward else both
+    if setup.mode == "compiled":
+        chosen = tf.function(chosen, jit_compile=True, autograph=False)
+    if setup.device == "cpu":
+        return lambda: chosen(*arrays)
 
-    return Steps(step(OURS[loss]), step(theirs[loss]))
+    def run() -> Any:
+        result = chosen(*arrays)
+        tf.test.experimental.sync_devices()
+        return result
+
+    return run
 
 
 BUILD: dict[str, Callable[[Setup, str, Array, Array], Steps]] = {
@@ -211,6 +237,19 @@ BUILD: dict[str, Callable[[Setup, str, Array, Array], Steps]] = {
     "torch": _torch,
     "jax": _jax,
     "tensorflow": _tensorflow,
+}
+ARRAY: dict[str, Callable[[Setup, Array], Array]] = {
+    "numpy": lambda setup, array: array,
+    "torch": torch_array,
+    "jax": jax_array,
+    "tensorflow": tensorflow_array,
+}
+# Of a function of arrays that returns the loss; NumPy's returns the gradient too.
+STEP: dict[str, Callable[..., Step]] = {
+    "numpy": lambda setup, function, *arrays: partial(function, *arrays),
+    "torch": torch_step,
+    "jax": jax_step,
+    "tensorflow": tensorflow_step,
 }
 
 

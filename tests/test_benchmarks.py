@@ -122,17 +122,91 @@ def test_the_command_prints_a_table_and_writes_what_it_found(tmp_path):
         assert f"{row['loss']} {row['rows']}x{row['classes']}" in done.stdout
 
 
+def assert_same_with(option, shape, setup):
+    ours, peer = options.build(setup, option, shape)
+    (value, gradient), (their_value, their_gradient) = (numbers(setup, step()) for step in (ours, peer))
+    assert gradient.shape == their_gradient.shape == shape.shape
+    np.testing.assert_allclose(value, their_value, rtol=1e-5)
+    np.testing.assert_allclose(gradient, their_gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", options.QUICK, ids=str)
 @pytest.mark.parametrize("option", options.OPTIONS)
-def test_with_an_option_both_sides_compute_the_same(option, shape):
-    for backend, build_option in options.BUILD.items():
-        ours, peer = build_option(option, shape, 0)
-        (value, gradient), (their_value, their_gradient) = (
-            numbers(Setup(backend, "eager"), step()) for step in (ours, peer)
-        )
-        assert gradient.shape == shape.shape
-        np.testing.assert_allclose(value, their_value, rtol=1e-5)
-        np.testing.assert_allclose(gradient, their_gradient, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("backend", subjects.MODES)
+def test_with_an_option_both_sides_compute_the_same(backend, option, shape):
+    assert_same_with(option, shape, Setup(backend, subjects.MODES[backend][0]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("option", ["weight, smoothing", "where", "multilabel, pos_weight"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
+def test_with_an_option_compiled_too(backend, option):
+    assert_same_with(option, options.QUICK[1], Setup(backend, "compiled"))
+
+
+def test_a_bound_for_each_option():
+    compiled, first, other = Setup("torch", "compiled"), *options.SHAPES[:2]
+    assert options.bound(Setup("torch", "eager"), "indices", first) == 2.0
+    assert options.bound(Setup("torch", "eager"), "indices", other) == 1.0
+    assert options.bound(compiled, "indices", first) == options.bound(Setup("numpy", "eager"), "nll", other) == 1.2
+    assert options.bound(Setup("torch", "eager", device="cuda"), "indices", first) is None
+
+
+# By hand, in arrays as large as the logits, read + written, of one kernel each:
+# forward  log σ(x) 1+1, a new array of ones 0+1, less the labels 2+1, times x 2+1, less log σ(x) 2+1, mean 1+0;
+# backward the cotangent 1 (one number), σ(x) 1+1, less the labels 2+1, times the cotangent 1+1, over the number 1+1.
+# Labels that are not floats yet: one kernel more, which reads them and writes an array.
+# Of indices: log-softmax 1+1, the loss (a number of each row), the cotangent; zeros 0+1, log-softmax 2+1.
+BCE = 13 + 9
+BY_HAND = {
+    "multilabel": (BCE, 11),
+    "multilabel, bool": (BCE + 1 / 4 + 1, 12),
+    "multilabel, integers": (BCE + 2 + 1, 12),
+    "indices": (2 + 1 + 3, 5),
+}
+
+
+@pytest.mark.parametrize("option", BY_HAND)
+def test_the_traffic_of_pytorchs_own_losses_is_known(option):
+    found = measure.traffic(option)
+    assert (found["peer"], found["peer_kernels"]) == (pytest.approx(BY_HAND[option][0], rel=1e-3), BY_HAND[option][1])
+
+
+def counted(function):
+    from benchmarks.traffic import Counter
+
+    with Counter() as counter:
+        function()
+    return counter.bytes, counter.kernels
+
+
+def test_only_what_is_moved_counts():
+    torch = pytest.importorskip("torch")
+    x, y = torch.empty(6, 4, device="meta"), torch.empty(6, 1, dtype=torch.int64, device="meta")
+    for view in (
+        lambda: x[1:, 2].unsqueeze(0).expand(3, 5).t().detach(),
+        lambda: x.view(4, 6).permute(1, 0).reshape(6, 4, 1).squeeze(2),
+        lambda: torch.empty_like(x),
+        lambda: torch.zeros(9) + 1,  # on a CPU
+    ):
+        assert counted(view) == (0, 0)
+    assert counted(lambda: x + x[:1].expand(6, 4)) == (4 * (24 + 4 + 24), 1)  # what is repeated, once
+    assert counted(lambda: x.mul_(2)) == (4 * (24 + 24), 1)
+    assert counted(lambda: x.clone()) == (4 * (24 + 24), 1)
+    assert counted(lambda: torch.zeros_like(x)) == (4 * 24, 1)
+    assert counted(lambda: x.gather(1, y)) == (4 * (6 + 6) + 8 * 6, 1)
+    assert counted(lambda: x.scatter_(1, y, 0.0)) == (4 * 6 + 8 * 6, 1)
+    assert counted(lambda: x.scatter_add_(1, y, x[:, :1])) == (4 * (12 + 6) + 8 * 6, 1)
+
+
+def test_unilabel_takes_its_way_without_a_trace_while_it_is_counted():
+    torch = pytest.importorskip("torch")
+    from benchmarks.traffic import Counter
+
+    x, y = torch.empty(6, 4, device="meta", requires_grad=True), torch.empty(6, dtype=torch.int64, device="meta")
+    plain = options.ours(-1)["indices"](x, y).grad_fn
+    with Counter():
+        assert type(options.ours(-1)["indices"](x, y).grad_fn) is type(plain)
 
 
 def test_others_spin_beside_what_is_timed_on_busy_cores():
@@ -153,11 +227,39 @@ def children():
 
 @pytest.mark.full
 def test_the_options_are_measured(tmp_path):
-    done = run("--backend", "torch", "--options", "--busy", "--json", tmp_path / "found.json")
+    done = run("--backend", "numpy", "--backend", "torch", "--options", "--busy", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found["options"]) == len(options.OPTIONS) * len(options.QUICK)
+    assert [row["backend"] for row in found["options"]] == [
+        backend for backend in ("numpy", "torch") for _ in range(len(options.OPTIONS) * len(options.QUICK))
+    ]
     assert "all of them busy" in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "chosen", [*(["--backend", name] for name in subjects.MODES), ["--backend", "torch", "--compiled"]], ids=" ".join
+)
+def test_a_single_option_is_measured(chosen, tmp_path):
+    chosen = [*chosen, "--options", "--option", "smoothing", "--shape", "64x1000", "--json", tmp_path / "found.json"]
+    done = run(*chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "found.json").read_text())["options"]
+    assert (row["option"], row["shape"], row["bound"]) == (
+        "smoothing", "64x1000", 1.0 if (row["backend"], row["mode"]) == ("torch", "eager") else 1.2,
+    )  # fmt: skip
+
+
+@pytest.mark.full
+def test_the_traffic_is_counted(tmp_path):
+    done = run("--traffic", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "arrays as large as the logits, 8192x32000" in " ".join(done.stdout.split())
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["traffic"]) == 8
+    for row in found["traffic"]:
+        assert row["passed"] == (row["ours"] / row["peer"] <= row["bound"])
+        assert row["kernels_passed"] == (row["ours_kernels"] / row["peer_kernels"] <= 1.5)
 
 
 @pytest.mark.full
@@ -165,8 +267,9 @@ def test_the_other_measurements_run(tmp_path):
     done = run("--backend", "numpy", "--memory", "--growth", "--import", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {kind: len(found[kind]) for kind in ("speed", "options", "memory", "growth", "import", "first_call")} == {
-        "speed": 0, "options": 0, "memory": 2, "growth": 2, "import": 1, "first_call": 1,
+    kinds = ("speed", "options", "memory", "growth", "traffic", "import", "first_call")
+    assert {kind: len(found[kind]) for kind in kinds} == {
+        "speed": 0, "options": 0, "memory": 2, "growth": 2, "traffic": 0, "import": 1, "first_call": 1,
     }  # fmt: skip
 
 
@@ -176,6 +279,11 @@ def test_the_other_measurements_run(tmp_path):
         (("--backend", "numpy", "--compiled"), "NumPy compiles nothing"),
         (("--memory", "--plot", "ratios.png"), "--plot draws times"),
         (("--memory", "--device", "cuda"), "expected --device cpu"),
+        (("--options", "--option", "smoothness"), "is not one of 'indices', 'ignore_index'"),
+        (("--options", "--shape", "64x1001"), "is not one of '8x10', '64x1000'"),
+        (("--shape", "64x1000"), "expected --options too"),
+        (("--options", "--dtype", "bfloat16"), "in float32"),
+        (("--traffic", "--backend", "numpy"), "expected --backend torch"),
     ],
 )
 def test_a_wrong_call(arguments, said):
