@@ -45,7 +45,7 @@ ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
 
 class _Loss(torch.autograd.Function):
-    """Where that saves time, forward computes the gradient too: the exponentials are the same, and it is needed soon."""
+    """Where that saves time, forward computes the gradient too: the exponentials are the same, and it comes soon."""
 
     @staticmethod
     def forward(ctx: Any, loss: Loss, options: Options, operands: Operands, x: Array) -> Array:
@@ -87,7 +87,7 @@ def _is_light(options: Options, x: Array, operands: Operands) -> bool:
 
 
 def _scale(loss: Loss, options: Options, cotangent: Array) -> Any:
-    """What a gradient that does not have it yet is multiplied by; None: compute it again, where the mask is not lost."""
+    """What a gradient is multiplied by that was computed without; None: compute it again, so that masks are kept."""
     if options.reduction == "none":
         return cotangent.unsqueeze(options.axes[0]) if loss.per_example else cotangent
     if cotangent.device.type != "cpu":

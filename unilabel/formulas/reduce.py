@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .. import lengths
 from ..namespace import Array, Namespace
 from .targets import TargetWeights
-from .types import Form, Loss, Operands, Options
+from .types import Form, Formula, Loss, Operands, Options
 
 
 class Prepared(NamedTuple):
@@ -141,7 +141,7 @@ def divisor(xp: Namespace, loss: Loss, options: Options, x: Array, weights: Targ
 
 
 def or_infinity(xp: Namespace, weight: Array) -> Array:
-    """The sum of the weights as a divisor: where nothing takes part, the mean is 0, or NaN if the sum of the losses is."""
+    """The sum of the weights as a divisor: where nothing takes part the mean is 0, or NaN if a loss is."""
     return xp.where(weight == 0, math.inf, weight)
 
 
