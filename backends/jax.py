@@ -53,11 +53,11 @@ class _Standard(Extended):
     def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
         # JAX gathers nothing along a sharded axis, nor from what may be empty (an exporter's length of n - 1).
         if _is_sharded(x, axis) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
-            return jnp.sum(jnp.where(position[1], x, 0), axis=axis)
-        return jnp.squeeze(jnp.take_along_axis(x, position[0], axis, mode="promise_in_bounds"), axis)
+            return jnp.sum(jnp.where(position[1], x, 0), axis=axis, keepdims=True)
+        return jnp.take_along_axis(x, position[0], axis, mode="promise_in_bounds")
 
     def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
-        return jnp.where(position[1], values if isinstance(values, float) else jnp.expand_dims(values, axis), x)
+        return jnp.where(position[1], values, x)
 
 
 def _is_sharded(x: Array, axis: int) -> bool:

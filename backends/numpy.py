@@ -65,10 +65,10 @@ class _Numpy(Extended):
         return tuple(places)
 
     def take_along_axis(self, x: Array, position: tuple[Any, ...], axis: int) -> Array:
-        return x[position]
+        return self.expand_dims(x[position], axis)
 
     def put_along_axis(self, x: Array, position: tuple[Any, ...], values: Any, axis: int) -> Array:
-        x[position] = values
+        x[position] = values if isinstance(values, float) else self.squeeze(values, axis)
         return x
 
 

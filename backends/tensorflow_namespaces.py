@@ -115,11 +115,10 @@ class _Standard(Extended):
         return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
 
     def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
-        return tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1)
+        return tf.expand_dims(tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1), -1)
 
     def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
-        values = tf.zeros_like(x) if isinstance(values, float) else tf.expand_dims(values, -1)
-        return tf.where(position[1], values, x)
+        return self.where(position[1], values, x)
 
 
 class _Differentiable(_Standard):

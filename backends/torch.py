@@ -48,7 +48,8 @@ class _Loss(torch.autograd.Function):
     """Where that saves time, forward computes the gradient too: the exponentials are the same, and it comes soon."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Loss, options: Options, operands: Operands, x: Array) -> Array:
+    def forward(ctx: Any, call: tuple[Loss, Options, Operands], x: Array) -> Array:
+        loss, options, operands = call
         ctx.loss, ctx.options, ctx.gradient = loss, options, None
         if options.half or (options.reduction == "none" and not _is_light(options, x, operands)) or _is_sharded(x):
             value, ctx.xp = _run(formulas.value, loss, options, x, operands)
@@ -75,7 +76,7 @@ class _Loss(torch.autograd.Function):
             gradient = blocks.gradient(blockwise, ctx.xp, *call)
         else:
             gradient = formulas.gradient(_space(x), *call)
-        return None, None, None, gradient
+        return None, gradient
 
 
 ONE = 1.0
@@ -211,7 +212,7 @@ class TorchBackend(Backend):
         if compiling or not _is_ordinary(x, operands):
             return formulas.value(_space(x, autodiff=True), loss, options, x, operands)
         if x.requires_grad and torch.is_grad_enabled():
-            return _Loss.apply(loss, options, operands, x)
+            return _Loss.apply((loss, options, operands), x)  # PyTorch looks at each argument
         return _run(formulas.value, loss, options, x, operands)[0]
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:

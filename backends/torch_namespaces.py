@@ -17,7 +17,7 @@ class _Indexing(Extended):
     """Class indices are used as such, not by masks."""
 
     def as_index(self, targets: Array, like: Array) -> Array:
-        return targets.to(torch.int64)
+        return targets if targets.dtype is torch.int64 else targets.to(torch.int64)
 
     def take(self, weight: Array, index: Array) -> Array:
         return weight[index]
@@ -46,10 +46,10 @@ class _Traced(_Standard, _Indexing):
         return index.unsqueeze(axis), classes == index.unsqueeze(axis).to(torch.int32)
 
     def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
-        return x.gather(axis, position[0]).squeeze(axis)
+        return x.gather(axis, position[0])
 
     def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
-        return self.where(position[1], values if isinstance(values, float) else values.unsqueeze(axis), x)
+        return self.where(position[1], values, x)
 
 
 class _Eager(_Indexing):
@@ -82,12 +82,12 @@ class _Eager(_Indexing):
 
     def take_along_axis(self, x: Array, position: Array, axis: int) -> Array:
         try:
-            return x.gather(axis, position).squeeze(axis)
+            return x.gather(axis, position)
         except RuntimeError as error:
             raise IndexError(*error.args) from None
 
     def put_along_axis(self, x: Array, position: Array, values: Any, axis: int) -> Array:
-        return x.scatter_(axis, position, values if isinstance(values, float) else values.unsqueeze(axis))
+        return x.scatter_(axis, position, values)
 
 
 class _Finite(_Eager):

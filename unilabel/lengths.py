@@ -33,9 +33,13 @@ def product(lengths: Iterable[Length]) -> Length:
 
 def count(xp: Any, x: Any, axes: Iterable[int]) -> Any:
     """How many elements these axes have, 1 for none: a number to divide by, or an array in the dtype of x."""
-    axes = tuple(axes)
-    known = product([x.shape[axis] for axis in axes if x.shape[axis] is not None])
-    unknown = [xp.astype(xp.extent(x, axis), x.dtype) for axis in axes if x.shape[axis] is None]
+    known, unknown = 1, []
+    for axis in axes:
+        n = x.shape[axis]
+        if n is None:
+            unknown.append(xp.astype(xp.extent(x, axis), x.dtype))
+        else:
+            known = known * n
     if unknown:
         return xp.maximum(math.prod(unknown, start=known), 1)
     return xp.longest(known, 1)

@@ -117,10 +117,10 @@ class Namespace(Protocol):
         """Where x has the classes of these indices."""
 
     def take_along_axis(self, x: Array, position: Position, axis: int, /) -> Array:
-        """The element of each example that is there."""
+        """The element of each example that is there; the axis stays, with length 1."""
 
     def put_along_axis(self, x: Array, position: Position, values: Any, axis: int, /) -> Array:
-        """x with other elements there; it may write into x."""
+        """x with other elements there, a number or as `take_along_axis` returns them; it may write into x."""
 
     def scale(self, x: Array, factor: Array | float, /) -> Array:
         """x · factor; it may write into x."""
@@ -209,10 +209,10 @@ class Extended:
         return self.classes(x, axis) == self.expand_dims(index, axis=axis)
 
     def take_along_axis(self, x: Array, position: Position, axis: int) -> Array:
-        return self.sum(self.where(position, x, 0.0), axis=axis)
+        return self.sum(self.where(position, x, 0.0), axis=axis, keepdims=True)
 
     def put_along_axis(self, x: Array, position: Position, values: Any, axis: int) -> Array:
-        return self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=axis), x)
+        return self.where(position, values, x)
 
     def scale(self, x: Array, factor: Array | float) -> Array:
         return x * factor

@@ -113,13 +113,13 @@ class IndexTerms(NamedTuple):
 
 def index_terms(xp: Namespace, p: Array, weights: ClassIndex, options: Options) -> IndexTerms:
     p_y = xp.take_along_axis(p, weights.position, weights.axis)
-    weight = xp.ones_like(p_y) if weights.weight is None else weights.weight
+    weight = xp.ones_like(p_y) if weights.weight is None else xp.expand_dims(weights.weight, axis=weights.axis)
     return IndexTerms(p, p_y, _free(xp, p_y, weight, options.eps), weight, _log(options.eps))
 
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     values = xp.weigh(t.weight, -_clamped_log(xp, t.p_y, t.free, t.floor))
-    return _nan_like(xp, values, t.p, weights)
+    return _nan_like(xp, xp.squeeze(values, axis=weights.axis), t.p, weights)
 
 
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
@@ -128,13 +128,13 @@ def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 
 def log_index_value(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
-    values = -xp.take_along_axis(log_p, weights.position, weights.axis)
+    values = -xp.squeeze(xp.take_along_axis(log_p, weights.position, weights.axis), axis=weights.axis)
     values = values if weights.weight is None else xp.weigh(weights.weight, values)
     return _nan_like(xp, values, log_p, weights)
 
 
 def log_index_gradient(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
-    at_y = -1.0 if weights.weight is None else -weights.weight
+    at_y = -1.0 if weights.weight is None else xp.expand_dims(-weights.weight, axis=weights.axis)
     return xp.put_along_axis(_zeros(xp, xp.zeros_like(log_p), weights), weights.position, at_y, weights.axis)
 
 

@@ -114,9 +114,7 @@ def counts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Oper
     return None if weights.counts is None else xp.sum(weights.counts)
 
 
-def _weights(
-    xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
-) -> tuple[TargetWeights, Any]:
+def _weights(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[TargetWeights, Any]:
     x = working(xp, options, x)
     weights = form_of(xp, loss, options, operands).weights(xp, x, operands, options)
     return weights, divisor(xp, loss, options, x, weights)
@@ -159,15 +157,12 @@ def _scaled(
 ) -> Array:
     """The derivative of each loss times scale · cotangent / divisor, a missing one being 1."""
     form, weights, terms, divisor = call
-    array = derivative(xp, terms, weights)
+    if cotangent is not None and loss.per_example and options.reduction == "none":
+        cotangent = xp.expand_dims(cotangent, axis=options.axes[0])
     factor = cotangent if divisor is None else (1.0 if cotangent is None else cotangent) / divisor
-    if form.scale is not None:
-        factor = form.scale(xp, terms, weights, factor)
-    elif factor is None:
-        return array
-    elif not (loss.per_example and options.reduction == "none"):
-        return xp.scale(array, factor)
-    return xp.scale(array, xp.expand_dims(factor, axis=options.axes[0]))
+    array = derivative(xp, terms, weights)
+    factor = factor if form.scale is None else form.scale(xp, terms, weights, factor)
+    return array if factor is None else xp.scale(array, factor)
 
 
 def _of_sum(xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Formula) -> Array:

@@ -94,21 +94,23 @@ class LookedUpTerms(NamedTuple):
 def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> LookedUpTerms:
     axis = weights.axis
     at = xp.position(x, xp.argmax(x, axis=axis), axis)
-    m = xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
+    m = xp.take_along_axis(x, at, axis)
     d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)
     e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
-    return LookedUpTerms(d, e, xp.sum(e, axis=axis), at)
+    return LookedUpTerms(d, e, xp.sum(e, axis=axis, keepdims=True), at)
 
 
 def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
     z, axis = weights.z, weights.axis
-    return xp.sum(weigh_logits(xp, z, -t.d), axis=axis) + xp.sum(z, axis=axis) * xp.log1p(t.s)
+    linear_term = xp.sum(weigh_logits(xp, z, -t.d), axis=axis)
+    return linear_term + xp.sum(z, axis=axis) * xp.squeeze(xp.log1p(t.s), axis=axis)
 
 
 def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
     z, axis = weights.z, weights.axis
-    z_j, others = xp.take_along_axis(z, t.at, axis), xp.sum(xp.put_along_axis(z * 1, t.at, 0.0, axis), axis=axis)
-    p = xp.scale(t.e, xp.expand_dims((others + z_j) / (1 + t.s), axis=axis))
+    z_j = xp.take_along_axis(z, t.at, axis)
+    others = xp.sum(xp.put_along_axis(z * 1, t.at, 0.0, axis), axis=axis, keepdims=True)
+    p = xp.scale(t.e, (others + z_j) / (1 + t.s))
     return xp.put_along_axis(p - z, t.at, (others - z_j * t.s) / (1 + t.s), axis)
 
 
@@ -181,18 +183,17 @@ class IndexTerms(NamedTuple):
 
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
     at, uniform, axis = weights.position, weights.uniform, weights.axis
-    m, x_y = xp.max(x, axis=axis, keepdims=True), xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
+    m, x_y = xp.max(x, axis=axis, keepdims=True), xp.take_along_axis(x, at, axis)
     if xp.assume_finite:
         d, d_y = x - m, x_y - m
     else:
         # inf - inf counts as 0. -inf - (-inf) stays NaN: then no class is possible.
         d, d_y = xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)
-    d_y = xp.squeeze(d_y, axis=axis)
     apart = share = None
     if uniform is not None:
         apart, share = _shared(xp, weights, d)
     e, e_y = xp.put_along_axis(xp.exp(d), at, 0.0, axis), xp.exp(d_y)
-    return IndexTerms(e, e_y, xp.sum(e, axis=axis), d_y, apart, share)
+    return IndexTerms(e, e_y, xp.sum(e, axis=axis, keepdims=True), d_y, apart, share)
 
 
 def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
@@ -219,13 +220,13 @@ def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) ->
     e = xp.softmax(x, axis)
     e_y = xp.take_along_axis(e, at, axis)
     e = xp.put_along_axis(e, at, 0.0, axis)
-    return NativeIndexTerms(e, e_y, xp.sum(e, axis=axis))
+    return NativeIndexTerms(e, e_y, xp.sum(e, axis=axis, keepdims=True))
 
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     # log(rest + e_y) - d_y. If y is the largest, e_y is 1 and d_y is 0; if not, rest is 1 or more.
-    log_total = xp.log1p(t.rest + (t.e_y - 1))
-    values = _weighted(xp, weights.weight, log_total - t.d_y)
+    log_total = xp.squeeze(xp.log1p(t.rest + (t.e_y - 1)), axis=weights.axis)
+    values = _weighted(xp, weights.weight, log_total - xp.squeeze(t.d_y, axis=weights.axis))
     if t.apart is not None:
         values = _weighted(xp, weights.example, values + (t.apart + t.share * log_total))
     return values
@@ -233,7 +234,7 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 def native_index_value(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex) -> Array:
     # Where e_y is so small that its rounding would count, the quotient is infinite, and blocks.run computes again.
-    return _weighted(xp, weights.weight, xp.log1p(t.rest / t.e_y))
+    return _weighted(xp, weights.weight, xp.squeeze(xp.log1p(t.rest / t.e_y), axis=weights.axis))
 
 
 def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
@@ -243,10 +244,15 @@ def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     if t.apart is None:
         return native_index_gradient(xp, t, weights)
-    total, weight, axis = t.rest + t.e_y, weights.weight, weights.axis
-    array = t.e * xp.expand_dims(weight + t.share, axis=axis) - xp.expand_dims(total, axis=axis) * weights.uniform
-    at_y = t.e_y * t.share - weight * t.rest - total * weights.uniform_y
-    return xp.put_along_axis(array, weights.position, at_y, axis)
+    axis, total = weights.axis, t.rest + t.e_y
+    weight, share, uniform_y = (_of_rows(xp, part, axis) for part in (weights.weight, t.share, weights.uniform_y))
+    at_y = t.e_y * share - weight * t.rest - total * uniform_y
+    return xp.put_along_axis(xp.scale(t.e, weight + share) - total * weights.uniform, weights.position, at_y, axis)
+
+
+def _of_rows(xp: Namespace, part: Any, axis: int) -> Any:
+    """One number for each example, to broadcast to the logits; a number for all as it is."""
+    return part if isinstance(part, float) or part.ndim == 0 else xp.expand_dims(part, axis=axis)
 
 
 def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
@@ -254,11 +260,25 @@ def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weigh
 
 
 def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
+    found = _scale(xp, weights, factor)
+    return (1.0 if found is None else found) / (t.rest + t.e_y)
+
+
+def native_index_scale(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex, factor: Any) -> Any:
     # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
+    short = xp.extent(t.e, weights.axis) <= SHORT
+    return _scale(xp, weights, factor) if short else index_scale(xp, t, weights, factor)
+
+
+SHORT = 64  # classes
+
+
+def _scale(xp: Namespace, weights: ClassIndex, factor: Any) -> Any:
     example = weights.weight if weights.uniform is None else weights.example
-    if factor is None or example is not None:
-        factor = (1.0 if factor is None else factor) * (1.0 if example is None else example)
-    return factor / (t.rest + t.e_y)
+    if example is None:
+        return factor
+    example = xp.expand_dims(example, axis=weights.axis)
+    return example if factor is None else example * factor
 
 
 SOFTMAX = Loss(
@@ -280,7 +300,7 @@ SOFTMAX = Loss(
             native_index_terms,
             native_index_value,
             native_index_gradient,
-            scale=index_scale,
+            scale=native_index_scale,
             needs="softmax",
             of_one_class=True,
         ),

@@ -220,7 +220,7 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     position = xp.position(like, index, axis)
     if where is not None:
         if out_of_range is not None:
-            kept = xp.take_along_axis(xp.astype(where, like.dtype), position, axis)
+            kept = xp.squeeze(xp.take_along_axis(xp.astype(where, like.dtype), position, axis), axis=axis)
             out_of_range = xp.logical_or(out_of_range, kept == 0)
         empty = ~xp.any(where, axis=axis)
         ignored = empty if ignored is None else xp.logical_or(ignored, empty)

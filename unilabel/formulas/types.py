@@ -49,7 +49,7 @@ class Form(NamedTuple):
     value: Formula
     gradient: Formula  # without the factor `scale` of each example, if there is one
     hessian: Formula | None = None  # its diagonal
-    scale: Callable[[Namespace, Any, Any, Any], Array] | None = None  # kept apart, and given what else scales a row
+    scale: Callable[[Namespace, Any, Any, Any], Any] | None = None  # kept apart: times what else scales the rows
     needs: str = ""  # an optional group of functions: "autodiff", "sigmoid" or "softmax"
     of_labels: bool = False  # for targets that are 0 or 1 alone
     of_indices: bool = False  # for class indices alone
