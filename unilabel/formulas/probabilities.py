@@ -122,25 +122,36 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     return _nan_like(xp, xp.squeeze(values, axis=weights.axis), t.p, weights)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
-    at_y = -_quotient(xp, t.weight, t.p_y, t.free)
-    return xp.put_along_axis(_zeros(xp, 0 * t.p, weights), weights.position, at_y, weights.axis)
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
+    return _at_index(xp, 0 * t.p, weights, -_quotient(xp, t.weight, t.p_y, t.free), factor)
 
 
-def log_index_value(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
-    values = -xp.squeeze(xp.take_along_axis(log_p, weights.position, weights.axis), axis=weights.axis)
+class LogIndexTerms(NamedTuple):
+    log_p: Array
+    log_p_y: Array
+
+
+def log_index_terms(xp: Namespace, log_p: Array, weights: ClassIndex, *_: Any) -> LogIndexTerms:
+    return LogIndexTerms(log_p, xp.take_along_axis(log_p, weights.position, weights.axis))
+
+
+def log_index_value(xp: Namespace, t: LogIndexTerms, weights: ClassIndex) -> Array:
+    values = -xp.squeeze(t.log_p_y, axis=weights.axis)
     values = values if weights.weight is None else xp.weigh(weights.weight, values)
-    return _nan_like(xp, values, log_p, weights)
+    return _nan_like(xp, values, t.log_p, weights)
 
 
-def log_index_gradient(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
-    at_y = -1.0 if weights.weight is None else xp.expand_dims(-weights.weight, axis=weights.axis)
-    return xp.put_along_axis(_zeros(xp, xp.zeros_like(log_p), weights), weights.position, at_y, weights.axis)
+def log_index_gradient(xp: Namespace, t: LogIndexTerms, weights: ClassIndex, factor: Any) -> Array:
+    weight = xp.ones_like(t.log_p_y) if weights.weight is None else xp.expand_dims(weights.weight, axis=weights.axis)
+    return _at_index(xp, xp.zeros_like(t.log_p), weights, -weight, factor)
 
 
-def _zeros(xp: Namespace, zeros: Array, weights: ClassIndex) -> Array:
-    """NaN for an example whose weight is."""
-    return zeros if weights.weight is None else zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
+def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, factor: Any) -> Array:
+    """The gradient with this number at the class y, times the factor; NaN for an example whose weight is."""
+    if weights.weight is not None:
+        zeros = zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
+    at_y = at_y if factor is None else at_y * factor
+    return xp.put_along_axis(zeros, weights.position, at_y, weights.axis)
 
 
 def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Array:
@@ -183,7 +194,14 @@ CATEGORICAL = Loss(
     fill=0.0,
     forms=(
         Form(
-            class_index, index_terms, index_value, index_gradient, of_indices=True, of_one_class=True, needs="indexing"
+            class_index,
+            index_terms,
+            index_value,
+            index_gradient,
+            scales=True,
+            of_indices=True,
+            of_one_class=True,
+            needs="indexing",
         ),
         Form(distribution, terms, value, gradient, hessian),
     ),
@@ -196,9 +214,10 @@ NLL = Loss(
     forms=(
         Form(
             class_index,
-            log_terms,
+            log_index_terms,
             log_index_value,
             log_index_gradient,
+            scales=True,
             of_indices=True,
             of_one_class=True,
             needs="indexing",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .. import lengths
 from ..namespace import Array, Namespace
 from .targets import TargetWeights
-from .types import Form, Formula, Loss, Operands, Options
+from .types import Form, Loss, Operands, Options
 
 
 class Prepared(NamedTuple):
@@ -153,19 +153,20 @@ def counted(xp: Namespace, loss: Loss, options: Options, x: Array) -> Any:
 
 
 def _scaled(
-    xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Formula, cotangent: Array | None
+    xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Any, cotangent: Array | None
 ) -> Array:
-    """The derivative of each loss times scale · cotangent / divisor, a missing one being 1."""
+    """The derivative of each loss times cotangent / divisor, a missing one being 1."""
     form, weights, terms, divisor = call
     if cotangent is not None and loss.per_example and options.reduction == "none":
         cotangent = xp.expand_dims(cotangent, axis=options.axes[0])
     factor = cotangent if divisor is None else (1.0 if cotangent is None else cotangent) / divisor
+    if form.scales and derivative is form.gradient:
+        return derivative(xp, terms, weights, factor)
     array = derivative(xp, terms, weights)
-    factor = factor if form.scale is None else form.scale(xp, terms, weights, factor)
     return array if factor is None else xp.scale(array, factor)
 
 
-def _of_sum(xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Formula) -> Array:
+def _of_sum(xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Any) -> Array:
     """The derivative of the reduced loss, 0 where it is masked. (Where all is finite, a weight of 0 sees to that.)"""
     found, keep = _scaled(xp, loss, options, call, derivative, None), call.weights.keep
     return found if keep is None or xp.assume_finite else xp.where(keep, found, 0.0)

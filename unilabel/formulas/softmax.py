@@ -241,13 +241,14 @@ def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
     return values if weight is None else weigh_logits(xp, weight, values)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
+    at, axis, total = weights.position, weights.axis, t.rest + t.e_y
     if t.apart is None:
-        return native_index_gradient(xp, t, weights)
-    axis, total = weights.axis, t.rest + t.e_y
+        return xp.scale(xp.put_along_axis(t.e, at, -t.rest, axis), _factor(xp, weights.weight, axis, factor) / total)
     weight, share, uniform_y = (_of_rows(xp, part, axis) for part in (weights.weight, t.share, weights.uniform_y))
-    at_y = t.e_y * share - weight * t.rest - total * uniform_y
-    return xp.put_along_axis(xp.scale(t.e, weight + share) - total * weights.uniform, weights.position, at_y, axis)
+    array = xp.scale(t.e, weight + share) - total * weights.uniform
+    array = xp.put_along_axis(array, at, t.e_y * share - weight * t.rest - total * uniform_y, axis)
+    return xp.scale(array, _factor(xp, weights.example, axis, factor) / total)
 
 
 def _of_rows(xp: Namespace, part: Any, axis: int) -> Any:
@@ -255,30 +256,19 @@ def _of_rows(xp: Namespace, part: Any, axis: int) -> Any:
     return part if isinstance(part, float) or part.ndim == 0 else xp.expand_dims(part, axis=axis)
 
 
-def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex) -> Array:
-    return xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
+def _factor(xp: Namespace, example: Array | None, axis: int, factor: Any) -> Any:
+    factor = 1.0 if factor is None else factor
+    return factor if example is None else xp.expand_dims(example, axis=axis) * factor
 
 
-def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    found = _scale(xp, weights, factor)
-    return (1.0 if found is None else found) / (t.rest + t.e_y)
-
-
-def native_index_scale(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex, factor: Any) -> Any:
-    # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
-    short = xp.extent(t.e, weights.axis) <= SHORT
-    return _scale(xp, weights, factor) if short else index_scale(xp, t, weights, factor)
+def native_index_gradient(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
+    array = xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
+    factor = _factor(xp, weights.weight, weights.axis, factor)
+    # In long rows a native softmax does not sum to 1 exactly: the division puts that right.
+    return xp.scale(array, factor if xp.extent(t.e, weights.axis) <= SHORT else factor / (t.rest + t.e_y))
 
 
 SHORT = 64  # classes
-
-
-def _scale(xp: Namespace, weights: ClassIndex, factor: Any) -> Any:
-    example = weights.weight if weights.uniform is None else weights.example
-    if example is None:
-        return factor
-    example = xp.expand_dims(example, axis=weights.axis)
-    return example if factor is None else example * factor
 
 
 SOFTMAX = Loss(
@@ -300,11 +290,11 @@ SOFTMAX = Loss(
             native_index_terms,
             native_index_value,
             native_index_gradient,
-            scale=native_index_scale,
+            scales=True,
             needs="softmax",
             of_one_class=True,
         ),
-        Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_indices=True),
+        Form(class_index, index_terms, index_value, index_gradient, scales=True, of_indices=True),
         Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="indexing"),
         Form(distribution, terms, value, gradient, hessian),
     ),

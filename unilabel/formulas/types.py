@@ -36,6 +36,7 @@ class Options(NamedTuple):
 
 
 Formula = Callable[[Namespace, Any, Any], Array]  # of the namespace, the terms and the target weights
+ScaledFormula = Callable[[Namespace, Any, Any, Any], Array]  # and of what to multiply by, to broadcast; None: 1
 
 
 class Form(NamedTuple):
@@ -47,9 +48,9 @@ class Form(NamedTuple):
     weights: Callable[[Namespace, Array, Operands, Options], Any]  # how much of the loss each class carries
     terms: Callable[[Namespace, Array, Any, Options], Any]  # what value, gradient and Hessian have in common
     value: Formula
-    gradient: Formula  # without the factor `scale` of each example, if there is one
+    gradient: Formula | ScaledFormula
     hessian: Formula | None = None  # its diagonal
-    scale: Callable[[Namespace, Any, Any, Any], Any] | None = None  # kept apart: times what else scales the rows
+    scales: bool = False  # the gradient is a ScaledFormula: an array is written once where it can be
     needs: str = ""  # an optional group of functions: "autodiff", "sigmoid" or "softmax"
     of_labels: bool = False  # for targets that are 0 or 1 alone
     of_indices: bool = False  # for class indices alone
