@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,12 +33,44 @@ def _are_labels(z: Array) -> bool:
     return z.numel() >= 1 << 13 and torch.addcmul(z, z, z, value=-1).abs_().amax().item() == 0
 
 
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor | None:
+    """Threads in which every operation of torch is computed by that thread alone; None where torch cannot do so."""
+    if count == 1 or "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    pool, started = ThreadPoolExecutor(count, "unilabel"), threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # the first call in a thread sets its number
+        torch.set_num_threads(1)
+        started.wait()
+
+    for _ in range(count):
+        pool.submit(start)
+    started.wait()
+    torch.set_num_threads(count)  # again: threads that start later begin with the number that was set last
+    return pool
+
+
+if hasattr(os, "register_at_fork"):  # threads are not forked
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+def _each(function: Any, rows: list[Any]) -> Any:
+    """A block on each thread, which takes the next when it is done.
+
+    In torch's own loops all threads share each operation, and wait for one whose core is busy with something else.
+    """
+    pool = _threads(torch.get_num_threads()) if internals.is_unwatched() else None
+    return map(function, rows) if pool is None else pool.map(torch.no_grad()(function), rows)
+
+
 blockwise = blocks.Blockwise(
     eager,
     finite,
     _empty,
     torch.Tensor.is_contiguous,
-    map,  # torch has threads of its own
+    _each,
     lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
     large=1 << 21,
     block=1 << 19,

@@ -48,6 +48,10 @@ class Internals:
             self._function_modes() and self.is_overridden()
         )
 
+    def is_unwatched(self) -> bool:
+        """Whether no dispatch mode is there, which would see the operations of its own thread alone."""
+        return not self._dispatch_modes()
+
     def is_transformed(self) -> bool:
         """Whether a transformation of torch.func or forward mode is at work."""
         return self._has_transforms() or self._forward_ad is None or self._forward_ad._current_level >= 0
