@@ -261,3 +261,67 @@ def test_an_error_in_any_block_is_the_callers(bad, set_threads):
     with pytest.raises(ValueError, match=f"block {bad}"):
         numpy_backend._each(double, [slice(i, i + 1) for i in range(20)])
     assert numpy_backend._each(double, [slice(i, i + 1) for i in range(100, 200)]) == [2 * i for i in range(100, 200)]
+
+
+def blocks_of_torch(torch):
+    x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(20261126)).requires_grad_()
+    value = ul.softmax_nll(x, torch.arange(64))
+    return value, *torch.autograd.grad(value, x)
+
+
+def test_threads_of_torch(small, request, monkeypatch):
+    """One for each block change no number, nor how many threads torch has, here or in a thread that starts later."""
+    asked_for("torch", request)
+    import torch
+    from unilabel.backends import torch as torch_backend
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        found = blocks_of_torch(torch)
+        later = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *later] == [2, 2]
+        monkeypatch.setattr(torch_backend, "_threads", lambda count: None)
+        for a, b in zip(found, blocks_of_torch(torch), strict=True):
+            assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_dispatch_mode_sees_each_block(small, request):
+    asked_for("torch", request)
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        softmaxes = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            Counter.softmaxes += function is torch.ops.aten._softmax.default
+            return function(*arguments, **(options or {}))
+
+    with Counter():
+        blocks_of_torch(torch)
+    assert Counter.softmaxes == 64
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_masked_gradient_is_0_whatever_the_cotangent(reduction, small, request):
+    """A scaler of gradients may overflow."""
+    asked_for("torch", request)
+    import torch
+
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], requires_grad=True)
+    where = torch.tensor([[True, False, True], [True, True, False]])
+    calls = [
+        (ul.multilabel_logistic_loss, torch.tensor([[0.0, 1, 1], [1, 0, 1]])),
+        (ul.softmax_nll, torch.tensor([0, 1])),
+    ]
+    for loss, targets in calls:
+        value = loss(x, targets, where=where, reduction=reduction)
+        (gradient,) = torch.autograd.grad(value, x, torch.full_like(value, math.inf))
+        assert (gradient[~where] == 0).all()
+        assert not torch.isfinite(gradient[where]).all()
