@@ -30,8 +30,7 @@ def _prepare(
     form = form_of(xp, loss, options, operands, hessian)
     x = working(xp, options, x)
     weights = form.weights(xp, x, operands, options)
-    kept = x if weights.keep is None else weights.masked(xp, x, loss.fill)
-    terms = form.terms(xp, kept, weights, options)
+    terms = form.terms(xp, weights.masked(xp, x, loss.fill), weights, options)
     return Prepared(form, weights, terms, divisor(xp, loss, options, x, weights))
 
 
@@ -160,7 +159,8 @@ def _scaled(
     if cotangent is not None and loss.per_example and options.reduction == "none":
         cotangent = xp.expand_dims(cotangent, axis=options.axes[0])
     factor = cotangent if divisor is None else (1.0 if cotangent is None else cotangent) / divisor
-    if form.scales and derivative is form.gradient:
+    scales = form.scales and derivative is form.gradient
+    if scales:
         return derivative(xp, terms, weights, factor)
     array = derivative(xp, terms, weights)
     return array if factor is None else xp.scale(array, factor)

@@ -80,8 +80,8 @@ def _hessian(xp: Namespace, weights: Distribution, p: Array, q: Array) -> Array:
     return xp.sum(weights.z, axis=weights.axis, keepdims=True) * p * q
 
 
-# Where elements can be looked up: of the class of the largest logit, j, both p_j and z_j may be close to 1, and p Σ z - z
-# would cancel. There the gradient is p_j Σ_{k≠j} z_k - z_j s / (1 + s).
+# Where elements can be looked up: both p_j and z_j may be close to 1 for the class of the largest logit, j, and there
+# p Σ z - z would cancel: the gradient is p_j Σ_{k≠j} z_k - z_j s / (1 + s).
 
 
 class LookedUpTerms(NamedTuple):

@@ -24,7 +24,7 @@ class Elementwise(NamedTuple):
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         """x, with `fill` where it is masked; as it is if it is finite there, as its weight is 0."""
-        return x if xp.assume_finite else xp.where(self.keep, x, fill)
+        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)
 
 
 class Distribution(NamedTuple):
@@ -76,7 +76,7 @@ class Labels(NamedTuple):
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        return x if xp.assume_finite else xp.where(self.keep, x, fill)
+        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)
 
 
 TargetWeights = Labels | Elementwise | Distribution | ClassIndex
@@ -104,13 +104,12 @@ def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> 
     """`w`, and with the label 1 `w · pos_weight`. With smoothing the two labels have 1 - ε/2 and ε/2 of theirs."""
     z, weight, pos_weight, counts = _each(xp, like, operands)
     keep, smoothing = operands.where, _smoothing(xp, like, operands, options)
-    total = other = None
+    total, other = None, None if smoothing is None else smoothing / 2
     if pos_weight is not None:
-        total = _by_label(xp, z, xp.ones_like(pos_weight), pos_weight)
-    if smoothing is not None:
-        other = smoothing / 2
-        if total is not None:
-            other = other * _by_label(xp, z, pos_weight, xp.ones_like(pos_weight))
+        one = xp.ones_like(pos_weight)
+        total = _by_label(xp, z, one, pos_weight)
+        if smoothing is not None:
+            other = smoothing / 2 * _by_label(xp, z, pos_weight, one)
             total = total * (1 - smoothing / 2) + other
     if weight is not None:
         total = weight if total is None else total * weight
