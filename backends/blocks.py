@@ -128,9 +128,10 @@ def run(
     """The result of `value`, `value_and_gradient`, … of `formulas`, and the namespace that it was computed with.
 
     First with the fast namespace, which assumes finite logits and class indices in range. If that is wrong, a loss is
-    infinite or NaN, or there is an IndexError: then again with the safe one.
+    infinite or NaN, or a gradient NaN, or there is an IndexError: then again with the safe one. (But a gradient is
+    finite where the class is masked, and only the loss is not.)
     """
-    if formula is not formulas.gradient_and_hessian:
+    if formula is not formulas.gradient_and_hessian or operands.where is None:
         try:
             result = _run(blockwise, blockwise.finite, formula, loss, options, x, operands)
             if blockwise.all_finite(result[0] if isinstance(result, tuple) else result):

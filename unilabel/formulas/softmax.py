@@ -253,6 +253,17 @@ def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weigh
     return xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
 
 
+def index_hessian(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+    """(w + U) p (1 - p), less the 1 / total of `index_scale`. Of the two largest e, 1 - p is a sum of others."""
+    total, axis = t.rest + t.e_y, weights.axis
+    at = xp.position(t.e, xp.argmax(t.e, axis=axis), axis)
+    largest, e = xp.take_along_axis(t.e, at, axis), xp.put_along_axis(t.e * 1, at, 0.0, axis)
+    array = e * (1 - e * xp.expand_dims(1 / total, axis=axis))
+    array = xp.put_along_axis(array, at, largest * ((xp.sum(e, axis=axis) + t.e_y) / total), axis)
+    array = xp.put_along_axis(array, weights.position, t.e_y * (t.rest / total), axis)
+    return array if t.apart is None else xp.scale(array, xp.expand_dims(weights.weight + t.share, axis=axis))
+
+
 def index_scale(xp: Namespace, t: IndexTerms | NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
     # In long rows a native softmax does not sum to 1 exactly: the division puts that right, too.
     example = weights.weight if weights.uniform is None else weights.example
@@ -284,7 +295,7 @@ SOFTMAX = Loss(
             needs="softmax",
             of_one_class=True,
         ),
-        Form(class_index, index_terms, index_value, index_gradient, scale=index_scale, of_indices=True),
+        Form(class_index, index_terms, index_value, index_gradient, index_hessian, index_scale, of_indices=True),
         Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="indexing"),
         Form(distribution, terms, value, gradient, hessian),
     ),
