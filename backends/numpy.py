@@ -36,11 +36,15 @@ class _Numpy(Extended):
         return x[..., 0] if axis == -1 else np.squeeze(x, axis)
 
     def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
+        if axis == -1 and _has_few(x):
+            return np.maximum.reduce(_columns(x), axis=0).reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
         return np.maximum.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]  # it is no literal
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
         if axis == -1:
+            if _has_few(x):
+                return _sum_across(_columns(x), 0, False).reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
             x = np.ascontiguousarray(x)
         elif axis is not None:
             return _sum_across(x, axis, keepdims)
@@ -70,6 +74,15 @@ class _Numpy(Extended):
     def put_along_axis(self, x: Array, position: tuple[Any, ...], values: Any, axis: int) -> Array:
         x[position] = values
         return x
+
+
+def _has_few(x: Array) -> bool:
+    """Whether the rows are short and many: NumPy reduces one after the other, which takes as long as 20 numbers do."""
+    return bool(x.shape[-1] <= 16 and x.size >= 1000)
+
+
+def _columns(x: Array) -> Array:
+    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)
 
 
 def _sum_across(x: Array, axis: int, keepdims: bool) -> Array:
@@ -173,8 +186,8 @@ class NumpyBackend(Backend):
     def keeps_axis(self, x: Array) -> bool:
         return True
 
-    def cache_key(self, x: Array, targets: Any) -> Any:
-        return (x.dtype, targets.dtype) if type(x) is type(targets) is np.ndarray else None
+    def cache_key(self, x: Array, operand: Any) -> Any:
+        return (x.dtype, operand.dtype) if type(x) is type(operand) is np.ndarray else None
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)

@@ -27,8 +27,8 @@ from .types import Form, Loss, Options
 
 class BinaryTerms(NamedTuple):
     p: Array
-    p_free: Array  # True where the clamp leaves p alone, and so has a derivative
-    q_free: Array  # the same for 1 - p
+    p_free: Array | None  # True where the clamp leaves p alone, and so has a derivative; None: everywhere
+    q_free: Array | None  # the same for 1 - p
     negative: Array
     floor: float
 
@@ -36,11 +36,17 @@ class BinaryTerms(NamedTuple):
 def binary_terms(xp: Namespace, p: Array, weights: Elementwise, options: Options) -> BinaryTerms:
     negative, positive, *_ = weights
     negative = 1 - positive if negative is None else negative
+    if xp.assume_finite:
+        # NaN if there is anything to clamp
+        inside = xp.log(xp.minimum(xp.min(p), 1 - xp.max(p)) - options.eps)
+        return BinaryTerms(p + 0 * inside, None, None, negative, math.nan)
     p_free, q_free = _free(xp, p, positive, options.eps), _free(xp, 1 - p, negative, options.eps)
     return BinaryTerms(p, p_free, q_free, negative, _log(options.eps))
 
 
 def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
+    if t.p_free is None:
+        return -(xp.multiply(xp.log1p(-t.p), t.negative) + xp.multiply(xp.log(t.p), weights.positive))
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
     small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
     log_q = xp.where(
@@ -124,7 +130,8 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     at_y = -_quotient(xp, t.weight, t.p_y, t.free)
-    return xp.put_along_axis(_zeros(xp, 0 * t.p, weights), weights.position, at_y, weights.axis)
+    zeros = xp.zeros_like(t.p) if xp.assume_finite else 0 * t.p
+    return xp.put_along_axis(_zeros(xp, zeros, weights), weights.position, at_y, weights.axis)
 
 
 def log_index_value(xp: Namespace, log_p: Array, weights: ClassIndex) -> Array:
@@ -139,12 +146,16 @@ def log_index_gradient(xp: Namespace, log_p: Array, weights: ClassIndex) -> Arra
 
 
 def _zeros(xp: Namespace, zeros: Array, weights: ClassIndex) -> Array:
-    """NaN for an example whose weight is."""
-    return zeros if weights.weight is None else zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
+    """NaN for an example whose weight is. (Where all is finite, its loss is NaN, too.)"""
+    if weights.weight is None or xp.assume_finite:
+        return zeros
+    return zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
 
 
 def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Array:
     """NaN where an example has a NaN in any class, as with the same targets one-hot."""
+    if xp.assume_finite:
+        return values + 0 * xp.sum(x)
     total = xp.sum(x, axis=weights.axis)
     return xp.where(total == total, values, math.nan)
 
@@ -159,8 +170,10 @@ def _clamped_log(xp: Namespace, p: Array, free: Array, floor: float) -> Array:
     return xp.where(free, xp.log(xp.where(free, p, 1.0)), floor + 0 * p)
 
 
-def _quotient(xp: Namespace, weight: Array, p: Array, free: Array) -> Array:
+def _quotient(xp: Namespace, weight: Array, p: Array, free: Array | None) -> Array:
     """weight / p where p is free, else 0; NaN wherever the weight is."""
+    if free is None:
+        return weight / p
     quotient = weight / xp.where(free, p, 1.0)
     return xp.where(free, quotient, 0 * quotient)
 
