@@ -101,6 +101,14 @@ def _sum_across(x: Array, axis: int, keepdims: bool) -> Array:
 class _Finite(_Numpy):
     assume_finite = True
 
+    def masked(self, x: Array, keep: Array, fill: float) -> Array:
+        if fill != -math.inf:
+            return np.where(keep, x, fill)
+        bound = keep.astype(x.dtype)
+        bound -= 0.5
+        bound *= math.inf  # np.where takes longer than all of this arithmetic
+        return np.minimum(x, bound, out=bound)
+
 
 xp: Namespace = _Numpy(np)
 
