@@ -196,7 +196,7 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     first, flat_first = call.memory(x, has_value and call.loss.per_example) if unreduced else (None, None)
 
     def write(block: Block, pair: tuple[Array, Array]) -> float | None:
-        flat_second[block.full] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
+        _scale_into(call.xp, flat_second[block.full], pair[1], scale)
         if flat_first is not None:
             flat_first[call.losses(block) if has_value else block.full] = pair[0]
             return None
@@ -204,6 +204,15 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
 
     values = call.each(formula, write)
     return call.summed(values, x) if first is None else first, second
+
+
+def _scale_into(xp: Namespace, out: Array, array: Array, scale: Any) -> None:
+    if isinstance(scale, float) and scale == 1.0:
+        out[...] = array
+    elif out.dtype == array.dtype:
+        xp.multiply(array, scale, out=out)
+    else:
+        out[...] = array * scale
 
 
 def _in_blocks(

@@ -44,11 +44,15 @@ class _Numpy(Extended):
         # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
         if axis == -1:
             if _has_few(x):
-                return _sum_across(_columns(x), 0, False).reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
+                return _sum_first(_columns(x)).reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
             x = np.ascontiguousarray(x)
         elif axis is not None:
-            return _sum_across(x, axis, keepdims)
+            total = _sum_first(np.moveaxis(x, axis, 0))
+            return np.expand_dims(total, axis) if keepdims else total
         return np.add.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]
+
+    def zeros_like(self, x: Array) -> Array:
+        return np.zeros(x.shape, x.dtype)
 
     def as_index(self, targets: Array, like: Array) -> Array:
         return targets.astype(np.int64, copy=False)
@@ -85,17 +89,15 @@ def _columns(x: Array) -> Array:
     return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)
 
 
-def _sum_across(x: Array, axis: int, keepdims: bool) -> Array:
-    """The sum across memory, in halves that are added to each other: as exact as pairwise, and as fast."""
-    x = np.moveaxis(x, axis, 0)
+def _sum_first(x: Array) -> Array:
+    """The sum along the first axis, in halves that are added to each other: as exact as pairwise, and as fast."""
     while len(x) > 8:
         half = len(x) // 2
         folded = x[:half] + x[half : 2 * half]
         if len(x) % 2:
             folded[0] += x[-1]
         x = folded
-    total = np.add.reduce(x, axis=0)
-    return np.expand_dims(total, axis) if keepdims else total
+    return np.add.reduce(x, axis=0)
 
 
 class _Finite(_Numpy):

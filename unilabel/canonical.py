@@ -75,14 +75,16 @@ def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given:
     """The key of a call: calls with the same key need the same checks. None: check each time."""
     if given.validate or operands.targets is None:
         return None
-    arrays = [None if array is None else backend.cache_key(logits, array) for array in operands]
-    if any(key is None and array is not None for key, array in zip(arrays, operands, strict=True)):
-        return None
     kinds = tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types
     if not _HASHABLE.issuperset(kinds):
         return None
-    shapes = [None if array is None else array.shape for array in operands]
-    return loss.name, given, kinds, *arrays, logits.shape, *shapes
+    arrays: list[Any] = []
+    for array in operands:
+        key = None if array is None else backend.cache_key(logits, array)
+        if key is None and array is not None:
+            return None
+        arrays.append(None if array is None else (key, array.shape))
+    return loss.name, given, kinds, logits.shape, *arrays
 
 
 def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:

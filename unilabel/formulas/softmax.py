@@ -254,12 +254,12 @@ def native_index_gradient(xp: Namespace, t: IndexTerms | NativeIndexTerms, weigh
 
 
 def index_hessian(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
-    """(w + U) p (1 - p), less the 1 / total of `index_scale`. Of the two largest e, 1 - p is a sum of others."""
-    total, axis = t.rest + t.e_y, weights.axis
-    at = xp.position(t.e, xp.argmax(t.e, axis=axis), axis)
-    largest, e = xp.take_along_axis(t.e, at, axis), xp.put_along_axis(t.e * 1, at, 0.0, axis)
-    array = e * (1 - e * xp.expand_dims(1 / total, axis=axis))
-    array = xp.put_along_axis(array, at, largest * ((xp.sum(e, axis=axis) + t.e_y) / total), axis)
+    """(w + U) p (1 - p), times total. Of a class with more than half of the probability, 1 - p is the sum of others."""
+    axis, total = weights.axis, t.rest + t.e_y
+    major = xp.astype(t.e > xp.expand_dims(total / 2, axis=axis), t.e.dtype)
+    e = t.e - major  # 0 there, as it is the largest, and exp 0 is 1
+    others = (xp.sum(e, axis=axis) + t.e_y) / total
+    array = e * (1 - e * xp.expand_dims(1 / total, axis=axis)) + major * xp.expand_dims(others, axis=axis)
     array = xp.put_along_axis(array, weights.position, t.e_y * (t.rest / total), axis)
     return array if t.apart is None else xp.scale(array, xp.expand_dims(weights.weight + t.share, axis=axis))
 
