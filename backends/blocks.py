@@ -128,9 +128,10 @@ def run(
     """The result of `value`, `value_and_gradient`, … of `formulas`, and the namespace that it was computed with.
 
     First with the fast namespace, which assumes finite logits and class indices in range. If that is wrong, a loss is
-    infinite or NaN, or there is an IndexError: then again with the safe one.
+    infinite or NaN, or a gradient NaN, or there is an IndexError: then again with the safe one. (But a gradient is
+    finite where the class is masked, and only the loss is not.)
     """
-    if formula is not formulas.gradient_and_hessian:
+    if formula is not formulas.gradient_and_hessian or operands.where is None:
         try:
             result = _run(blockwise, blockwise.finite, formula, loss, options, x, operands)
             if blockwise.all_finite(result[0] if isinstance(result, tuple) else result):
@@ -195,7 +196,7 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     first, flat_first = call.memory(x, has_value and call.loss.per_example) if unreduced else (None, None)
 
     def write(block: Block, pair: tuple[Array, Array]) -> float | None:
-        flat_second[block.full] = pair[1] if isinstance(scale, float) and scale == 1.0 else pair[1] * scale
+        _scale_into(call.xp, flat_second[block.full], pair[1], scale)
         if flat_first is not None:
             flat_first[call.losses(block) if has_value else block.full] = pair[0]
             return None
@@ -203,6 +204,15 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
 
     values = call.each(formula, write)
     return call.summed(values, x) if first is None else first, second
+
+
+def _scale_into(xp: Namespace, out: Array, array: Array, scale: Any) -> None:
+    if isinstance(scale, float) and scale == 1.0:
+        out[...] = array
+    elif out.dtype == array.dtype:
+        xp.multiply(array, scale, out=out)
+    else:
+        out[...] = array * scale
 
 
 def _in_blocks(

@@ -216,10 +216,10 @@ class TensorflowBackend(Backend):
         operands = Operands(targets, weight, full(pos_weight), each(sample_weight), full(where))
         return tf.reshape(x, two), operands, restore, finish
 
-    def cache_key(self, x: Array, targets: Any) -> Any:
-        if type(x) is not EAGER or type(targets) is not EAGER:
+    def cache_key(self, x: Array, operand: Any) -> Any:
+        if type(x) is not EAGER or type(operand) is not EAGER:
             return None
-        return x.dtype, targets.dtype
+        return x.dtype, operand.dtype
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)

@@ -201,12 +201,12 @@ class TorchBackend(Backend):
     def keeps_axis(self, x: Array) -> bool:
         return type(x) in ORDINARY and not torch.compiler.is_compiling()
 
-    def cache_key(self, x: Array, targets: Any) -> Any:
-        if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):
+    def cache_key(self, x: Array, operand: Any) -> Any:
+        if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(operand) is torch.Tensor):
             return None
-        if x.is_nested or targets.is_nested or internals.is_tracing() or x.device != targets.device:
+        if x.is_nested or operand.is_nested or internals.is_tracing() or x.device != operand.device:
             return None
-        return x.dtype, targets.dtype, x.layout, targets.layout
+        return x.dtype, operand.dtype, x.layout, operand.layout
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")

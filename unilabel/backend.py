@@ -61,8 +61,8 @@ class Backend:
         """Whether the formulas are fast, and right, with the class axis of x in its place; if not, it is moved last."""
         return False
 
-    def cache_key(self, x: Array, targets: Any) -> Any:
-        """A hashable key of two arrays on one device, or None.
+    def cache_key(self, x: Array, operand: Any) -> Any:
+        """A hashable key of the logits and an operand on one device, or None.
 
         Calls with equal keys, shapes and options need the same checks, so that only the first is checked. None: check
         each time.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import checks
+from . import checks, lengths
 from .backend import Array, Backend, backend_of, is_number
 from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, REDUCTIONS, choices, fail
 from .formulas import Loss, Operands, Options
@@ -59,7 +59,8 @@ def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Ca
     if found is not None:
         return Canonical(backend, loss, found, logits, operands, as_it_is)
     call = _canonical(backend, loss, logits, operands, given)
-    if key is not None and call.operands.targets is operands.targets and call.restore is as_it_is:
+    same = all(a is b for a, b in zip(call.operands, operands, strict=True))
+    if key is not None and same and call.restore is as_it_is:
         if len(_checked) >= 1000:  # shapes that never come again
             _checked.clear()
         _checked[key] = call.options
@@ -72,14 +73,18 @@ _HASHABLE = {int, float, bool, str, type(None)}
 
 def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Any:
     """The key of a call: calls with the same key need the same checks. None: check each time."""
-    targets, weight, pos_weight, sample_weight, where, smoothing = operands
-    if given.validate or not (weight is pos_weight is sample_weight is where is smoothing is None):
+    if given.validate or operands.targets is None:
         return None
-    arrays = backend.cache_key(logits, targets)
-    kinds = None if arrays is None else tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types
-    if kinds is None or not _HASHABLE.issuperset(kinds):
+    kinds = tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types
+    if not _HASHABLE.issuperset(kinds):
         return None
-    return loss.name, given, kinds, arrays, logits.shape, targets.shape
+    arrays: list[Any] = []
+    for array in operands:
+        key = None if array is None else backend.cache_key(logits, array)
+        if key is None and array is not None:
+            return None
+        arrays.append(None if array is None else (key, array.shape))
+    return loss.name, given, kinds, logits.shape, *arrays
 
 
 def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
@@ -124,8 +129,8 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         return Canonical(backend, loss, options, logits, operands, as_it_is)
 
     xp = backend.namespace(logits)
-    if operands.where is not None:  # broadcast by logical_and: a length may be unknown at trace time
-        keep = operands.where
+    keep = operands.where
+    if keep is not None and not _is_full(keep, shape):  # broadcast by logical_and: a length may be unknown, if traced
         for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
             keep = xp.expand_dims(keep, axis=0)
         operands = operands._replace(where=xp.logical_and(keep, xp.ones_like(logits, dtype=xp.bool)))
@@ -137,6 +142,11 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         targets=z if options.indices else last(z), where=None if where is None else last(where)
     )
     return Canonical(backend, loss, options, last(logits), operands, restore)
+
+
+def _is_full(array: Array, shape: Shape) -> bool:
+    """Whether it is known to be of this shape."""
+    return all(n is not None for n in (*array.shape, *shape)) and lengths.same(array.shape, shape)
 
 
 def _stays(backend: Backend, axes: tuple[int, ...], logits: Array) -> bool:

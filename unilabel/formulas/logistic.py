@@ -41,12 +41,9 @@ def value(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
 
 
 def gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
-    return _gradient(t, weights, xp.maximum(t.nonneg, t.e), xp.maximum(1 - t.nonneg, t.e))
-
-
-def _gradient(t: Terms, weights: Elementwise, e_pos: Array, e_neg: Array) -> Array:
-    """`e_pos` and `e_neg` are exp min(x, 0) and exp min(-x, 0)."""
     negative, positive, *_ = weights
+    neg = 1 - t.nonneg
+    e_pos, e_neg = t.nonneg + neg * t.e, t.nonneg * t.e + neg  # exp min(x, 0), exp min(-x, 0)
     return ((1 - positive if negative is None else negative) * e_pos - positive * e_neg) / (1 + t.e)
 
 
@@ -55,17 +52,12 @@ def hessian(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
     return product if weights.total is None else weights.total * product
 
 
-# For autodiff: arithmetic alone, as the derivatives of abs and maximum are wrong at x = 0.
+# For autodiff: arithmetic alone, as the derivative of abs is wrong at x = 0.
 
 
 def differentiable_terms(xp: Namespace, x: Array, *_: Any) -> Terms:
     nonneg = xp.heaviside(x)
     return Terms(x, nonneg, xp.exp(-xp.multiply(x, 2 * nonneg - 1)))
-
-
-def differentiable_gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
-    neg = 1 - t.nonneg
-    return _gradient(t, weights, t.nonneg + neg * t.e, t.nonneg * t.e + neg)
 
 
 # With the namespace's own sigmoid, softplus and lerp.
@@ -136,7 +128,7 @@ LOGISTIC = Loss(
     forms=(
         Form(labels, label_terms, label_value, label_gradient, needs="sigmoid", of_labels=True),
         Form(elementwise, native_terms, native_value, native_gradient, needs="sigmoid"),
-        Form(elementwise, differentiable_terms, value, differentiable_gradient, hessian, needs="autodiff"),
+        Form(elementwise, differentiable_terms, value, gradient, hessian, needs="autodiff"),
         Form(elementwise, terms, value, gradient, hessian),
     ),
 )

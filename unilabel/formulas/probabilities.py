@@ -27,8 +27,9 @@ from .types import Form, Loss, Options
 
 class BinaryTerms(NamedTuple):
     p: Array
+    q: Array  # 1 - p
     p_free: Array  # True where the clamp leaves p alone, and so has a derivative
-    q_free: Array  # the same for 1 - p
+    q_free: Array  # the same for q
     negative: Array
     floor: float
 
@@ -36,28 +37,32 @@ class BinaryTerms(NamedTuple):
 def binary_terms(xp: Namespace, p: Array, weights: Elementwise, options: Options) -> BinaryTerms:
     negative, positive, *_ = weights
     negative = 1 - positive if negative is None else negative
-    p_free, q_free = _free(xp, p, positive, options.eps), _free(xp, 1 - p, negative, options.eps)
-    return BinaryTerms(p, p_free, q_free, negative, _log(options.eps))
+    q = 1 - p
+    p_free, q_free = _free(xp, p, positive, options.eps), _free(xp, q, negative, options.eps)
+    return BinaryTerms(p, q, p_free, q_free, negative, _log(options.eps))
 
 
 def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
+    if xp.assume_finite:
+        floor = xp.asarray(t.floor, dtype=t.p.dtype)
+        log_p, log_q = xp.maximum(xp.log(t.p), floor), xp.maximum(xp.log1p(-t.p), floor)
+        return -(xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive))
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
     small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
     log_q = xp.where(
         small,
         xp.log1p(-xp.where(small, t.p, 0.0)),
-        _clamped_log(xp, xp.where(small, 1.0, 1 - t.p), t.q_free, t.floor),
+        _clamped_log(xp, xp.where(small, 1.0, t.q), t.q_free, t.floor),
     )
     return xp.weigh(t.negative, -log_q) + xp.weigh(weights.positive, -log_p)
 
 
 def binary_gradient(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
-    return _quotient(xp, t.negative, 1 - t.p, t.q_free) - _quotient(xp, weights.positive, t.p, t.p_free)
+    return _quotient(xp, t.negative, t.q, t.q_free) - _quotient(xp, weights.positive, t.p, t.p_free)
 
 
 def binary_hessian(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
-    q = 1 - t.p
-    by_q = _quotient(xp, _quotient(xp, t.negative, q, t.q_free), q, t.q_free)
+    by_q = _quotient(xp, _quotient(xp, t.negative, t.q, t.q_free), t.q, t.q_free)
     return by_q + _quotient(xp, _quotient(xp, weights.positive, t.p, t.p_free), t.p, t.p_free)
 
 
@@ -123,7 +128,8 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    return _at_index(xp, 0 * t.p, weights, -_quotient(xp, t.weight, t.p_y, t.free), factor)
+    zeros = xp.zeros_like(t.p) if xp.assume_finite else 0 * t.p
+    return _at_index(xp, zeros, weights, -_quotient(xp, t.weight, t.p_y, t.free), factor)
 
 
 class LogIndexTerms(NamedTuple):
@@ -147,8 +153,8 @@ def log_index_gradient(xp: Namespace, t: LogIndexTerms, weights: ClassIndex, fac
 
 
 def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, factor: Any) -> Array:
-    """The gradient with this number at the class y, times the factor; NaN for an example whose weight is."""
-    if weights.weight is not None:
+    """The gradient with this number at the class y, times the factor."""
+    if not (weights.weight is None or xp.assume_finite):  # NaN for an example whose weight is
         zeros = zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
     at_y = at_y if factor is None else at_y * factor
     return xp.put_along_axis(zeros, weights.position, at_y, weights.axis)
@@ -156,13 +162,16 @@ def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, facto
 
 def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Array:
     """NaN where an example has a NaN in any class, as with the same targets one-hot."""
+    if xp.assume_finite:
+        return values + 0 * xp.sum(x)
     total = xp.sum(x, axis=weights.axis)
     return xp.where(total == total, values, math.nan)
 
 
 def _free(xp: Namespace, p: Array, weight: Array, eps: float) -> Array:
     """Where the logarithm of p counts: neither clamped, nor of a 0 that has no weight."""
-    return ~xp.logical_or(p < eps, xp.logical_and(p == 0, weight == 0))
+    clamped = p < eps
+    return ~(clamped if eps > 0 else xp.logical_or(clamped, xp.logical_and(p == 0, weight == 0)))
 
 
 def _clamped_log(xp: Namespace, p: Array, free: Array, floor: float) -> Array:
@@ -172,8 +181,7 @@ def _clamped_log(xp: Namespace, p: Array, free: Array, floor: float) -> Array:
 
 def _quotient(xp: Namespace, weight: Array, p: Array, free: Array) -> Array:
     """weight / p where p is free, else 0; NaN wherever the weight is."""
-    quotient = weight / xp.where(free, p, 1.0)
-    return xp.where(free, quotient, 0 * quotient)
+    return weight / xp.where(free, p, math.inf)
 
 
 def _log(eps: float) -> float:

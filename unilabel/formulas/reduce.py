@@ -84,9 +84,10 @@ def gradient_and_hessian(
     """The gradient of the sum of the losses with respect to the logits, and the diagonal of its Hessian."""
     call = _prepare(xp, loss, options, x, operands, hessian=True)
     assert call.form.hessian is not None
-    first, second = (
-        _of_sum(xp, loss, options, call, derivative) for derivative in (call.form.gradient, call.form.hessian)
-    )
+    second = _of_sum(
+        xp, loss, options, call, call.form.hessian
+    )  # before the gradient, which may be written into a term
+    first = _of_sum(xp, loss, options, call, call.form.gradient)
     return xp.astype(first, x.dtype, copy=False), xp.astype(second, x.dtype, copy=False)
 
 

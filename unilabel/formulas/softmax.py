@@ -256,9 +256,22 @@ def _of_rows(xp: Namespace, part: Any, axis: int) -> Any:
     return part if isinstance(part, float) or part.ndim == 0 else xp.expand_dims(part, axis=axis)
 
 
-def _factor(xp: Namespace, example: Array | None, axis: int, factor: Any) -> Any:
+def _factor(xp: Namespace, example: Array | None, axis: int, factor: Any = None) -> Any:
     factor = 1.0 if factor is None else factor
     return factor if example is None else xp.expand_dims(example, axis=axis) * factor
+
+
+def index_hessian(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
+    """(w + U) p (1 - p). Of a class with more than half of the probability, 1 - p is the sum of others."""
+    axis, total = weights.axis, t.rest + t.e_y
+    major = xp.astype(t.e > total / 2, t.e.dtype)
+    e = t.e - major  # 0 there, as it is the largest, and exp 0 is 1
+    others = (xp.sum(e, axis=axis, keepdims=True) + t.e_y) / total
+    array = xp.put_along_axis(e * (1 - e / total) + major * others, weights.position, t.e_y * (t.rest / total), axis)
+    if t.apart is None:
+        return xp.scale(array, _factor(xp, weights.weight, axis) / total)
+    weight, share = (_of_rows(xp, part, axis) for part in (weights.weight, t.share))
+    return xp.scale(array, (weight + share) * _factor(xp, weights.example, axis) / total)
 
 
 def native_index_gradient(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
@@ -294,7 +307,7 @@ SOFTMAX = Loss(
             needs="softmax",
             of_one_class=True,
         ),
-        Form(class_index, index_terms, index_value, index_gradient, scales=True, of_indices=True),
+        Form(class_index, index_terms, index_value, index_gradient, index_hessian, scales=True, of_indices=True),
         Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="indexing"),
         Form(distribution, terms, value, gradient, hessian),
     ),
