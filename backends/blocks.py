@@ -206,7 +206,7 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     return call.summed(values, x) if first is None else first, second
 
 
-def _scale_into(xp: Namespace, out: Array, array: Array, scale: Any) -> None:
+def _scale_into(xp: Any, out: Array, array: Array, scale: Any) -> None:
     if isinstance(scale, float) and scale == 1.0:
         out[...] = array
     elif out.dtype == array.dtype:
