@@ -42,13 +42,15 @@ def value(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
 
 def gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
     negative, positive, *_ = weights
-    neg = 1 - t.nonneg
-    e_pos, e_neg = t.nonneg + neg * t.e, t.nonneg * t.e + neg  # exp min(x, 0), exp min(-x, 0)
-    return ((1 - positive if negative is None else negative) * e_pos - positive * e_neg) / (1 + t.e)
+    minor = (1 - 2 * t.nonneg) * (t.e / (1 + t.e))  # σ(x) is this if it is below 1/2, and else 1 and this
+    if negative is None:
+        return (t.nonneg - positive) + minor
+    return negative * (t.nonneg + minor) - positive * ((1 - t.nonneg) - minor)
 
 
 def hessian(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
-    product = t.e / ((1 + t.e) * (1 + t.e))  # σ(x) σ(-x)
+    total = 1 + t.e
+    product = t.e / (total * total)  # σ(x) σ(-x)
     return product if weights.total is None else weights.total * product
 
 

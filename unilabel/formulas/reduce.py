@@ -84,9 +84,8 @@ def gradient_and_hessian(
     """The gradient of the sum of the losses with respect to the logits, and the diagonal of its Hessian."""
     call = _prepare(xp, loss, options, x, operands, hessian=True)
     assert call.form.hessian is not None
-    second = _of_sum(
-        xp, loss, options, call, call.form.hessian
-    )  # before the gradient, which may be written into a term
+    # The Hessian first: the gradient may be written into one of the terms.
+    second = _of_sum(xp, loss, options, call, call.form.hessian)
     first = _of_sum(xp, loss, options, call, call.form.gradient)
     return xp.astype(first, x.dtype, copy=False), xp.astype(second, x.dtype, copy=False)
 

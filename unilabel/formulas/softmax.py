@@ -89,29 +89,28 @@ class LookedUpTerms(NamedTuple):
     e: Array  # exp d, and 0 at j
     s: Array
     at: Position  # of j
+    z_j: Array
+    rest: Array  # Σ_{k≠j} z_k
 
 
 def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> LookedUpTerms:
-    axis = weights.axis
+    z, axis = weights.z, weights.axis
     at = xp.position(x, xp.argmax(x, axis=axis), axis)
     m = xp.take_along_axis(x, at, axis)
     d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)
     e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
-    return LookedUpTerms(d, e, xp.sum(e, axis=axis, keepdims=True), at)
+    s, rest = (xp.sum(array, axis=axis, keepdims=True) for array in (e, xp.put_along_axis(z * 1, at, 0.0, axis)))
+    return LookedUpTerms(d, e, s, at, xp.take_along_axis(z, at, axis), rest)
 
 
 def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
-    z, axis = weights.z, weights.axis
-    linear_term = xp.sum(weigh_logits(xp, z, -t.d), axis=axis)
-    return linear_term + xp.sum(z, axis=axis) * xp.squeeze(xp.log1p(t.s), axis=axis)
+    log_term = xp.squeeze((t.z_j + t.rest) * xp.log1p(t.s), axis=weights.axis)
+    return log_term - xp.sum(weigh_logits(xp, weights.z, t.d), axis=weights.axis)
 
 
 def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
-    z, axis = weights.z, weights.axis
-    z_j = xp.take_along_axis(z, t.at, axis)
-    others = xp.sum(xp.put_along_axis(z * 1, t.at, 0.0, axis), axis=axis, keepdims=True)
-    p = xp.scale(t.e, (others + z_j) / (1 + t.s))
-    return xp.put_along_axis(p - z, t.at, (others - z_j * t.s) / (1 + t.s), axis)
+    p = xp.scale(t.e, (t.z_j + t.rest) / (1 + t.s))
+    return xp.put_along_axis(p - weights.z, t.at, (t.rest - t.z_j * t.s) / (1 + t.s), weights.axis)
 
 
 # For autodiff. A softmax stays the same if all logits are shifted by the same amount. So for a class that has more than
