@@ -38,6 +38,7 @@ class Blockwise(NamedTuple):
     is_contiguous: Callable[[Array], bool]
     each: Callable[[Callable[[Block], Any], list[Block]], Iterable[Any]]  # maps, on several threads or on one
     all_finite: Callable[[Array], bool]
+    multiply: Callable[..., Any]  # of two factors, and of `out`, into which it writes
     large: int  # elements: smaller arrays are computed whole
     block: int
     are_labels: Callable[[Array], bool] | None = None  # whether float targets are all 0 or 1, where it pays to look
@@ -196,7 +197,7 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     first, flat_first = call.memory(x, has_value and call.loss.per_example) if unreduced else (None, None)
 
     def write(block: Block, pair: tuple[Array, Array]) -> float | None:
-        _scale_into(call.xp, flat_second[block.full], pair[1], scale)
+        _scale_into(call.blockwise, flat_second[block.full], pair[1], scale)
         if flat_first is not None:
             flat_first[call.losses(block) if has_value else block.full] = pair[0]
             return None
@@ -206,11 +207,11 @@ def _pair(call: Call, formula: Any, x: Array) -> tuple[Array, Array]:
     return call.summed(values, x) if first is None else first, second
 
 
-def _scale_into(xp: Namespace, out: Array, array: Array, scale: Any) -> None:
+def _scale_into(blockwise: Blockwise, out: Array, array: Array, scale: Any) -> None:
     if isinstance(scale, float) and scale == 1.0:
         out[...] = array
     elif out.dtype == array.dtype:
-        xp.multiply(array, scale, out=out)
+        blockwise.multiply(array, scale, out=out)
     else:
         out[...] = array * scale
 

@@ -177,6 +177,7 @@ blockwise = blocks.Blockwise(
     lambda x: x.flags.c_contiguous,
     _each,
     lambda x: bool(np.isfinite(x).all()) if x.ndim else math.isfinite(x),
+    np.multiply,
     large=1 << 17,
     block=1 << 18,
 )

@@ -36,6 +36,7 @@ blockwise = blocks.Blockwise(
     torch.Tensor.is_contiguous,
     map,  # torch has threads of its own
     lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
+    torch.mul,
     large=1 << 21,
     block=1 << 19,
     are_labels=_are_labels,

@@ -89,6 +89,8 @@ class LookedUpTerms(NamedTuple):
     e: Array  # exp d, and 0 at j
     s: Array
     at: Position  # of j
+    z_j: Array
+    rest: Array  # Σ_{k≠j} z_k
 
 
 def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> LookedUpTerms:
@@ -97,19 +99,17 @@ def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> 
     m = xp.expand_dims(xp.take_along_axis(x, at, axis), axis=axis)
     d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)
     e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
-    return LookedUpTerms(d, e, xp.sum(e, axis=axis), at)
+    z_j, others = xp.take_along_axis(weights.z, at, axis), xp.put_along_axis(weights.z * 1, at, 0.0, axis)
+    return LookedUpTerms(d, e, xp.sum(e, axis=axis), at, z_j, xp.sum(others, axis=axis))
 
 
 def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
-    z, axis = weights.z, weights.axis
-    return xp.sum(weigh_logits(xp, z, -t.d), axis=axis) + xp.sum(z, axis=axis) * xp.log1p(t.s)
+    return (t.z_j + t.rest) * xp.log1p(t.s) - xp.sum(weigh_logits(xp, weights.z, t.d), axis=weights.axis)
 
 
 def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
-    z, axis = weights.z, weights.axis
-    z_j, others = xp.take_along_axis(z, t.at, axis), xp.sum(xp.put_along_axis(z * 1, t.at, 0.0, axis), axis=axis)
-    p = xp.scale(t.e, xp.expand_dims((others + z_j) / (1 + t.s), axis=axis))
-    return xp.put_along_axis(p - z, t.at, (others - z_j * t.s) / (1 + t.s), axis)
+    p = xp.scale(t.e, xp.expand_dims((t.z_j + t.rest) / (1 + t.s), axis=weights.axis))
+    return xp.put_along_axis(p - weights.z, t.at, (t.rest - t.z_j * t.s) / (1 + t.s), weights.axis)
 
 
 # For autodiff. A softmax stays the same if all logits are shifted by the same amount. So for a class that has more than
