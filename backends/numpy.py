@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class _Numpy(Extended):
     """NumPy's own functions, but where they are slow, or lose digits."""
 
-    groups: tuple[str, ...] = ("indexing",)
+    groups: tuple[str, ...] = ("indexing", "argmax")
 
     def astype(self, x: Array, dtype: Any, copy: bool = True) -> Array:
         return x.astype(dtype, copy=copy)

@@ -200,7 +200,7 @@ class TorchBackend(Backend):
         return None
 
     def keeps_axis(self, x: Array) -> bool:
-        return type(x) in ORDINARY and not torch.compiler.is_compiling()
+        return type(x) in ORDINARY
 
     def cache_key(self, x: Array, operand: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(operand) is torch.Tensor):

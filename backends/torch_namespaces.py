@@ -39,6 +39,11 @@ class _Differentiable(_Standard):
 class _Traced(_Standard, _Indexing):
     """For torch.compile, where forward and backward are both formulas."""
 
+    groups = ("indexing",)
+
+    def isinf(self, x: Array) -> Array:
+        return torch.abs(x) == math.inf  # inductor takes torch.isinf for one number at a time
+
     def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, which a compiler fuses with all else into one loop."""
         classes = torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
@@ -55,7 +60,7 @@ class _Traced(_Standard, _Indexing):
 class _Eager(_Indexing):
     """Torch's own functions, and kernels that do several steps at once."""
 
-    groups: tuple[str, ...] = ("sigmoid", "indexing")
+    groups: tuple[str, ...] = ("sigmoid", "indexing", "argmax")
     sigmoid = staticmethod(torch.sigmoid)
     expand_dims = staticmethod(torch.unsqueeze)
     max = staticmethod(torch.amax)
@@ -91,7 +96,7 @@ class _Eager(_Indexing):
 
 
 class _Finite(_Eager):
-    groups: tuple[str, ...] = ("sigmoid", "indexing", "softmax")
+    groups: tuple[str, ...] = ("sigmoid", "indexing", "argmax", "softmax")
     assume_finite = True
 
     def masked(self, x: Array, keep: Array, fill: float) -> Array:

@@ -307,7 +307,7 @@ SOFTMAX = Loss(
             of_one_class=True,
         ),
         Form(class_index, index_terms, index_value, index_gradient, index_hessian, scales=True, of_indices=True),
-        Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="indexing"),
+        Form(distribution, looked_up_terms, looked_up_value, looked_up_gradient, needs="argmax"),
         Form(distribution, terms, value, gradient, hessian),
     ),
 )

@@ -51,7 +51,7 @@ class Form(NamedTuple):
     gradient: Formula | ScaledFormula
     hessian: Formula | None = None  # its diagonal
     scales: bool = False  # the gradient is a ScaledFormula: an array is written once where it can be
-    needs: str = ""  # an optional group of functions: "autodiff", "sigmoid" or "softmax"
+    needs: str = ""  # an optional group of functions (namespace.py)
     of_labels: bool = False  # for targets that are 0 or 1 alone
     of_indices: bool = False  # for class indices alone
     of_one_class: bool = False  # for class indices with neither smoothing nor masked classes
