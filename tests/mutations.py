@@ -529,7 +529,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "distribution: divisor of smoothed targets": (
             "counts = xp.sum(z * weight, axis=axis)",
-            "ε = options.label_smoothing or 0.0; counts = xp.sum((z * (1 - ε) + ε / like.shape[-1]) * weight, axis=axis)",
+            "ε = options.label_smoothing or 0.0; k = like.shape[axis]\n"
+            "        counts = xp.sum((z * (1 - ε) + ε / k) * weight, axis=axis)",
         ),
         "distribution: a masked class's weight leaks": (
             "weight = weight if where is None else xp.where(where, weight, 0.0)",

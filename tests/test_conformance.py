@@ -75,15 +75,15 @@ BUGS = {  # each in its file, and the cases that show it
     ),
     "sum for mean": (
         "formulas/reduce.py",
-        "return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)",
+        "return xp.sum(values) if divisor is None else xp.sum(values) / divisor",
         "return xp.sum(values)",
         "seed",
     ),
-    "digits": ("formulas/softmax.py", "xp.log1p(s)", "xp.log(1 + s)", "confident"),
+    "digits": ("formulas/softmax.py", "xp.log1p(t.rest + (t.e_y - 1))", "xp.log(t.rest + t.e_y)", "confident"),
     "mask": (
         "formulas/targets.py",
-        "ignored = index == options.ignore_index",
-        "ignored = index != options.ignore_index",
+        "else targets == options.ignore_index",
+        "else targets != options.ignore_index",
         "masked",
     ),
     "infinity": (
