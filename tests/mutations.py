@@ -24,6 +24,7 @@ NUMPY = ("--backend", "numpy", "--dtype", "float32")
 HALF = ("--backend", "numpy", "--dtype", "float16", "--dtype", "bfloat16")
 # NumPy has no autodiff: what pulls a cotangent back, or pushes a tangent forward, runs on torch and JAX only.
 TORCH = ("--backend", "torch", "--dtype", "float32", "--case", "seed", "--case", "masked")
+WIDE = ("--backend", "torch", "--dtype", "float64", "--case", "confident")
 TORCH_HALF = ("--backend", "torch", "--dtype", "float16", "--case", "seed")
 JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "masked")  # all would compile for minutes
 # Has the native functions. A Hessian, and a gradient by targets, are by autodiff.
@@ -32,7 +33,7 @@ STRICT = ("--backend", "array_api_strict", "--dtype", "float32")  # has the name
 
 
 class Mutation(NamedTuple):
-    file: str  # under unilabel/
+    file: str  # from unilabel/
     right: str
     wrong: str
     arguments: tuple[str, ...] = NUMPY
@@ -246,15 +247,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)",
             "xp.where(x == m, 0.0, x - m), xp.where(x_y == m, 0.0, x_y - m)",
         ),
-        "index: the largest along the last axis": (
-            "xp.max(x, axis=axis, keepdims=True), xp.take_along_axis",
-            "xp.max(x, axis=-1, keepdims=True), xp.take_along_axis",
-        ),
         "index: value, weight left out": (
             "return values if weight is None else weigh_logits",
             "return values if True else weigh_logits",
         ),
-        "index: smoothed, a masked class in it": ("d = xp.where(where, d, 0.0)", "d = xp.where(where, d, -1.0)"),
         "index: smoothed, value, sign": ("-uniform * xp.sum(d, axis=axis) if", "uniform * xp.sum(d, axis=axis) if"),
         "index: smoothed, value, sign, not finite": (
             "xp.weigh(uniform + 0 * d, -d)",
@@ -339,7 +335,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "(example if of_y is None else of_y if example is None else of_y * example), None",
             "example, None",
         ),
-        "index: weight not in the divisor": ("counts = example if of_y is None else", "counts = example if True else"),
+        "index: weight not in the divisor": (
+            "counts = example if of_y is None else of_y if example is None else of_y * example",
+            "counts = example if of_y is None else xp.ones_like(of_y) if example is None else example",
+        ),
         "index: sample_weight not in the divisor": (
             "counts = example if of_y is None else of_y if example is None else of_y * example",
             "counts = example if of_y is None else of_y",
@@ -664,7 +663,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)",
             "size, weight)",
         ),
-        "guard of 0·inf takes NaN": ("self.logical_and(weight == 0, self.isinf(size))", "weight == 0"),
+        "guard of 0·inf takes NaN": ("self.logical_and(weight == 0, self.isinf(size))", "weight == 0", STRICT),
         "by a mask: weight": (
             "self.where(self.position(weight, index, -1), weight, 0.0)",
             "self.where(self.position(weight, index, -1), 0 * weight + 1, 0.0)",
@@ -683,6 +682,20 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "a masked logit leaks": ("return self.where(keep, x, fill)", "return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
+    },
+    "../backends/torch_namespaces.py": {
+        "torch: the softplus of x is x from 20 on": ("softplus(x, 1, 60.0)", "softplus(x, 1, 20.0)", WIDE),
+        "torch: the sign of the label 1": ("torch.rsub(z, 1, alpha=2)", "torch.rsub(z, 1)", EAGER),
+        "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
+        "torch: masked, the others": (".sub_(0.5)", ".sub_(0.5).neg_()", EAGER),
+        "torch: masked by -1e9": (".mul_(math.inf)", ".mul_(2e9)", EAGER),
+        "torch: masked, 0 for the others": (".sub_(0.5)", ".sub_(1.0)", EAGER),
+        "torch: argmax, the others in their place": ("alpha=classes, out", "alpha=-classes, out", EAGER),
+        "torch: argmax along the last axis": (
+            "behind, alpha=classes, out=behind), axis)",
+            "behind, alpha=classes, out=behind), -1)",
+            EAGER,
+        ),
     },
 }
 MUTATIONS = {name: Mutation(file, *bug) for file, bugs in BUGS.items() for name, bug in bugs.items()}
@@ -709,7 +722,7 @@ def copy_package(tree: Path) -> None:
 def failing(mutation: Mutation, tree: Path) -> list[str]:
     """The families of cases that fail with the mutation, and with it alone, on a copy of the package in this folder."""
     copy_package(tree)
-    mutated = tree / "unilabel" / mutation.file
+    mutated = tree / "unilabel" / mutation.file.removeprefix("../")  # the backends are installed inside unilabel/
     mutated.write_text(mutate(mutated.read_text(), mutation))
     report = tree / "report.json"
     done = subprocess.run(
