@@ -476,6 +476,8 @@ def shapes(make: Maker) -> Iterator[Case]:
     weights = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((2, 4), 0.1, 3)}
     yield make.case(SOFTMAX, x, make.chosen((2, 4), 0, 1, 2), label_smoothing=0.1, **inner, **weights)
     yield make.case(SOFTMAX, x, make.numbers((2, 3, 4), 0, 1), flag="unnormalised", **inner, **weights)
+    sure: dict[str, Any] = {"flag": "confident", "axis": 0, "sample_weight": [1.0, 2.0], "reduction": "none"}
+    yield make.case(SOFTMAX, [[20.0, 0.0], [0.0, -20.0]], [[1.0, 1.0], [0.0, 0.0]], **sure)
 
 
 @family

@@ -687,15 +687,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "torch: the softplus of x is x from 20 on": ("softplus(x, 1, 60.0)", "softplus(x, 1, 20.0)", WIDE),
         "torch: the sign of the label 1": ("torch.rsub(z, 1, alpha=2)", "torch.rsub(z, 1)", EAGER),
         "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
-        "torch: masked, the others": (".sub_(0.5)", ".sub_(0.5).neg_()", EAGER),
         "torch: masked by -1e9": (".mul_(math.inf)", ".mul_(2e9)", EAGER),
-        "torch: masked, 0 for the others": (".sub_(0.5)", ".sub_(1.0)", EAGER),
         "torch: argmax, the others in their place": ("alpha=classes, out", "alpha=-classes, out", EAGER),
-        "torch: argmax along the last axis": (
-            "behind, alpha=classes, out=behind), axis)",
-            "behind, alpha=classes, out=behind), -1)",
-            EAGER,
-        ),
     },
 }
 MUTATIONS = {name: Mutation(file, *bug) for file, bugs in BUGS.items() for name, bug in bugs.items()}
