@@ -306,6 +306,11 @@ def infinite(make: Maker) -> Iterator[Case]:
     yield make.case(SOFTMAX, [[inf, 0.0, 1.0]], [[1.0, 0.0, 0.0]], flag=certain)
     yield make.case(SOFTMAX, [[-inf, -inf], [0.0, 1.0]], [0, 0], flag="nan logit", reduction="none")
     yield make.case(SOFTMAX, [[nan, 0.0], [0.0, 1.0]], [1, 0], flag="nan logit", reduction="none")
+    yield make.case(MULTILABEL, [inf, -inf, 1.0], [1.0, 0.0, 0.25], flag=certain, reduction="none")
+    smoothed: dict[str, Any] = {"label_smoothing": 0.1, "pos_weight": 3.0}
+    yield make.case(MULTILABEL, [inf, -inf, 1.0, -2.0], [0, 1, 1, 0], flag=certain, reduction="none", **smoothed)
+    no_class: dict[str, Any] = {"flag": "nan logit", "sample_weight": [1.0, 2.0], "reduction": "none"}
+    yield make.case(SOFTMAX, [[-inf, -inf], [0.0, 1.0]], [[0.5, 0.5], [0.25, 0.75]], **no_class)
 
 
 @family
@@ -359,6 +364,15 @@ def masked(make: Maker) -> Iterator[Case]:
     yield make.case(SOFTMAX, [[nan, 1.0, 2.0]], [0], where=[True, False, True], flag="masked", reduction="none")
     out: dict[str, Any] = {"flag": "masked", "where": [True, False, True], "weight": [0.5, inf, 2.0]}
     yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [[0.25, 0.25, 0.5]], **out)
+    some: dict[str, Any] = {"flag": "masked", "where": [True, True, False]}
+    yield make.case(MULTILABEL, [inf, 1.0, nan], [0, 1, 1], weight=[0.0, 2.0, 1.0], reduction="none", **some)
+    yield make.case(MULTILABEL, make.numbers((2, 3), -4, 4), [[1, 0, 1], [0, 1, 0]], reduction="mean", **some)
+    rows: dict[str, Any] = {"flag": "masked", "where": [[True, False, True], [False] * 3, [True] * 3, [True] * 3]}
+    yield make.case(SOFTMAX, make.numbers((4, 3), -4, 4), make.distributions(4, 3), reduction="mean", **rows)
+    rows |= {"ignore_index": 1, "weight": make.numbers((3,), 0.1, 3), "label_smoothing": 0.1}
+    p_nan = [[0.25, 0.25, 0.5], [nan, 0.5, 0.5], [nan, inf, 0.5], [0.125, 0.25, 0.625]]
+    for reduction in ("none", "mean"):
+        yield make.case("cross_entropy", p_nan, [0, 2, 1, 2], reduction=reduction, **rows)
 
 
 @family
@@ -414,6 +428,12 @@ def smoothed(make: Maker) -> Iterator[Case]:
         weight=make.numbers((4, 1), 0.1, 3),
         pos_weight=make.numbers((5,), 0.1, 30),
     )
+    for reduction in ("none", "mean"):
+        x, weights = make.numbers((4, 5), -8, 8), {"weight": make.numbers((5,), 0.1, 3)}
+        weights |= {"sample_weight": make.numbers((4,), 0.1, 3)}
+        more: dict[str, Any] = {"label_smoothing": 0.1, "reduction": reduction, **weights}
+        yield make.case(SOFTMAX, x, [0, 2, 3, 4], where=[True, False, True, True, True], **more)
+        yield make.case(SOFTMAX, x, make.distributions(4, 5), **more)
 
 
 @family
@@ -436,6 +456,7 @@ def invalid(make: Maker) -> Iterator[Case]:
     yield make.case(SOFTMAX, [[1.0, 2.0, 3.0]], [3], weight=[0.5, 1.0, 2.0], reduction="mean", **more)
     yield make.case("cross_entropy", [[0.0, 0.25, 0.75]] * 2, [3, 1], reduction="none", **more)
     yield make.case("nll", [[-1.0, -2.0, -3.0]] * 2, [3, 1], reduction="none", **more)
+    yield make.case("nll", [[-1.0, -2.0, -3.0]] * 2, [0, 1], **hidden)
 
 
 @family
@@ -451,6 +472,12 @@ def shapes(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), flag=empty, reduction=reduction)
         yield make.case(MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), flag=empty, reduction=reduction)
         yield make.case(MULTILABEL, Tensor((2, 0), []), Tensor((2, 0), []), flag=empty, reduction=reduction)
+    x, inner = make.numbers((2, 3, 4), -4, 4), {"axis": 1, "reduction": "none"}
+    weights = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((2, 4), 0.1, 3)}
+    yield make.case(SOFTMAX, x, make.chosen((2, 4), 0, 1, 2), label_smoothing=0.1, **inner, **weights)
+    yield make.case(SOFTMAX, x, make.numbers((2, 3, 4), 0, 1), flag="unnormalised", **inner, **weights)
+    sure: dict[str, Any] = {"flag": "confident", "axis": 0, "sample_weight": [1.0, 2.0], "reduction": "none"}
+    yield make.case(SOFTMAX, [[20.0, 0.0], [0.0, -20.0]], [[1.0, 1.0], [0.0, 0.0]], **sure)
 
 
 @family
@@ -483,6 +510,11 @@ def probabilities(make: Maker) -> Iterator[Case]:
     yield make.case("cross_entropy", [[0.25, nan]], [0], flag="nan logit", reduction="none")
     yield make.case("binary_cross_entropy", [0.25, nan], [0, 1], flag="nan logit", reduction="none")
     yield make.case("nll", [[-1.0, nan], [-1.0, -2.0]], [0, 1], flag="nan logit", reduction="none")
+    for reduction in ("none", "mean"):
+        rows: dict[str, Any] = {"weight": make.numbers((5,), 0.1, 3), "sample_weight": make.numbers((4,), 0.1, 3)}
+        p, log_p = make.numbers((4, 5), 0.01, 0.99), make.numbers((4, 5), -9, -0.01)
+        for loss, x in {"cross_entropy": p, "nll": log_p}.items():
+            yield make.case(loss, x, make.chosen((4,), *range(5)), reduction=reduction, **rows)
 
 
 @family

@@ -24,6 +24,8 @@ NUMPY = ("--backend", "numpy", "--dtype", "float32")
 HALF = ("--backend", "numpy", "--dtype", "float16", "--dtype", "bfloat16")
 # NumPy has no autodiff: what pulls a cotangent back, or pushes a tangent forward, runs on torch and JAX only.
 TORCH = ("--backend", "torch", "--dtype", "float32", "--case", "seed", "--case", "masked")
+WIDE = ("--backend", "torch", "--dtype", "float64", "--case", "confident")
+TORCH_HALF = ("--backend", "torch", "--dtype", "float16", "--case", "seed")
 JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "masked")  # all would compile for minutes
 # Has the native functions. A Hessian, and a gradient by targets, are by autodiff.
 EAGER = ("--backend", "torch", "--dtype", "float32")
@@ -31,7 +33,7 @@ STRICT = ("--backend", "array_api_strict", "--dtype", "float32")  # has the name
 
 
 class Mutation(NamedTuple):
-    file: str  # under unilabel/
+    file: str  # from unilabel/
     right: str
     wrong: str
     arguments: tuple[str, ...] = NUMPY
@@ -72,20 +74,60 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "native: gradient with 1 - p": ("xp.sigmoid(t.x), xp.sigmoid(t.neg_x)", "(p := xp.sigmoid(t.x)), 1 - p", EAGER),
         "native: gradient, sign": ("xp.lerp(p, -q,", "xp.lerp(p, q,", EAGER),
         "native: gradient with weights, sign": ("negative * p - positive * q", "negative * p + positive * q", EAGER),
+        "labels: the sign": ("LabelTerms(x * weights.sign)", "LabelTerms(-x * weights.sign)", EAGER),
+        "labels: value, weight left out": (
+            "return values if total is None else weigh_logits(xp, total, values)",
+            "return values",
+            EAGER,
+        ),
+        "labels: value, 0·inf": ("weigh_logits(xp, total, values)", "xp.multiply(total, values)", EAGER),
+        "labels: value, smoothed, weight left out": (
+            "(values if total is None else values * total) - t.u * other",
+            "values - t.u * other",
+            EAGER,
+        ),
+        "labels: value, of the other label, sign": ("- t.u * other", "+ t.u * other", EAGER),
+        "labels: value, inf - inf": (
+            "if xp.assume_finite:\n        return (values",
+            "if True:\n        return (values",
+            EAGER,
+        ),
+        "labels: value, infinite, the label's weight": ("else total) - other +", "else total) +", EAGER),
+        "labels: value, infinite, the other label left out": (
+            " + xp.weigh(other + 0 * weights.sign, xp.softplus(-t.u))",
+            "",
+            EAGER,
+        ),
+        "labels: gradient, weight left out": (
+            "p if weights.total is None else xp.scale(p, weights.total)",
+            "p",
+            EAGER,
+        ),
+        "labels: gradient, the other label left out": (
+            "p if weights.other is None else p - weights.other",
+            "p",
+            EAGER,
+        ),
+        "labels: gradient, sign": ("p - weights.other, weights.sign)", "p - weights.other, 1.0)", EAGER),
     },
     "formulas/probabilities.py": {
-        "clamp: at eps too": ("logical_or(p < eps,", "logical_or(p <= eps,"),
-        "clamp: half of eps": ("logical_or(p < eps,", "logical_or(p < eps / 2,"),
-        "clamp: none": ("~xp.logical_or(p < eps, ", "~xp.logical_or(p < 0, "),
+        "clamp: at eps too": ("clamped = p < eps", "clamped = p <= eps"),
+        "clamp: half of eps": ("clamped = p < eps", "clamped = p < eps / 2"),
+        "clamp: none": ("clamped = p < eps", "clamped = p < 0"),
         "clamp: log 0 without weight": (", xp.logical_and(p == 0, weight == 0))", ", p < eps)"),
-        "clamp: a wrong index is 0 there": ("quotient, 0 * quotient)", "quotient, 0.0)"),
-        "quotient: NaN weights where clamped": ("quotient, 0 * quotient)", "quotient, quotient)"),
+        "quotient: where clamped": ("weight / xp.where(free, p, math.inf)", "weight / p"),
+        "binary: finite, log1p written out": ("xp.log1p(-t.p), floor)", "xp.log(t.q), floor)"),
+        "binary: finite, no clamp of p": ("xp.maximum(xp.log(t.p), floor)", "xp.log(t.p)"),
+        "binary: finite, the logarithms swapped": (
+            "xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive)",
+            "xp.multiply(log_p, t.negative) + xp.multiply(log_q, weights.positive)",
+        ),
         "binary: log1p written out": ("xp.log1p(-xp.where(small, t.p, 0.0))", "xp.log(1 - xp.where(small, t.p, 0.0))"),
         "binary: value, negative left out": ("xp.weigh(t.negative, -log_q) + ", ""),
         "binary: gradient, sign": ("t.q_free) - _quotient(", "t.q_free) + _quotient("),
         "binary: gradient, p for 1 - p": (
-            "_quotient(xp, t.negative, 1 - t.p, t.q_free)",
-            "_quotient(xp, t.negative, t.p, t.q_free)",
+            "return _quotient(xp, t.negative, t.q, t.q_free)",
+            "return _quotient(xp, t.negative, t.p, t.q_free)",
         ),
         "binary: Hessian, sign": ("by_q + _quotient(", "by_q - _quotient("),
         "categorical: floor": (
@@ -103,6 +145,34 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "return 0 * weights.z",
             "return xp.zeros_like(weights.z)",
         ),
+        "of one class: clamp left out": ("_free(xp, p_y, weight, options.eps)", "_free(xp, p_y, weight, 0.0)"),
+        "of one class: value, weight left out": (
+            "xp.weigh(t.weight, -_clamped_log(xp, t.p_y, t.free, t.floor))",
+            "-_clamped_log(xp, t.p_y, t.free, t.floor)",
+        ),
+        "of one class: gradient, sign": ("weights, -_quotient(", "weights, _quotient("),
+        "of one class: gradient, weight left out": ("-_quotient(xp, t.weight, ", "-_quotient(xp, 1 + 0 * t.weight, "),
+        "of one class: gradient, NaN of another class left out": (
+            "assume_finite else 0 * t.p",
+            "assume_finite else xp.zeros_like(t.p)",
+        ),
+        "of one class: NaN in the wrong class is missed": ("xp.where(total == total, values, math.nan)", "values"),
+        "of one class: an infinite one makes it NaN": ("total == total", "xp.isfinite(total)"),
+        "of one class: gradient of the sum for the mean": ("at_y if factor is None else at_y * factor", "at_y"),
+        "of one class: gradient, NaN at the class alone": (
+            "if not (weights.weight is None or xp.assume_finite):",
+            "if False:",
+        ),
+        "nll, of one class: value, sign": ("values = -xp.squeeze(t.log_p_y", "values = xp.squeeze(t.log_p_y"),
+        "nll, of one class: value, weight left out": (
+            "values if weights.weight is None else xp.weigh(weights.weight, values)",
+            "values",
+        ),
+        "nll, of one class: gradient, sign": ("weights, -weight, factor)", "weights, weight, factor)"),
+        "nll, of one class: gradient, weight left out": (
+            "weights, -weight, factor)",
+            "weights, 0 * weight - 1, factor)",
+        ),
     },
     "formulas/softmax.py": {
         "softmax: no maximum": ("(m == math.inf), 0.0, x - m)", "(m == math.inf), 0.0, x)"),
@@ -110,35 +180,68 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "softmax: d = 0 for every largest": ("is_max & (m == math.inf), 0.0", "is_max, 0.0"),
         "softmax: ties": ("Terms(d, e, others + ties)", "Terms(d, e, others)"),
         "softmax: ties, differentiable": (
-            "others + (xp.sum(xp.where(is_max, e, 0.0), axis=-1, keepdims=True) - 1)",
+            "others + (xp.sum(xp.where(is_max, e, 0.0), axis=axis, keepdims=True) - 1)",
             "others",
             EAGER,
         ),
         "softmax: the largest in s": ("xp.sum(xp.where(is_max, 0.0, e)", "xp.sum(xp.where(is_max, e, e)"),
-        "softmax: log1p written out": ("xp.squeeze(xp.log1p(s), axis=-1)", "xp.squeeze(xp.log(1 + s), axis=-1)"),
-        "softmax: targets taken to sum to 1": ("xp.sum(z, axis=-1) * xp.squeeze(", "xp.squeeze("),
+        "softmax: log1p written out": ("xp.squeeze(xp.log1p(s), ", "xp.squeeze(xp.log(1 + s), ", STRICT),
+        "softmax: targets taken to sum to 1": (
+            "xp.sum(z, axis=axis) * xp.squeeze(xp.log1p(s)",
+            "xp.squeeze(xp.log1p(s)",
+            STRICT,
+        ),
         "softmax: gradient as p - z": (
             "p * ((largest - z) + rest) - z * q",
-            "xp.sum(z, axis=-1, keepdims=True) * p - z * (p + q)",
+            "xp.sum(z, axis=axis, keepdims=True) * p - z * (p + q)",
         ),
         "softmax: gradient, tied targets": (" + (ties - 1) * largest", ""),
         "softmax: gradient, the largest target left out": ("((largest - z) + rest)", "rest"),
         "softmax: gradient, the target is the largest": ("t.e, (1 - t.e) + t.s)", "t.e, t.s)"),
         "softmax: Hessian, every class is the largest": ("((1 - t.e) + t.s)", "t.s"),
         "softmax: Hessian as p (1 - p)": ("keepdims=True) * p * q", "keepdims=True) * p * (1 - p)"),
+        "softmax: Hessian, weight left out": (
+            "xp.sum(weights.z, axis=weights.axis, keepdims=True) * p * q",
+            "p * q",
+        ),
+        "softmax: masked by -1e9": ("fill=-math.inf", "fill=-1e9"),
+        "looked up: the smallest for the largest": ("xp.argmax(x, axis=axis)", "xp.argmax(-x, axis=axis)"),
+        "looked up: infinity less infinity": (
+            "d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)",
+            "d = x - m",
+        ),
+        "looked up: every class at -inf": (
+            "d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)",
+            "d = xp.where(x == m, 0.0, x - m)",
+        ),
+        "looked up: the largest in s": ("e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)\n", "e = xp.exp(d)\n"),
+        "looked up: value, sign": ("log_term - xp.sum(", "log_term + xp.sum("),
+        "looked up: log1p written out": ("(t.z_j + t.rest) * xp.log1p(t.s)", "(t.z_j + t.rest) * xp.log(1 + t.s)"),
+        "looked up: targets taken to sum to 1": ("(t.z_j + t.rest) * xp.log1p(t.s)", "xp.log1p(t.s)"),
+        "looked up: writes into the targets": ("z * 1, at", "z, at"),
+        "looked up: gradient, the largest's target left out": ("(t.z_j + t.rest) / (1 + t.s))", "t.rest / (1 + t.s))"),
+        "looked up: gradient, the other targets left out": ("(t.z_j + t.rest) / (1 + t.s))", "t.z_j / (1 + t.s))"),
+        "looked up: gradient, sign": ("t.rest - t.z_j * t.s)", "t.rest + t.z_j * t.s)"),
+        "looked up: gradient as p - z": (
+            "(t.rest - t.z_j * t.s) / (1 + t.s)",
+            "(t.rest + t.z_j) / (1 + t.s) - t.z_j",
+        ),
         "index: Hessian, no class is apart": ("e = t.e - major", "e, major = t.e, 0 * major"),
         "index: Hessian, the class y as the others": ("t.e_y * (t.rest / total)", "t.e_y * (1 - t.e_y / total)"),
-        "softmax: Hessian, weight left out": ("xp.sum(z, axis=-1, keepdims=True) * p * q", "p * q"),
-        "softmax: masked by -1e9": ("fill=-math.inf", "fill=-1e9"),
-        "index: log1p written out": ("xp.log1p(t.rest + (t.e_y - 1))", "xp.log(t.s + t.e_y)"),
+        "index: Hessian, weight left out": (
+            "xp.scale(array, _factor(xp, weights.weight, axis) / total)",
+            "xp.scale(array, 1.0 / total)",
+        ),
+        "index: log1p written out": ("xp.log1p(t.rest + (t.e_y - 1))", "xp.log(t.rest + t.e_y)"),
         "index: log1p written out, native": ("xp.log1p(t.rest / t.e_y)", "xp.log(1 + t.rest / t.e_y)", EAGER),
         "index: the target among the others": (
-            "xp.put_along_axis(xp.exp(d), at, 0.0), xp.exp(d_y)",
+            "xp.put_along_axis(xp.exp(d), at, 0.0, axis), xp.exp(d_y)",
             "xp.exp(d), xp.exp(d_y)",
         ),
-        "index: the target among the others, native": ("e = xp.put_along_axis(e, at, 0.0)", "pass", EAGER),
-        "index: the target not in the sum": ("xp.log1p(t.rest + (t.e_y - 1))", "xp.log1p(t.s)"),
-        "index: the target's distance left out": ("(t.e_y - 1)) - t.d_y", "(t.e_y - 1))"),
+        "index: the target among the others, native": ("e = xp.put_along_axis(e, at, 0.0, axis)", "pass", EAGER),
+        "index: the target not in the sum": ("xp.log1p(t.rest + (t.e_y - 1))", "xp.log1p(t.rest)"),
+        "index: the target not in the sum, native": ("xp.log1p(t.rest / t.e_y)", "xp.log1p(t.rest)", EAGER),
+        "index: the target's distance left out": ("log_total - xp.squeeze(t.d_y, axis=weights.axis)", "log_total"),
         "index: infinity less infinity": (
             "xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)",
             "x - m, x_y - m",
@@ -148,14 +251,77 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)",
             "xp.where(x == m, 0.0, x - m), xp.where(x_y == m, 0.0, x_y - m)",
         ),
-        "index: value, weight left out": ("return values if weights.weight is None else", "return values if True else"),
-        "index: gradient, sign": ("weights.position, -t.rest)", "weights.position, t.rest)"),
-        "index: gradient, weight left out": ("(1 if weights.weight is None else weights.weight) /", "1 /"),
-        "index: gradient, the target not in the sum": ("/ (t.rest + t.e_y)", "/ t.rest"),
-        "index: gradient, shares that add up to less": (
-            "/ (t.rest + t.e_y)",
-            "/ (t.rest + t.e_y) ** (len(t) > 3)",
+        "index: value, weight left out": (
+            "return values if weight is None else weigh_logits",
+            "return values if True else weigh_logits",
+        ),
+        "index: smoothed, value, sign": ("-uniform * xp.sum(d, axis=axis) if", "uniform * xp.sum(d, axis=axis) if"),
+        "index: smoothed, value, sign, not finite": (
+            "xp.weigh(uniform + 0 * d, -d)",
+            "xp.weigh(uniform + 0 * d, d)",
+            STRICT,
+        ),
+        "index: smoothed, value, the share of one class": ("uniform * lengths.count(xp, d, (axis,))", "uniform"),
+        "index: smoothed, value, by weight, sign": ("weigh_logits(xp, uniform, -d)", "weigh_logits(xp, uniform, d)"),
+        "index: smoothed, value, the logits left out": (
+            "values + (t.apart + t.share * log_total)",
+            "values + t.share * log_total",
+        ),
+        "index: smoothed, value, the total left out": ("values + (t.apart + t.share * log_total)", "values + t.apart"),
+        "index: smoothed, value, sample_weight left out": (
+            "_weighted(xp, weights.example, values + (t.apart + t.share * log_total))",
+            "values + (t.apart + t.share * log_total)",
+        ),
+        "index: gradient, sign": (
+            "xp.put_along_axis(t.e, at, -t.rest, axis)",
+            "xp.put_along_axis(t.e, at, t.rest, axis)",
+        ),
+        "index: gradient, weight left out": (
+            "_factor(xp, weights.weight, axis, factor)",
+            "_factor(xp, None, axis, factor)",
+        ),
+        "index: gradient, the target not in the sum": (
+            "at, axis, total = weights.position, weights.axis, t.rest + t.e_y",
+            "at, axis, total = weights.position, weights.axis, t.rest",
+        ),
+        "index: gradient, sign, native": (
+            "weights.position, -t.rest, weights.axis)",
+            "weights.position, t.rest, weights.axis)",
             EAGER,
+        ),
+        "index: gradient, weight left out, native": (
+            "_factor(xp, weights.weight, weights.axis, factor)",
+            "_factor(xp, None, weights.axis, factor)",
+            EAGER,
+        ),
+        "index: gradient, shares that add up to less": (
+            "factor if xp.extent(t.e, weights.axis) <= SHORT else factor / (t.rest + t.e_y)",
+            "factor",
+            EAGER,
+        ),
+        "index: gradient of the sum for the mean": ("1.0 if factor is None else factor", "1.0"),
+        "index: gradient, no example's weight": (
+            "factor if example is None else xp.expand_dims(example, axis=axis) * factor",
+            "factor",
+        ),
+        "index: gradient, the mean forgotten by weights": (
+            "xp.expand_dims(example, axis=axis) * factor",
+            "xp.expand_dims(example, axis=axis)",
+        ),
+        "index: smoothed, gradient, the share left out": ("weight + share) - total", "weight + 0 * share) - total"),
+        "index: smoothed, gradient, the targets left out": (" - total * weights.uniform\n", "\n"),
+        "index: smoothed, gradient at the class, the share left out": (
+            "t.e_y * share - weight * t.rest",
+            "-weight * t.rest",
+        ),
+        "index: smoothed, gradient at the class, sign": (
+            "t.e_y * share - weight * t.rest",
+            "t.e_y * share + weight * t.rest",
+        ),
+        "index: smoothed, gradient at the class, its target left out": (" - total * uniform_y,", ","),
+        "index: smoothed, gradient, sample_weight left out": (
+            "_factor(xp, weights.example, axis, factor)",
+            "_factor(xp, None, axis, factor)",
         ),
     },
     "formulas/targets.py": {
@@ -167,13 +333,43 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "is None else targets == options.ignore_index",
             "is None else targets < 0",
         ),
-        "index: weight of the class before": ("like.dtype, copy=False), index)", "like.dtype, copy=False), index - 1)"),
-        "index: sample_weight left out": ("total * sample_weight", "total"),
-        "index: weight left out": ("total * sample_weight", "sample_weight"),
-        "index: the ignored carry a loss": ("xp.where(ignored, 0.0, total)", "total"),
+        "index: weight of the class before": ("xp.take(weight, index)", "xp.take(weight, index - 1)"),
+        "index: sample_weight left out": (
+            "else of_y if example is None else of_y * example), None",
+            "else of_y), None",
+        ),
+        "index: weight left out": (
+            "(example if of_y is None else of_y if example is None else of_y * example), None",
+            "example, None",
+        ),
+        "index: weight not in the divisor": (
+            "counts = example if of_y is None else of_y if example is None else of_y * example",
+            "counts = example if of_y is None else xp.ones_like(of_y) if example is None else example",
+        ),
+        "index: sample_weight not in the divisor": (
+            "counts = example if of_y is None else of_y if example is None else of_y * example",
+            "counts = example if of_y is None else of_y",
+        ),
+        "index: the ignored carry a loss": (
+            "xp.astype(~ignored, like.dtype) if example is None else xp.where(ignored",
+            "None if example is None else xp.where(ignored",
+        ),
+        "index: the ignored's sample_weight": ("else xp.where(ignored, 0.0, example)", "else example"),
+        "index: ignored by any mask": (
+            "kept == 0)\n        empty = ~xp.any(where",
+            "kept == 0)\n        empty = ~xp.all(where",
+        ),
+        "index: ignore_index forgets empty examples": (
+            "empty if ignored is None else xp.logical_or(ignored, empty)\n\n    of_y",
+            "empty if ignored is None else ignored\n\n    of_y",
+        ),
+        "index: a masked logit leaks": (
+            "x = x if self.where is None else xp.masked(x, self.where, fill)\n        if",
+            "if",
+        ),
         "index: an ignored example's logits leak": (
-            "x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, 0.0)",
-            "x",
+            "return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)",
+            "return x",
         ),
         "index: a wrong index is 0": (
             "xp.where(out_of_range, math.nan, xp.astype(~out_of_range",
@@ -184,8 +380,84 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "out_of_range if ignored is None else xp.logical_and(out_of_range, ~ignored)",
             "out_of_range & False",
         ),
-        "index: of a mask, above the classes": (" | (targets >= xp.extent(like, -1))", "", STRICT),
+        "index: an ignored index is wrong": (
+            "out_of_range if ignored is None else xp.logical_and(out_of_range, ~ignored)",
+            "out_of_range",
+        ),
+        "index: of a masked class": ("out_of_range = xp.logical_or(out_of_range, kept == 0)", "pass"),
+        "index: sample_weight left out where a loss is NaN": (
+            "xp.astype(~out_of_range, like.dtype) if example is None else example)",
+            "xp.astype(~out_of_range, like.dtype))",
+            STRICT,
+        ),
+        "index: of a mask, above the classes": (" | (targets >= xp.extent(like, axis))", "", STRICT),
         "index: of a mask, negative": ("(targets < 0) | ", "", STRICT),
+        "index: smoothed, the class keeps all": ("(1 - smoothing) * (xp.ones_like", "1.0 * (xp.ones_like"),
+        "index: smoothed, weight left out": (
+            "xp.ones_like(index, dtype=like.dtype) if of_y is None else of_y",
+            "xp.ones_like(index, dtype=like.dtype)",
+        ),
+        "index: smoothing ε/2": ("share = smoothing / lengths.count(xp, like, (axis,))", "share = smoothing / 2"),
+        "index: smoothed, weight of the others left out": (
+            "(share * weight, share * of_y)",
+            "(share + 0 * weight, share * of_y)",
+        ),
+        "index: smoothed, weight of the class's share left out": (
+            "(share * weight, share * of_y)",
+            "(share * weight, share + 0 * of_y)",
+        ),
+        "index: smoothing ε/K, masked classes counted": (
+            "share = smoothing / xp.where(k == 0, 1.0, k)",
+            "share = smoothing / (like.shape[axis] + 0 * k)",
+        ),
+        "index: smoothing of masked classes": (
+            "xp.where(where, xp.expand_dims(share, axis=axis), 0.0)",
+            "xp.expand_dims(share, axis=axis) + xp.zeros_like(like)",
+        ),
+        "index: masked and smoothed, weight of the others left out": (
+            "(xp.weigh(uniform, weight), share * of_y)",
+            "(uniform, share * of_y)",
+        ),
+        "index: masked and smoothed, weight of the class's share left out": (
+            "(xp.weigh(uniform, weight), share * of_y)",
+            "(xp.weigh(uniform, weight), share)",
+        ),
+        "labels: pos_weight of negatives": (
+            "_by_label(xp, z, one, pos_weight)",
+            "_by_label(xp, z, pos_weight, one)",
+            EAGER,
+        ),
+        "labels: pos_weight of negatives, finite": ("xp.lerp(of_0, of_1, z)", "xp.lerp(of_1, of_0, z)", EAGER),
+        "labels: pos_weight of negatives, not finite": (
+            "xp.where(z > 0, of_1, of_0)",
+            "xp.where(z > 0, of_0, of_1)",
+            EAGER,
+        ),
+        "labels: smoothing ε": ("None if smoothing is None else smoothing / 2", "smoothing", EAGER),
+        "labels: smoothing, pos_weight of the other label left out": (
+            "smoothing / 2 * _by_label(xp, z, pos_weight, one)",
+            "smoothing / 2",
+            EAGER,
+        ),
+        "labels: smoothing, pos_weight of the same label": (
+            "smoothing / 2 * _by_label(xp, z, pos_weight, one)",
+            "smoothing / 2 * total",
+            EAGER,
+        ),
+        "labels: smoothing adds": ("total * (1 - smoothing / 2) + other", "total + other", EAGER),
+        "labels: the other label not in the total": (
+            "total * (1 - smoothing / 2) + other",
+            "total * (1 - smoothing / 2)",
+            EAGER,
+        ),
+        "labels: weight for pos_weight": ("weight if total is None else total * weight", "weight", EAGER),
+        "labels: weight left out": ("total = weight if total is None else total * weight", "pass", EAGER),
+        "labels: weight of the other label left out": ("None if other is None else other * weight", "other", EAGER),
+        "labels: a masked logit leaks": (
+            ") -> Array:\n        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)",
+            ") -> Array:\n        return x",
+            EAGER,
+        ),
         "elementwise: labels swapped": ("negative, positive = 1 - z, z", "negative, positive = z, 1 - z"),
         "elementwise: smoothing ε/K": (
             "positive * (1 - smoothing) + smoothing / 2",
@@ -205,19 +477,32 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "negative * weight, positive * weight",
             "negative * weight, positive",
         ),
-        "elementwise: a masked logit leaks": ("x if self.keep is None else xp.where(self.keep, x, fill)", "x"),
-        "elementwise: a masked target leaks": ("z = xp.where(keep, z, 0.0)", "pass"),
+        "elementwise: a masked logit leaks": (
+            'is 0."""\n        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)',
+            'is 0."""\n        return x',
+        ),
+        "elementwise: a masked target leaks": ("return xp.where(keep, z, 0.0), weight", "return z, weight"),
         "elementwise: a masked weight leaks": (
             "weight = counts if weight is None else xp.where(keep, weight, 0.0)",
             "weight = counts if weight is None else weight",
         ),
         "elementwise: a masked pos_weight leaks": ("xp.where(keep, pos_weight, 1.0)", "pos_weight"),
         "elementwise: the mask left out": ("xp.where(keep, xp.ones_like(like), 0.0)", "xp.ones_like(like)"),
+        "elementwise: the mask left out, finite": ("xp.astype(keep, like.dtype)", "xp.ones_like(like)"),
+        "elementwise: a masked weight counts, finite": (
+            "weight is None else weight * counts",
+            "weight is None else weight",
+        ),
+        "elementwise: the mask for the weight, finite": ("counts if weight is None else weight * counts", "counts"),
+        "elementwise: a mask of one row counts once": (
+            "xp.assume_finite and lengths.same(keep.shape, like.shape)",
+            "xp.assume_finite",
+        ),
         "elementwise: weights taken to sum to 1": ("else negative + positive", "else None"),
         "distribution: an index of a masked class": ("one_hot = xp.logical_and(one_hot, where)", "pass"),
         "distribution: a wrong index is 0": (
-            "xp.expand_dims(out_of_range, axis=-1), math.nan, z",
-            "xp.expand_dims(out_of_range, axis=-1), 0.0, z",
+            "xp.expand_dims(out_of_range, axis=axis), math.nan, z",
+            "xp.expand_dims(out_of_range, axis=axis), 0.0, z",
         ),
         "distribution: a negative index counts from the end": (
             "index = xp.as_index(targets, like)",
@@ -236,18 +521,22 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "ignored = out_of_range & (index == options.ignore_index)",
         ),
         "distribution: weight of masked classes": ("z if where is None else xp.where(where, z, 0.0)", "z"),
-        "distribution: ignored by any mask": ("empty = ~xp.any(where", "empty = ~xp.all(where"),
+        "distribution: ignored by any mask": (
+            "where is not None:\n        empty = ~xp.any(where",
+            "where is not None:\n        empty = ~xp.all(where",
+        ),
         "distribution: ignore_index forgets empty examples": (
-            "empty if ignored is None else xp.logical_or(ignored, empty)",
-            "empty if ignored is None else ignored",
+            "empty if ignored is None else xp.logical_or(ignored, empty)\n\n    counts",
+            "empty if ignored is None else ignored\n\n    counts",
         ),
         "distribution: weights not in the divisor": (
-            "counts = xp.sum(z * weight, axis=-1)",
-            "counts = xp.sum(z, axis=-1)",
+            "counts = xp.sum(z * weight, axis=axis)",
+            "counts = xp.sum(z, axis=axis)",
         ),
         "distribution: divisor of smoothed targets": (
-            "counts = xp.sum(z * weight, axis=-1)",
-            "ε = options.label_smoothing or 0.0; counts = xp.sum((z * (1 - ε) + ε / like.shape[-1]) * weight, axis=-1)",
+            "counts = xp.sum(z * weight, axis=axis)",
+            "ε = options.label_smoothing or 0.0; k = like.shape[axis]\n"
+            "        counts = xp.sum((z * (1 - ε) + ε / k) * weight, axis=axis)",
         ),
         "distribution: a masked class's weight leaks": (
             "weight = weight if where is None else xp.where(where, weight, 0.0)",
@@ -263,34 +552,44 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "None if counts is None",
         ),
         "distribution: the ignored's weight in the divisor": ("xp.where(ignored, 0.0, counts)", "counts"),
-        "distribution: smoothing ε/2": ("smoothing / lengths.count(xp, like, (-1,))", "smoothing / 2"),
-        "distribution: smoothing ε/K, masked classes counted": ("xp.where(k == 0, 1.0, k)", "like.shape[-1]"),
+        "distribution: smoothing ε/2": ("+ smoothing / lengths.count(xp, like, (axis,))", "+ smoothing / 2"),
+        "distribution: smoothing ε/K, masked classes counted": (
+            "where, smoothing / xp.where(k == 0, 1.0, k)",
+            "where, smoothing / like.shape[axis]",
+        ),
         "distribution: smoothing of masked classes": (
             "xp.where(where, smoothing / xp.where(k == 0, 1.0, k), 0.0)",
             "smoothing / xp.where(k == 0, 1.0, k)",
         ),
         "distribution: smoothing adds": ("z * (1 - smoothing) + uniform", "z + uniform"),
         "distribution: weight left out": ("z = z * weight\n", "pass\n"),
-        "distribution: sample_weight left out": ("z = z * xp.expand_dims(sample_weight, axis=-1)", "pass"),
-        "distribution: a masked logit leaks": ("x if self.where is None else xp.where(self.where, x, fill)", "x"),
+        "distribution: sample_weight left out": ("z = z * xp.expand_dims(sample_weight, axis=axis)", "pass"),
+        "distribution: a masked logit leaks": (
+            "x = x if self.where is None else xp.masked(x, self.where, fill)\n        return",
+            "return",
+        ),
         "distribution: an ignored example's logits leak": (
-            "x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)",
+            "x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)",
             "x",
         ),
         "distribution: an ignored example has no class": (
-            "xp.where(xp.expand_dims(self.ignored, axis=-1), 0.0, x)",
-            "xp.where(xp.expand_dims(self.ignored, axis=-1), fill, x)",
+            "else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)",
+            "else xp.where(xp.expand_dims(self.ignored, axis=self.axis), fill, x)",
         ),
         "distribution: an ignored example's targets leak": (
-            "z = xp.where(xp.expand_dims(ignored, axis=-1), 0.0, z)",
+            "z = xp.where(xp.expand_dims(ignored, axis=axis), 0.0, z)",
             "pass",
         ),
     },
     "formulas/reduce.py": {
-        "form: of one class, though smoothed": ("options.indices and not smoothed and", "options.indices and"),
+        "form: of one class, though smoothed": ("options.indices and not smoothed and", "options.indices and", EAGER),
         "form: of one class, though classes are masked": (" and operands.where is None", ""),
-        "sum for mean": ("else mean(xp, xp.sum(values), divisor)", "else xp.sum(values)"),
-        "gradient of the sum for the mean": ("if divisor is not None:\n        scale", "if False:\n        scale"),
+        "form: of labels, though they are not 0 or 1": (" and (options.binary or not form.of_labels)", "", EAGER),
+        "sum for mean": ("else xp.sum(values) / divisor", "else xp.sum(values)"),
+        "gradient of the sum for the mean": (
+            "factor = cotangent if divisor is None else",
+            "factor = cotangent if True else",
+        ),
         "mean for sum": ('options.reduction not in ("mean", "batchmean")', 'options.reduction == "none"'),
         "sum for batchmean": ('not in ("mean", "batchmean")', 'not in ("mean",)'),
         "batchmean over what takes part": ('options.reduction == "mean" and weights.counts', "weights.counts"),
@@ -304,14 +603,22 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "batchmean, the class axis last": ("of_one = options.axes if", "of_one = (-1,) if"),
         "mean of nothing": (
-            "xp.where(nothing, 0 * total, total / xp.where(nothing, 1.0, divisor.weight))",
-            "total / divisor.weight",
+            "xp.where(weight == 0, math.inf, weight)",
+            "weight",
         ),
-        "mean of nothing, a wrong index among it": ("nothing, 0 * total,", "nothing, 0.0,"),
-        "gradient outside the mask": ("scaled if weights.keep is None else xp", "scaled if True else xp"),
+        "mean of what weighs nothing": (
+            "xp.where(weight == 0, math.inf, weight)",
+            "xp.where(weight == 0, 1.0, weight)",
+        ),
+        "gradient outside the mask": ("found if keep is None or xp.assume_finite else xp", "found if True else xp"),
+        "gradient outside the mask, by a cotangent": (
+            "found if call.weights.keep is None else xp",
+            "found if True else xp",
+            EAGER,
+        ),
         "Hessian for gradient": (
-            "for derivative in (form.gradient, form.hessian)",
-            "for derivative in (form.hessian, form.gradient)",
+            "options, call, call.form.gradient)\n    return xp.astype(first",
+            "options, call, call.form.hessian)\n    return xp.astype(first",
         ),
         "half: computed in itself": ("xp.astype(x, xp.float32) if options.half else x", "x", HALF),
         "half: rounded before the sum": (
@@ -325,19 +632,23 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             HALF,
         ),
         "half: gradient rounded before the mean": (
-            "return Gradient(form.gradient(xp, terms, weights),",
-            "return Gradient(xp.astype(xp.astype(form.gradient(xp, terms, weights), xp.float16), xp.float32),",
+            "array = derivative(xp, terms, weights)",
+            "array = xp.astype(xp.astype(derivative(xp, terms, weights), xp.float16), xp.float32)",
             HALF,
         ),
         "cotangent left out": (
-            "cotangent = xp.astype(cotangent, found.array.dtype, copy=False)",
+            "cotangent = xp.astype(cotangent, xp.float32 if options.half else x.dtype, copy=False)",
             "cotangent = None",
             TORCH,
         ),
-        "cotangent of a mean left out": ("1.0 if scale is None else scale, divisor)", "1.0, divisor)", TORCH),
+        "cotangent of a mean left out": (
+            "(1.0 if cotangent is None else cotangent) / divisor",
+            "1.0 / divisor",
+            TORCH_HALF,
+        ),
         "by targets: the divisor is constant": (
-            "return Divisor(None, xp.sum(weights.counts))",
-            "c = xp.sum(weights.counts); return Divisor(None, xp.stop_gradient(c) if 'autodiff' in xp.groups else c)",
+            "return or_infinity(xp, xp.sum(weights.counts))",
+            "c = xp.sum(weights.counts); return or_infinity(xp, xp.stop_gradient(c) if 'autodiff' in xp.groups else c)",
             ("--backend", "torch", "--dtype", "float32", "--case", "weighted"),
         ),
         "tangent: divisor left out": (
@@ -346,6 +657,9 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             JAX,
         ),
         "tangent: outside the mask": ("xp.where(weights.keep, tangent, 0.0)", "tangent", JAX),
+    },
+    "formulas/numerics.py": {
+        "logits taken to be finite": ("if xp.assume_finite else xp.weigh(weight, size)", "if True else 0.0"),
     },
     "lengths.py": {
         "mean of no examples": ("xp.longest(known, 1)", "(known or math.nan)"),
@@ -356,23 +670,32 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)",
             "size, weight)",
         ),
-        "guard of 0·inf takes NaN": ("self.logical_and(weight == 0, self.isinf(size))", "weight == 0"),
+        "guard of 0·inf takes NaN": ("self.logical_and(weight == 0, self.isinf(size))", "weight == 0", STRICT),
         "by a mask: weight": (
-            "self.where(self.position(weight, index), weight, 0.0)",
-            "self.where(self.position(weight, index), 0 * weight + 1, 0.0)",
+            "self.where(self.position(weight, index, -1), weight, 0.0)",
+            "self.where(self.position(weight, index, -1), 0 * weight + 1, 0.0)",
             STRICT,
         ),
         "by a mask: the class before": (
-            "self.classes(x) == self.expand_dims(index, axis=-1)",
-            "self.classes(x) == self.expand_dims(index - 1, axis=-1)",
+            "self.classes(x, axis) == self.expand_dims(index, axis=axis)",
+            "self.classes(x, axis) == self.expand_dims(index - 1, axis=axis)",
             STRICT,
         ),
         "by a mask: 0·inf": ("self.where(position, x, 0.0)", "self.astype(position, x.dtype) * x", STRICT),
         "by a mask: put over all": (
-            "self.where(position, values if isinstance(values, float) else self.expand_dims(values, axis=-1), x)",
-            "values + 0 * x if isinstance(values, float) else self.expand_dims(values, axis=-1) + 0 * x",
+            "self.where(position, values, x)",
+            "values + 0 * x",
             STRICT,
         ),
+        "a masked logit leaks": ("return self.where(keep, x, fill)", "return x"),
+        "scale: as it was": ("return x * factor", "return x", STRICT),
+    },
+    "../backends/torch_namespaces.py": {
+        "torch: the softplus of x is x from 20 on": ("softplus(x, 1, 60.0)", "softplus(x, 1, 20.0)", WIDE),
+        "torch: the sign of the label 1": ("torch.rsub(z, 1, alpha=2)", "torch.rsub(z, 1)", EAGER),
+        "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
+        "torch: masked by -1e9": (".mul_(math.inf)", ".mul_(2e9)", EAGER),
+        "torch: argmax, the last class": ("alpha=classes, out", "alpha=0, out", EAGER),
     },
 }
 MUTATIONS = {name: Mutation(file, *bug) for file, bugs in BUGS.items() for name, bug in bugs.items()}
@@ -399,7 +722,7 @@ def copy_package(tree: Path) -> None:
 def failing(mutation: Mutation, tree: Path) -> list[str]:
     """The families of cases that fail with the mutation, and with it alone, on a copy of the package in this folder."""
     copy_package(tree)
-    mutated = tree / "unilabel" / mutation.file
+    mutated = tree / "unilabel" / mutation.file.removeprefix("../")  # the backends are installed inside unilabel/
     mutated.write_text(mutate(mutated.read_text(), mutation))
     report = tree / "report.json"
     done = subprocess.run(

@@ -64,9 +64,9 @@ def test_a_mode_that_a_backend_does_not_have():
 
 
 BUGS = {  # each in its file, and the cases that show it
-    "sign": ("formulas/logistic.py", "- positive * e_neg", "+ positive * e_neg", "seed"),
-    "clamp": ("formulas/probabilities.py", "logical_or(p < eps,", "logical_or(p < 2 * eps,", "probabilities"),
-    "gradient at 0": ("formulas/logistic.py", "else negative) * e_pos", "else negative) * (t.x != 0) * e_pos", "zero"),
+    "sign": ("formulas/logistic.py", "(t.nonneg - positive) + minor", "(t.nonneg - positive) - minor", "seed"),
+    "clamp": ("formulas/probabilities.py", "clamped = p < eps", "clamped = p < 2 * eps", "probabilities"),
+    "gradient at 0": ("formulas/logistic.py", "minor = (1 -", "minor = (t.x != 0) * (1 -", "zero"),
     "mean for sum": (
         "formulas/reduce.py",
         'options.reduction not in ("mean", "batchmean")',
@@ -75,15 +75,15 @@ BUGS = {  # each in its file, and the cases that show it
     ),
     "sum for mean": (
         "formulas/reduce.py",
-        "return xp.sum(values) if divisor is None else mean(xp, xp.sum(values), divisor)",
+        "return xp.sum(values) if divisor is None else xp.sum(values) / divisor",
         "return xp.sum(values)",
         "seed",
     ),
-    "digits": ("formulas/softmax.py", "xp.log1p(s)", "xp.log(1 + s)", "confident"),
+    "digits": ("formulas/softmax.py", "xp.log1p(t.rest + (t.e_y - 1))", "xp.log(t.rest + t.e_y)", "confident"),
     "mask": (
         "formulas/targets.py",
-        "ignored = index == options.ignore_index",
-        "ignored = index != options.ignore_index",
+        "else targets == options.ignore_index",
+        "else targets != options.ignore_index",
         "masked",
     ),
     "infinity": (

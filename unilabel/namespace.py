@@ -145,8 +145,8 @@ class Namespace(Protocol):
     def lerp(self, a: Array, b: Array, t: Array, /) -> Array:
         """a (1 - t) + b t"""
 
-    # The group "indexing", of no functions: class indices are looked up, not compared with all classes. And "argmax": the
-    # place of the largest is found faster than all are compared with it.
+    # The group "indexing", of no functions: class indices are looked up, not compared with all classes.
+    # The group "argmax", of none either: the place of the largest is found faster than all are compared with it.
 
     # The group "softmax":
 
