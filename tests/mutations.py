@@ -178,7 +178,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "softmax: no maximum": ("(m == math.inf), 0.0, x - m)", "(m == math.inf), 0.0, x)"),
         "softmax: infinity less infinity": ("xp.where(is_max & (m == math.inf), 0.0, x - m)", "x - m"),
         "softmax: d = 0 for every largest": ("is_max & (m == math.inf), 0.0", "is_max, 0.0"),
-        "softmax: ties": ("Terms(d, e, others + ties)", "Terms(d, e, others)"),
+        "softmax: ties": ("Terms(d, e, others + ties)", "Terms(d, e, others)", STRICT),
         "softmax: ties, differentiable": (
             "others + (xp.sum(xp.where(is_max, e, 0.0), axis=axis, keepdims=True) - 1)",
             "others",
