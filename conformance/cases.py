@@ -309,6 +309,7 @@ def infinite(make: Maker) -> Iterator[Case]:
     yield make.case(MULTILABEL, [inf, -inf, 1.0], [1.0, 0.0, 0.25], flag=certain, reduction="none")
     smoothed: dict[str, Any] = {"label_smoothing": 0.1, "pos_weight": 3.0}
     yield make.case(MULTILABEL, [inf, -inf, 1.0, -2.0], [0, 1, 1, 0], flag=certain, reduction="none", **smoothed)
+    yield make.case(SOFTMAX, [[1.0, -inf, 2.0], [1.0, inf, 2.0]], [0, 1], label_smoothing=0.1, reduction="none")
     no_class: dict[str, Any] = {"flag": "nan logit", "sample_weight": [1.0, 2.0], "reduction": "none"}
     yield make.case(SOFTMAX, [[-inf, -inf], [0.0, 1.0]], [[0.5, 0.5], [0.25, 0.75]], **no_class)
 
@@ -434,6 +435,8 @@ def smoothed(make: Maker) -> Iterator[Case]:
         more: dict[str, Any] = {"label_smoothing": 0.1, "reduction": reduction, **weights}
         yield make.case(SOFTMAX, x, [0, 2, 3, 4], where=[True, False, True, True, True], **more)
         yield make.case(SOFTMAX, x, make.distributions(4, 5), **more)
+    out: dict[str, Any] = {"where": [True, False, True], "label_smoothing": 0.1, "reduction": "none"}
+    yield make.case(SOFTMAX, make.numbers((2, 3), -4, 4), [0, 2], weight=[0.5, math.nan, 2.0], **out)
 
 
 @family
@@ -472,8 +475,9 @@ def shapes(make: Maker) -> Iterator[Case]:
         yield make.case(SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), flag=empty, reduction=reduction)
         yield make.case(MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), flag=empty, reduction=reduction)
         yield make.case(MULTILABEL, Tensor((2, 0), []), Tensor((2, 0), []), flag=empty, reduction=reduction)
-    x, inner = make.numbers((2, 3, 4), -4, 4), {"axis": 1, "reduction": "none"}
-    weights = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((2, 4), 0.1, 3)}
+    x = make.numbers((2, 3, 4), -4, 4)
+    inner: dict[str, Any] = {"axis": 1, "reduction": "none"}
+    weights: dict[str, Any] = {"weight": make.numbers((3,), 0.1, 3), "sample_weight": make.numbers((2, 4), 0.1, 3)}
     yield make.case(SOFTMAX, x, make.chosen((2, 4), 0, 1, 2), label_smoothing=0.1, **inner, **weights)
     yield make.case(SOFTMAX, x, make.numbers((2, 3, 4), 0, 1), flag="unnormalised", **inner, **weights)
     sure: dict[str, Any] = {"flag": "confident", "axis": 0, "sample_weight": [1.0, 2.0], "reduction": "none"}

@@ -255,10 +255,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "return values if weight is None else weigh_logits",
             "return values if True else weigh_logits",
         ),
-        "index: smoothed, value, sign": ("-uniform * xp.sum(d, axis=axis) if", "uniform * xp.sum(d, axis=axis) if"),
+        "index: smoothed, value, sign": ("return -uniform * xp.sum(d", "return uniform * xp.sum(d"),
         "index: smoothed, value, sign, not finite": (
-            "xp.weigh(uniform + 0 * d, -d)",
-            "xp.weigh(uniform + 0 * d, d)",
+            "xp.weigh(uniform * xp.ones_like(d), -d)",
+            "xp.weigh(uniform * xp.ones_like(d), d)",
             STRICT,
         ),
         "index: smoothed, value, the share of one class": ("uniform * lengths.count(xp, d, (axis,))", "uniform"),
@@ -415,12 +415,12 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.expand_dims(share, axis=axis) + xp.zeros_like(like)",
         ),
         "index: masked and smoothed, weight of the others left out": (
-            "(xp.weigh(uniform, weight), share * of_y)",
+            "(uniform * xp.where(where, weight, 0.0), share * of_y)",
             "(uniform, share * of_y)",
         ),
         "index: masked and smoothed, weight of the class's share left out": (
-            "(xp.weigh(uniform, weight), share * of_y)",
-            "(xp.weigh(uniform, weight), share)",
+            "(uniform * xp.where(where, weight, 0.0), share * of_y)",
+            "(uniform * xp.where(where, weight, 0.0), share)",
         ),
         "labels: pos_weight of negatives": (
             "_by_label(xp, z, one, pos_weight)",

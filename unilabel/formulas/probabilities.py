@@ -46,7 +46,7 @@ def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
     if xp.assume_finite:
         floor = xp.asarray(t.floor, dtype=t.p.dtype)
         log_p, log_q = xp.maximum(xp.log(t.p), floor), xp.maximum(xp.log1p(-t.p), floor)
-        return -(xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive))
+        return 0.0 - (xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive))  # not -0
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
     small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
     log_q = xp.where(

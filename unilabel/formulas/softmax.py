@@ -201,10 +201,10 @@ def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
     if where is not None:
         d = xp.where(where, d, 0.0)
     if isinstance(uniform, float) or uniform.ndim == 0:
-        apart = (
-            -uniform * xp.sum(d, axis=axis) if xp.assume_finite else xp.sum(xp.weigh(uniform + 0 * d, -d), axis=axis)
-        )
-        return apart, uniform * lengths.count(xp, d, (axis,))
+        share = uniform * lengths.count(xp, d, (axis,))
+        if xp.assume_finite:
+            return -uniform * xp.sum(d, axis=axis), share
+        return xp.sum(xp.weigh(uniform * xp.ones_like(d), -d), axis=axis), share
     return xp.sum(weigh_logits(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
 
 

@@ -266,7 +266,7 @@ def _uniform(
     k = xp.sum(xp.astype(where, like.dtype), axis=axis)
     share = smoothing / xp.where(k == 0, 1.0, k)
     uniform = xp.where(where, xp.expand_dims(share, axis=axis), 0.0)
-    return (uniform, share) if weight is None else (xp.weigh(uniform, weight), share * of_y)
+    return (uniform, share) if weight is None else (uniform * xp.where(where, weight, 0.0), share * of_y)
 
 
 def along(xp: Namespace, vector: Array, axis: int) -> Array:
