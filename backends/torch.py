@@ -62,7 +62,10 @@ def _each(function: Any, rows: list[Any]) -> Any:
     In torch's own loops all threads share each operation, and wait for one whose core is busy with something else.
     """
     pool = _threads(torch.get_num_threads()) if internals.is_unwatched() else None
-    return map(function, rows) if pool is None else pool.map(torch.no_grad()(function), rows)
+    if pool is None:
+        return map(function, rows)
+    mode = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()  # each thread has its own
+    return pool.map(mode(function), rows)
 
 
 blockwise = blocks.Blockwise(

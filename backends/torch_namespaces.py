@@ -67,6 +67,9 @@ class _Eager(_Indexing):
     argmax = staticmethod(torch.argmax)
     multiply = staticmethod(torch.mul)
 
+    def asarray(self, x: Any, dtype: Any) -> Array:
+        return torch.asarray(x, dtype=dtype, device="cpu")  # for blocks, whatever the default device is
+
     def softplus(self, x: Array) -> Array:
         return torch.nn.functional.softplus(x, 1, 60.0)  # beyond, it is x to the last digit
 
@@ -111,7 +114,7 @@ class _Finite(_Eager):
             return torch.argmax(x, axis)
         # Elsewhere torch.argmax takes longer than arithmetic: 0 where x is the largest, and -1 where not.
         behind = torch.sub(x, torch.amax(x, axis, True)).sign_()
-        numbers = torch.arange(classes, dtype=x.dtype).view(-1, *[1] * (-1 - axis))
+        numbers = torch.arange(classes, dtype=x.dtype, device=x.device).view(-1, *[1] * (-1 - axis))
         return torch.amax(torch.add(numbers, behind, alpha=classes, out=behind), axis).to(torch.int64)
 
     def softmax(self, x: Array, axis: int) -> Array:

@@ -291,6 +291,22 @@ def test_threads_of_torch(small, request, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("mode", ["inference_mode", "no_grad", "enable_grad"])
+def test_modes_of_a_thread(mode, small, request):
+    """In inference mode memory is made that may be written in that mode alone."""
+    asked_for("torch", request)
+    import torch
+
+    with getattr(torch, mode)(), torch.device("meta"):
+        x = torch.tensor(np.random.default_rng(20261126).normal(size=(64, 10)), device="cpu")
+        targets = torch.arange(64, device="cpu") % 10
+        losses = ul.softmax_nll(x, targets, reduction="none")
+        value, gradient = ul.value_and_grad(ul.softmax_nll)(x, torch.eye(10, device="cpu")[targets])
+        ones = torch.ones((), device="cpu")
+        assert torch.isclose(value, losses.mean() * ones)
+        assert gradient.sum(dim=1).abs().max() < 1e-12
+
+
 def test_a_dispatch_mode_sees_each_block(small, request):
     asked_for("torch", request)
     import torch
