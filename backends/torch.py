@@ -278,10 +278,10 @@ def _is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
     if not internals.is_eager():
         return False
-    for array in (x, *operands):
-        if array is not None and type(array) not in ORDINARY and not _is_sharded(array):
-            return False
-        if array is not None and array is not x and array.requires_grad:
+    if not (type(x) in ORDINARY or _is_sharded(x)):
+        return False
+    for array in operands:
+        if array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array))):
             return False
     return True
 
