@@ -162,7 +162,7 @@ class TorchBackend(Backend):
         return None
 
     def keeps_axis(self, x: Array) -> bool:
-        return type(x) in ORDINARY and not torch.compiler.is_compiling()
+        return type(x) in ORDINARY
 
     def cache_key(self, x: Array, targets: Any) -> Any:
         if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(targets) is torch.Tensor):

@@ -39,6 +39,11 @@ class _Differentiable(_Standard):
 class _Traced(_Standard, _Indexing):
     """For torch.compile, where forward and backward are both formulas."""
 
+    groups = ("indexing",)
+
+    def isinf(self, x: Array) -> Array:
+        return torch.abs(x) == math.inf  # inductor takes torch.isinf for one number at a time
+
     def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, which a compiler fuses with all else into one loop."""
         classes = torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
