@@ -36,25 +36,29 @@ class _Differentiable(_Standard):
     groups: tuple[str, ...] = ("autodiff",)
 
 
-class _Traced(_Standard, _Indexing):
-    """For torch.compile, where forward and backward are both formulas."""
+class _Traced(_Standard):
+    """For torch.compile, where forward and backward are both formulas.
+
+    Inductor makes loops of vectors of all of them. What is looked up by an index, or of another dtype, breaks these up.
+    """
 
     groups = ("indexing",)
 
     def isinf(self, x: Array) -> Array:
-        return torch.abs(x) == math.inf  # inductor takes torch.isinf for one number at a time
+        return torch.abs(x) == math.inf
 
-    def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
-        """An index to gather with, and a mask, which a compiler fuses with all else into one loop."""
-        classes = torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
-        classes = classes.view(-1, *[1] * (-1 - axis))
-        return index.unsqueeze(axis), classes == index.unsqueeze(axis).to(torch.int32)
+    def argmax(self, x: Array, axis: int) -> Array:
+        largest = x == torch.amax(x, axis, True)
+        return torch.amin(torch.where(largest, self.classes(x, axis), x.shape[axis] - 1), axis)
 
-    def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
-        return x.gather(axis, position[0]).squeeze(axis)
+    def classes(self, x: Array, axis: int) -> Array:
+        return torch.arange(x.shape[axis], dtype=torch.int32, device=x.device).view(-1, *[1] * (-1 - axis))
 
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
-        return self.where(position[1], values if isinstance(values, float) else values.unsqueeze(axis), x)
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return targets.to(torch.int64)
+
+    def position(self, x: Array, index: Array, axis: int) -> Array:
+        return self.classes(x, axis) == index.to(torch.int32).unsqueeze(axis)
 
 
 class _Eager(_Indexing):
