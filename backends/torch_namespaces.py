@@ -47,6 +47,9 @@ class _Traced(_Standard):
     def isinf(self, x: Array) -> Array:
         return torch.abs(x) == math.inf
 
+    def log_complement(self, p: Array) -> Array:
+        return torch.log1p(-p)
+
     def argmax(self, x: Array, axis: int) -> Array:
         largest = x == torch.amax(x, axis, True)
         return torch.amin(torch.where(largest, self.classes(x, axis), x.shape[axis] - 1), axis)

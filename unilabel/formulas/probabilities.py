@@ -42,12 +42,7 @@ def binary_terms(xp: Namespace, p: Array, weights: Elementwise, options: Options
 
 def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
-    small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
-    log_q = xp.where(
-        small,
-        xp.log1p(-xp.where(small, t.p, 0.0)),
-        _clamped_log(xp, xp.where(small, 1.0, 1 - t.p), t.q_free, t.floor),
-    )
+    log_q = xp.where(t.q_free, xp.log_complement(xp.where(t.q_free, t.p, 0.0)), t.floor + 0 * t.p)
     return xp.weigh(t.negative, -log_q) + xp.weigh(weights.positive, -log_p)
 
 
