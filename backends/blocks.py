@@ -160,11 +160,7 @@ def gradient(
         cotangent = cotangent.reshape(_without(call.x.shape, call.axes if loss.per_example else ()))
     else:
         cotangent = call.divide(xp.astype(cotangent, _working(xp, x), copy=False), x)
-
-    def write(block: Block, part: Array) -> None:
-        flat[block.full] = part
-
-    call.each(formulas.gradient, write, cotangent)
+    call.each(formulas.gradient, lambda block, part: flat.__setitem__(block.full, part), cotangent)
     return out
 
 
@@ -180,11 +176,7 @@ def _run(
 def _value(call: Call, x: Array) -> Array:
     if call.options.reduction == "none":
         out, flat = call.memory(x, call.loss.per_example)
-
-        def write(block: Block, part: Array) -> None:
-            flat[call.losses(block)] = part
-
-        call.each(formulas.value, write)
+        call.each(formulas.value, lambda block, part: flat.__setitem__(call.losses(block), part))
         return out
     return call.summed(call.each(formulas.value, lambda _, part: float(part)), x)
 
@@ -226,7 +218,8 @@ def _in_blocks(
     axes, contiguous = options.axes, blockwise.is_contiguous
     if loss.per_example:
         if contiguous(x):  # as few axes as can be, where that takes no copy
-            lead, classes, trail = (math.prod(x.shape[i:j]) for i, j in _parts(x.ndim + axes[0], x.ndim))
+            axis = x.ndim + axes[0]
+            lead, classes, trail = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
             rows = {name: _by_rows(name, array, x, lead, classes, trail) for name, array in operands._asdict().items()}
             x, operands = x.reshape((lead, classes, trail) if trail > 1 else (lead, classes)), Operands(**rows)
             axes = (-2,) if trail > 1 else (-1,)
@@ -237,10 +230,6 @@ def _in_blocks(
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
     cuts = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
     return Call(blockwise, xp, loss, options, x, operands, axes, [Block(cut, cut) for cut in cuts])
-
-
-def _parts(axis: int, ndim: int) -> tuple[tuple[int, int], ...]:
-    return (0, axis), (axis, axis + 1), (axis + 1, ndim)
 
 
 def _cut(shape: tuple[int, ...], axis: int, block: int) -> list[Block]:

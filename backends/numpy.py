@@ -14,7 +14,7 @@ import numpy as np
 from .. import formulas
 from ..backend import Array, Backend
 from ..formulas import Loss, Namespace, Operands, Options
-from ..namespace import Extended
+from ..namespace import Extended, Finite
 from . import blocks
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ class _Numpy(Extended):
 
     def max(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         if axis == -1 and _has_few(x):
-            return np.maximum.reduce(_columns(x), axis=0).reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
+            return _by_columns(np.maximum.reduce, x, keepdims)
         return np.maximum.reduce(x, axis=axis, keepdims=keepdims)  # type: ignore[call-overload]  # it is no literal
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         # NumPy adds pairwise only along memory; along other axes it loses a digit for each ten numbers.
         if axis == -1:
             if _has_few(x):
-                return _sum_first(_columns(x)).reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
+                return _by_columns(_sum_first, x, keepdims)
             x = np.ascontiguousarray(x)
         elif axis is not None:
             total = _sum_first(np.moveaxis(x, axis, 0))
@@ -85,8 +85,10 @@ def _has_few(x: Array) -> bool:
     return bool(x.shape[-1] <= 16 and x.size >= 1000)
 
 
-def _columns(x: Array) -> Array:
-    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)
+def _by_columns(reduce: Any, x: Array, keepdims: bool) -> Array:
+    """A reduction of the last axis by one of the first."""
+    reduced = reduce(np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T))
+    return reduced.reshape((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
 
 
 def _sum_first(x: Array) -> Array:
@@ -100,16 +102,8 @@ def _sum_first(x: Array) -> Array:
     return np.add.reduce(x, axis=0)
 
 
-class _Finite(_Numpy):
-    assume_finite = True
-
-    def masked(self, x: Array, keep: Array, fill: float) -> Array:
-        if fill != -math.inf:
-            return np.where(keep, x, fill)
-        bound = keep.astype(x.dtype)
-        bound -= 0.5
-        bound *= math.inf  # np.where takes longer than all of this arithmetic
-        return np.minimum(x, bound, out=bound)
+class _Finite(Finite, _Numpy):
+    pass
 
 
 xp: Namespace = _Numpy(np)

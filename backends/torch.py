@@ -110,16 +110,13 @@ class _Loss(torch.autograd.Function):
             gradient = formulas.gradient(standard, *call)
         elif ctx.gradient is not None and (scale := _scale(ctx.loss, ctx.options, cotangent)) is not None:
             gradient, ctx.gradient = ctx.gradient, None  # given away: a second backward computes it again
-            if scale is not ONE:
+            if not (isinstance(scale, float) and scale == 1):
                 gradient.mul_(scale)
         elif _on_cpu(x):
             gradient = blocks.gradient(blockwise, ctx.xp, *call)
         else:
             gradient = formulas.gradient(_space(x), *call)
         return None, gradient
-
-
-ONE = 1.0
 
 
 def _is_light(options: Options, x: Array, operands: Operands) -> bool:
@@ -134,7 +131,7 @@ def _scale(loss: Loss, options: Options, cotangent: Array) -> Any:
     if cotangent.device.type != "cpu":
         return cotangent  # to read it would wait for the device
     scale = cotangent.item()
-    return ONE if scale == 1 else scale if math.isfinite(scale) else None
+    return scale if math.isfinite(scale) else None
 
 
 class _TracedLoss(torch.autograd.Function):

@@ -44,8 +44,8 @@ class Internals:
         """Whether operations run one by one, as they are called, and nothing but a tape watches."""
         if self.is_transformed() or self.is_tracing():
             return False
-        return not (self._dispatch_modes() and self.is_traced()) and not (
-            self._function_modes() and self.is_overridden()
+        return not (self._dispatch_modes() and self._is_traced()) and not (
+            self._function_modes() and self._is_overridden()
         )
 
     def is_unwatched(self) -> bool:
@@ -60,13 +60,13 @@ class Internals:
         """Whether a backward pass is for several cotangents at once: then nothing may be written into an array."""
         return self._is_legacy_batched(cotangent) or self._has_transforms()
 
-    def is_traced(self) -> bool:
+    def _is_traced(self) -> bool:
         """Whether a dispatch mode makes a graph of what runs. Others count or print: they see what runs anyway."""
         if self._dispatch_mode is None or None in self._tracing_modes:
             return True
         return any(self._dispatch_mode(mode) is not None for mode in self._tracing_modes)
 
-    def is_overridden(self) -> bool:
+    def _is_overridden(self) -> bool:
         """Whether a function mode may change what runs. A default device is a function mode too, and does not."""
         if self._function_mode_stack is None or self._device_context is None:
             return True

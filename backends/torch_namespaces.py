@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backend import Array
-from ..namespace import Extended, Namespace
+from ..namespace import Extended, Finite, Namespace
 
 COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call, and which eager ones can do without
 
@@ -98,15 +98,8 @@ class _Eager(_Indexing):
         return x.scatter_(axis, position, values)
 
 
-class _Finite(_Eager):
-    groups: tuple[str, ...] = ("sigmoid", "indexing", "argmax", "softmax")
-    assume_finite = True
-
-    def masked(self, x: Array, keep: Array, fill: float) -> Array:
-        if fill != -math.inf:
-            return torch.where(keep, x, fill)
-        bound = keep.to(x.dtype).sub_(0.5).mul_(math.inf)  # torch.where is ten times slower than arithmetic
-        return torch.minimum(x, bound, out=bound)
+class _Finite(Finite, _Eager):
+    groups: tuple[str, ...] = (*_Eager.groups, "softmax")
 
     def argmax(self, x: Array, axis: int) -> Array:
         classes = x.shape[axis]

@@ -168,10 +168,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "values if weights.weight is None else xp.weigh(weights.weight, values)",
             "values",
         ),
-        "nll, of one class: gradient, sign": ("weights, -weight, factor)", "weights, weight, factor)"),
+        "nll, of one class: gradient, sign": ("-_weight(xp, t.log_p_y, weights)", "_weight(xp, t.log_p_y, weights)"),
         "nll, of one class: gradient, weight left out": (
-            "weights, -weight, factor)",
-            "weights, 0 * weight - 1, factor)",
+            "-_weight(xp, t.log_p_y, weights)",
+            "0 * _weight(xp, t.log_p_y, weights) - 1",
         ),
     },
     "formulas/softmax.py": {
@@ -453,11 +453,6 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "labels: weight for pos_weight": ("weight if total is None else total * weight", "weight", EAGER),
         "labels: weight left out": ("total = weight if total is None else total * weight", "pass", EAGER),
         "labels: weight of the other label left out": ("None if other is None else other * weight", "other", EAGER),
-        "labels: a masked logit leaks": (
-            ") -> Array:\n        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)",
-            ") -> Array:\n        return x",
-            EAGER,
-        ),
         "elementwise: labels swapped": ("negative, positive = 1 - z, z", "negative, positive = z, 1 - z"),
         "elementwise: smoothing ε/K": (
             "positive * (1 - smoothing) + smoothing / 2",
@@ -478,8 +473,13 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "negative * weight, positive",
         ),
         "elementwise: a masked logit leaks": (
-            'is 0."""\n        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)',
-            'is 0."""\n        return x',
+            "x if keep is None or xp.assume_finite else xp.where(keep, x, fill)",
+            "x",
+        ),
+        "labels: a masked logit leaks": (
+            "x if keep is None or xp.assume_finite else xp.where(keep, x, fill)",
+            "x",
+            EAGER,
         ),
         "elementwise: a masked target leaks": ("return xp.where(keep, z, 0.0), weight", "return z, weight"),
         "elementwise: a masked weight leaks": (
@@ -610,15 +610,18 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.where(weight == 0, math.inf, weight)",
             "xp.where(weight == 0, 1.0, weight)",
         ),
-        "gradient outside the mask": ("found if keep is None or xp.assume_finite else xp", "found if True else xp"),
+        "gradient outside the mask": (
+            "derivative if keep is None or xp.assume_finite else xp",
+            "derivative if True else xp",
+        ),
         "gradient outside the mask, by a cotangent": (
             "found if call.weights.keep is None else xp",
             "found if True else xp",
             EAGER,
         ),
         "Hessian for gradient": (
-            "options, call, call.form.gradient)\n    return xp.astype(first",
-            "options, call, call.form.hessian)\n    return xp.astype(first",
+            "first = _of_sum(xp, call, _gradient(xp, loss, options, call))",
+            "first = second",
         ),
         "half: computed in itself": ("xp.astype(x, xp.float32) if options.half else x", "x", HALF),
         "half: rounded before the sum": (
@@ -632,8 +635,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             HALF,
         ),
         "half: gradient rounded before the mean": (
-            "array = derivative(xp, terms, weights)",
-            "array = xp.astype(xp.astype(derivative(xp, terms, weights), xp.float16), xp.float32)",
+            "array = form.gradient(xp, terms, weights)",
+            "array = xp.astype(xp.astype(form.gradient(xp, terms, weights), xp.float16), xp.float32)",
             HALF,
         ),
         "cotangent left out": (
@@ -687,14 +690,14 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "values + 0 * x",
             STRICT,
         ),
-        "a masked logit leaks": ("return self.where(keep, x, fill)", "return x"),
+        "a masked logit leaks": ("-> Array:\n        return self.where(keep, x, fill)", "-> Array:\n        return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
+        "masked by -1e9, finite": ("bound *= math.inf", "bound *= 2e9"),
     },
     "../backends/torch_namespaces.py": {
         "torch: the softplus of x is x from 20 on": ("softplus(x, 1, 60.0)", "softplus(x, 1, 20.0)", WIDE),
         "torch: the sign of the label 1": ("torch.rsub(z, 1, alpha=2)", "torch.rsub(z, 1)", EAGER),
         "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
-        "torch: masked by -1e9": (".mul_(math.inf)", ".mul_(2e9)", EAGER),
         "torch: argmax, the last class": ("alpha=classes, out", "alpha=0, out", EAGER),
     },
 }

@@ -7,6 +7,7 @@ A backend makes its namespace of a module that keeps to the standard (https://da
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any, Protocol
 
 
@@ -223,3 +224,17 @@ class Extended:
 
     def longest(self, a: Any, b: Any) -> Any:
         return max(a, b)
+
+
+class Finite(Extended):
+    """For finite values, in arrays that can be written into, where a selection takes longer than arithmetic."""
+
+    assume_finite = True
+
+    def masked(self, x: Array, keep: Array, fill: float) -> Array:
+        if fill != -math.inf:
+            return self.where(keep, x, fill)
+        bound = self.astype(keep, x.dtype)
+        bound -= 0.5
+        bound *= math.inf
+        return self.minimum(x, bound)

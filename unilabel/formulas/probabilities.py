@@ -118,7 +118,7 @@ class IndexTerms(NamedTuple):
 
 def index_terms(xp: Namespace, p: Array, weights: ClassIndex, options: Options) -> IndexTerms:
     p_y = xp.take_along_axis(p, weights.position, weights.axis)
-    weight = xp.ones_like(p_y) if weights.weight is None else xp.expand_dims(weights.weight, axis=weights.axis)
+    weight = _weight(xp, p_y, weights)
     return IndexTerms(p, p_y, _free(xp, p_y, weight, options.eps), weight, _log(options.eps))
 
 
@@ -148,8 +148,12 @@ def log_index_value(xp: Namespace, t: LogIndexTerms, weights: ClassIndex) -> Arr
 
 
 def log_index_gradient(xp: Namespace, t: LogIndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    weight = xp.ones_like(t.log_p_y) if weights.weight is None else xp.expand_dims(weights.weight, axis=weights.axis)
-    return _at_index(xp, xp.zeros_like(t.log_p), weights, -weight, factor)
+    return _at_index(xp, xp.zeros_like(t.log_p), weights, -_weight(xp, t.log_p_y, weights), factor)
+
+
+def _weight(xp: Namespace, like: Array, weights: ClassIndex) -> Array:
+    """The weight of the class y, with the class axis."""
+    return xp.ones_like(like) if weights.weight is None else xp.expand_dims(weights.weight, axis=weights.axis)
 
 
 def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, factor: Any) -> Array:
@@ -207,7 +211,6 @@ CATEGORICAL = Loss(
             index_value,
             index_gradient,
             scales=True,
-            of_indices=True,
             of_one_class=True,
             needs="indexing",
         ),
@@ -226,7 +229,6 @@ NLL = Loss(
             log_index_value,
             log_index_gradient,
             scales=True,
-            of_indices=True,
             of_one_class=True,
             needs="indexing",
         ),

@@ -62,7 +62,7 @@ def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Op
     """The cotangent of the reduced loss times its derivative with respect to the logits."""
     call = _prepare(xp, loss, options, x, operands)
     cotangent = xp.astype(cotangent, xp.float32 if options.half else x.dtype, copy=False)
-    found = _scaled(xp, loss, options, call, call.form.gradient, cotangent)
+    found = _gradient(xp, loss, options, call, cotangent)
     # Masked here as well: the cotangent may be anything there.
     found = found if call.weights.keep is None else xp.where(call.weights.keep, found, 0.0)
     return xp.astype(found, x.dtype, copy=False)
@@ -74,7 +74,7 @@ def value_and_gradient(
     """The reduced loss and the gradient of its sum, which share the exponentials."""
     call = _prepare(xp, loss, options, x, operands)
     total = _reduced(xp, options, call.form.value(xp, call.terms, call.weights), call.divisor)
-    found = _of_sum(xp, loss, options, call, call.form.gradient)
+    found = _of_sum(xp, call, _gradient(xp, loss, options, call))
     return xp.astype(total, x.dtype, copy=False), xp.astype(found, x.dtype, copy=False)
 
 
@@ -85,15 +85,15 @@ def gradient_and_hessian(
     call = _prepare(xp, loss, options, x, operands, hessian=True)
     assert call.form.hessian is not None
     # The Hessian first: the gradient may be written into one of the terms.
-    second = _of_sum(xp, loss, options, call, call.form.hessian)
-    first = _of_sum(xp, loss, options, call, call.form.gradient)
+    second = _of_sum(xp, call, call.form.hessian(xp, call.terms, call.weights))
+    first = _of_sum(xp, call, _gradient(xp, loss, options, call))
     return xp.astype(first, x.dtype, copy=False), xp.astype(second, x.dtype, copy=False)
 
 
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
     call = _prepare(xp, loss, options._replace(reduction="sum"), x, operands)
-    return _scaled(xp, loss, options, call, call.form.gradient, None)
+    return _gradient(xp, loss, options, call)
 
 
 def jvp(
@@ -151,25 +151,22 @@ def counted(xp: Namespace, loss: Loss, options: Options, x: Array) -> Any:
 # --- From the gradient of each loss to that of all --------------------------------------------------------------------
 
 
-def _scaled(
-    xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Any, cotangent: Array | None
-) -> Array:
-    """The derivative of each loss times cotangent / divisor, a missing one being 1."""
+def _gradient(xp: Namespace, loss: Loss, options: Options, call: Prepared, cotangent: Array | None = None) -> Array:
+    """The gradient of each loss times cotangent / divisor, a missing one being 1."""
     form, weights, terms, divisor = call
     if cotangent is not None and loss.per_example and options.reduction == "none":
         cotangent = xp.expand_dims(cotangent, axis=options.axes[0])
     factor = cotangent if divisor is None else (1.0 if cotangent is None else cotangent) / divisor
-    scales = form.scales and derivative is form.gradient
-    if scales:
-        return derivative(xp, terms, weights, factor)
-    array = derivative(xp, terms, weights)
+    if form.scales:
+        return form.gradient(xp, terms, weights, factor)
+    array = form.gradient(xp, terms, weights)
     return array if factor is None else xp.scale(array, factor)
 
 
-def _of_sum(xp: Namespace, loss: Loss, options: Options, call: Prepared, derivative: Any) -> Array:
-    """The derivative of the reduced loss, 0 where it is masked. (Where all is finite, a weight of 0 sees to that.)"""
-    found, keep = _scaled(xp, loss, options, call, derivative, None), call.weights.keep
-    return found if keep is None or xp.assume_finite else xp.where(keep, found, 0.0)
+def _of_sum(xp: Namespace, call: Prepared, derivative: Array) -> Array:
+    """The derivative, 0 where it is masked. (Where all is finite, a weight of 0 has seen to that.)"""
+    keep = call.weights.keep
+    return derivative if keep is None or xp.assume_finite else xp.where(keep, derivative, 0.0)
 
 
 def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:

@@ -23,8 +23,8 @@ class Elementwise(NamedTuple):
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        """x, with `fill` where it is masked; as it is if it is finite there, as its weight is 0."""
-        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)
+        """x, with `fill` where it is masked."""
+        return _where_kept(xp, self.keep, x, fill)
 
 
 class Distribution(NamedTuple):
@@ -76,7 +76,12 @@ class Labels(NamedTuple):
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        return x if self.keep is None or xp.assume_finite else xp.where(self.keep, x, fill)
+        return _where_kept(xp, self.keep, x, fill)
+
+
+def _where_kept(xp: Namespace, keep: Array | None, x: Array, fill: float) -> Array:
+    """An element that is finite stays where it is masked, as its weight is 0."""
+    return x if keep is None or xp.assume_finite else xp.where(keep, x, fill)
 
 
 TargetWeights = Labels | Elementwise | Distribution | ClassIndex

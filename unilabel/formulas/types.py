@@ -36,7 +36,6 @@ class Options(NamedTuple):
 
 
 Formula = Callable[[Namespace, Any, Any], Array]  # of the namespace, the terms and the target weights
-ScaledFormula = Callable[[Namespace, Any, Any, Any], Array]  # and of what to multiply by, to broadcast; None: 1
 
 
 class Form(NamedTuple):
@@ -48,9 +47,11 @@ class Form(NamedTuple):
     weights: Callable[[Namespace, Array, Operands, Options], Any]  # how much of the loss each class carries
     terms: Callable[[Namespace, Array, Any, Options], Any]  # what value, gradient and Hessian have in common
     value: Formula
-    gradient: Formula | ScaledFormula
+    gradient: Callable[..., Array]  # a Formula, see `scales`
     hessian: Formula | None = None  # its diagonal
-    scales: bool = False  # the gradient is a ScaledFormula: an array is written once where it can be
+    scales: bool = (
+        False  # the gradient takes what to multiply it by, too (to broadcast; None: 1), to write an array once
+    )
     needs: str = ""  # an optional group of functions (namespace.py)
     of_labels: bool = False  # for targets that are 0 or 1 alone
     of_indices: bool = False  # for class indices alone
