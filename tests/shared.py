@@ -3,6 +3,9 @@
 import re
 
 import numpy as np
+import pytest
+
+from unilabel.backend import backend_named
 
 LOGITS = [[0.1, -0.2, 0.0], [0.4, 0.1, -0.3]]
 TARGETS = [[1, 0, 1], [0, 1, 0]]
@@ -48,3 +51,10 @@ def compiled(recorder, function):
         return value, tape.gradient(value, x)
 
     return taped
+
+
+def asked_for(name, request):
+    """The backend of that name, an error if it is missing; a run of other backends alone skips the test."""
+    if name not in (request.config.getoption("--backend") or (name,)):
+        pytest.skip(f"{name} is not asked for")
+    return backend_named(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import asked_for
 
 from unilabel.backend import backend_named
 
@@ -180,8 +181,10 @@ def counted(function):
     return counter.bytes, counter.kernels
 
 
-def test_only_what_is_moved_counts():
-    torch = pytest.importorskip("torch")
+def test_only_what_is_moved_counts(request):
+    asked_for("torch", request)
+    import torch
+
     x, y = torch.empty(6, 4, device="meta"), torch.empty(6, 1, dtype=torch.int64, device="meta")
     for view in (
         lambda: x[1:, 2].unsqueeze(0).expand(3, 5).t().detach(),
@@ -199,8 +202,10 @@ def test_only_what_is_moved_counts():
     assert counted(lambda: x.scatter_add_(1, y, x[:, :1])) == (4 * (12 + 6) + 8 * 6, 1)
 
 
-def test_unilabel_takes_its_way_without_a_trace_while_it_is_counted():
-    torch = pytest.importorskip("torch")
+def test_unilabel_takes_its_way_without_a_trace_while_it_is_counted(request):
+    asked_for("torch", request)
+    import torch
+
     from benchmarks.traffic import Counter
 
     x, y = torch.empty(6, 4, device="meta", requires_grad=True), torch.empty(6, dtype=torch.int64, device="meta")

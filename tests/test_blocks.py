@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import asked_for
 from unilabel.backends import numpy as numpy_backend
 from unilabel.conformance.cases import cases
 from unilabel.conformance.oracle import expected
@@ -37,13 +38,6 @@ def right():
             return self.setdefault(name, expected(next(case for case in CASES if case.id == name)))
 
     return Answers()
-
-
-def asked_for(name, request):
-    """The backend of that name; a run of other backends alone skips the test."""
-    if name not in (request.config.getoption("--backend") or (name,)):
-        pytest.skip(f"{name} is not asked for")
-    return ul.backend.backend_named(name)
 
 
 # Every so many of the conformance suite's cases: a few in a quick run.
@@ -74,9 +68,7 @@ def test_sums_of_equal_blocks(name, small, request):
 @pytest.mark.full
 def test_compiled_in_eager_tensorflow(right, request, monkeypatch):
     """A call that comes again, here the first one: some of the cases, as each compiles for a good part of a second."""
-    if "tensorflow" not in (request.config.getoption("--backend") or ("tensorflow",)):
-        pytest.skip("tensorflow is not asked for")
-    backend = ul.backend.backend_named("tensorflow")
+    backend = asked_for("tensorflow", request)
     module = importlib.import_module("unilabel.backends.tensorflow")
     monkeypatch.setattr(module, "_programs", calls := {})
     monkeypatch.setattr(module, "REPEATED", 0)
@@ -91,8 +83,7 @@ def test_compiled_in_eager_tensorflow(right, request, monkeypatch):
 @SOME
 def test_summed_apart_in_jax(step, right, request, monkeypatch):
     """The value of what is summed, where it is large: the same program at any size."""
-    if "jax" not in (request.config.getoption("--backend") or ("jax",)):
-        pytest.skip("jax is not asked for")
+    asked_for("jax", request)
     backend = ul.backend.backend_named("jax")
     module = importlib.import_module("unilabel.backends.jax")
     monkeypatch.setattr(module, "LARGE", 0)
