@@ -43,7 +43,11 @@ class _Standard(Extended):
         return targets.astype(jax.dtypes.canonicalize_dtype(np.int64))
 
     def take(self, weight: Array, index: Array) -> Array:
-        return weight[index]
+        if _is_sharded(weight, -1):
+            return super().take(weight, index)
+        place = jax.typeof(index).sharding  # JAX asks for the result's, if the indices are sharded explicitly
+        options = {"out_sharding": place} if any(_is_sharded(index, i) for i in range(index.ndim)) else {}
+        return weight.at[index].get(mode="promise_in_bounds", **options)
 
     def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, as a scatter takes longer."""
