@@ -29,6 +29,10 @@ class Block(NamedTuple):
     batch: tuple[slice, ...]
 
 
+def directly(formula: Callable[..., Any], *call: Any) -> Any:
+    return formula(*call)
+
+
 class Blockwise(NamedTuple):
     """What `run` and `gradient` need of a framework."""
 
@@ -42,6 +46,7 @@ class Blockwise(NamedTuple):
     large: int  # elements: smaller arrays are computed whole
     block: int
     are_labels: Callable[[Array], bool] | None = None  # whether float targets are all 0 or 1, where it pays to look
+    whole: Callable[..., Any] = directly  # runs a formula, given before its arguments, on arrays that are not cut
 
 
 class Call(NamedTuple):
@@ -154,7 +159,8 @@ def gradient(
     """As `formulas.gradient`, with the namespace that the loss was computed with."""
     call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        return formulas.gradient(xp, loss, seen(blockwise, loss, options, operands), x, operands, cotangent)
+        known = seen(blockwise, loss, options, operands)
+        return blockwise.whole(formulas.gradient, xp, loss, known, x, operands, cotangent)
     out, flat = call.memory(x, False)
     if options.reduction == "none":
         cotangent = cotangent.reshape(_without(call.x.shape, call.axes if loss.per_example else ()))
@@ -167,9 +173,9 @@ def gradient(
 def _run(
     blockwise: Blockwise, xp: Namespace, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> Any:
-    call = _in_blocks(blockwise, xp, loss, options, x, operands)
+    call = _in_blocks(blockwise, xp, loss, options, x, operands, formula is formulas.gradient_and_hessian)
     if call is None:
-        return formula(xp, loss, seen(blockwise, loss, options, operands), x, operands)
+        return blockwise.whole(formula, xp, loss, seen(blockwise, loss, options, operands), x, operands)
     return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
 
 
@@ -209,11 +215,19 @@ def _scale_into(blockwise: Blockwise, out: Array, array: Array, scale: Any) -> N
 
 
 def _in_blocks(
-    blockwise: Blockwise, xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
+    blockwise: Blockwise,
+    xp: Namespace,
+    loss: Loss,
+    options: Options,
+    x: Array,
+    operands: Operands,
+    hessian: bool = False,
 ) -> Call | None:
-    """None if it is too small for that."""
+    """None if it is too small for that, or makes no large array but the gradient."""
     size = math.prod(x.shape)
     if size < blockwise.large or (loss.per_example and x.ndim == 1):
+        return None
+    if formulas.form_of(xp, loss, options, operands, hessian).sparse and not options.half:
         return None
     axes, contiguous = options.axes, blockwise.is_contiguous
     if loss.per_example:

@@ -19,6 +19,7 @@ from ..formulas import Loss, Namespace, Operands, Options
 from . import blocks
 from .torch_internals import internals
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
+from .torch_replay import replayed
 
 
 def _empty(shape: tuple[int, ...], like: Array) -> Array:
@@ -79,6 +80,7 @@ blockwise = blocks.Blockwise(
     large=1 << 21,
     block=1 << 19,
     are_labels=_are_labels,
+    whole=replayed,
 )
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
@@ -100,18 +102,20 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
+        again, batched = torch.is_grad_enabled(), internals.is_batched(cotangent)  # again: under create_graph
+        if ctx.gradient is not None and not (again or batched):
+            scale = _scale(ctx.loss, ctx.options, cotangent)
+            if scale is not None:
+                gradient, ctx.gradient = ctx.gradient, None  # given away: a second backward computes it again
+                return None, gradient if isinstance(scale, float) and scale == 1 else gradient.mul_(scale)
         x, *operands = ctx.saved_tensors
         call = ctx.loss, ctx.options, x, Operands(*operands), cotangent
-        if torch.is_grad_enabled():  # under create_graph
+        if again:
             gradient = formulas.gradient(_space(x, autodiff=True), *call)
             # A function of x even where it is constant: its derivative is 0, not missing.
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
-        elif internals.is_batched(cotangent):
+        elif batched:
             gradient = formulas.gradient(standard, *call)
-        elif ctx.gradient is not None and (scale := _scale(ctx.loss, ctx.options, cotangent)) is not None:
-            gradient, ctx.gradient = ctx.gradient, None  # given away: a second backward computes it again
-            if not (isinstance(scale, float) and scale == 1):
-                gradient.mul_(scale)
         elif _on_cpu(x):
             gradient = blocks.gradient(blockwise, ctx.xp, *call)
         else:
@@ -154,8 +158,10 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
     """The formula's result, where nothing is differentiated, and the namespace that it was computed with."""
     if _on_cpu(x):
         return blocks.run(blockwise, formula, loss, options, x, operands)
-    xp = _space(x)
-    return formula(xp, loss, options, x, operands), xp
+    if _is_sharded(x):
+        xp = _space(x)
+        return formula(xp, loss, options, x, operands), xp
+    return replayed(formula, eager, loss, options, x, operands), eager
 
 
 def _on_cpu(x: Array) -> bool:

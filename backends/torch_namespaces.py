@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..backend import Array
@@ -66,6 +67,7 @@ class _Eager(_Indexing):
     max = staticmethod(torch.amax)
     argmax = staticmethod(torch.argmax)
     multiply = staticmethod(torch.mul)
+    take = staticmethod(torch.take)
 
     def asarray(self, x: Any, dtype: Any) -> Array:
         return torch.asarray(x, dtype=dtype, device="cpu")  # for blocks, whatever the default device is
@@ -78,6 +80,11 @@ class _Eager(_Indexing):
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
         return torch.sum(x) if axis is None else torch.sum(x, axis, keepdims)
+
+    def zeros_like(self, x: Array) -> Array:
+        if x.device.type != "cpu" or x.numel() < 1 << 19:
+            return torch.zeros_like(x)
+        return torch.from_numpy(np.zeros(x.shape, str(x.dtype).removeprefix("torch.")))  # zero without being written
 
     def sign_of_label(self, z: Array) -> Array:
         return torch.rsub(z, 1, alpha=2)

@@ -473,11 +473,11 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "negative * weight, positive",
         ),
         "elementwise: a masked logit leaks": (
-            "x if keep is None or xp.assume_finite else xp.where(keep, x, fill)",
+            "x if where is None or xp.assume_finite else xp.where(where, x, fill)",
             "x",
         ),
         "labels: a masked logit leaks": (
-            "x if keep is None or xp.assume_finite else xp.where(keep, x, fill)",
+            "x if where is None or xp.assume_finite else xp.where(where, x, fill)",
             "x",
             EAGER,
         ),
@@ -611,11 +611,11 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.where(weight == 0, 1.0, weight)",
         ),
         "gradient outside the mask": (
-            "derivative if keep is None or xp.assume_finite else xp",
+            "derivative if keep is None else xp",
             "derivative if True else xp",
         ),
         "gradient outside the mask, by a cotangent": (
-            "found if call.weights.keep is None else xp",
+            "found if keep is None else xp",
             "found if True else xp",
             EAGER,
         ),
@@ -659,7 +659,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "_reduced(xp, options, change, None)",
             JAX,
         ),
-        "tangent: outside the mask": ("xp.where(weights.keep, tangent, 0.0)", "tangent", JAX),
+        "tangent: outside the mask": ("xp.where(keep, tangent, 0.0)", "tangent", JAX),
     },
     "formulas/numerics.py": {
         "logits taken to be finite": ("if xp.assume_finite else xp.weigh(weight, size)", "if True else 0.0"),

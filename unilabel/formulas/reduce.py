@@ -64,7 +64,8 @@ def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Op
     cotangent = xp.astype(cotangent, xp.float32 if options.half else x.dtype, copy=False)
     found = _gradient(xp, loss, options, call, cotangent)
     # Masked here as well: the cotangent may be anything there.
-    found = found if call.weights.keep is None else xp.where(call.weights.keep, found, 0.0)
+    keep = call.weights.keep(xp)
+    found = found if keep is None else xp.where(keep, found, 0.0)
     return xp.astype(found, x.dtype, copy=False)
 
 
@@ -102,7 +103,8 @@ def jvp(
     """The derivative of the reduced loss along the tangent of the logits, from the unreduced gradient."""
     weights, divisor = _weights(xp, loss, options, x, operands)
     tangent = xp.astype(tangent, unreduced.dtype, copy=False)
-    change = unreduced * (tangent if weights.keep is None else xp.where(weights.keep, tangent, 0.0))
+    keep = weights.keep(xp)
+    change = unreduced * (tangent if keep is None else xp.where(keep, tangent, 0.0))
     change = xp.sum(change, axis=options.axes[0]) if loss.per_example else change
     return xp.astype(_reduced(xp, options, change, divisor), x.dtype, copy=False)
 
@@ -138,8 +140,11 @@ def divisor(xp: Namespace, loss: Loss, options: Options, x: Array, weights: Targ
 
 
 def or_infinity(xp: Namespace, weight: Array) -> Array:
-    """The sum of the weights as a divisor: where nothing takes part the mean is 0, or NaN if a loss is."""
-    return xp.where(weight == 0, math.inf, weight)
+    """The sum of the weights as a divisor: where nothing takes part the mean is 0, or NaN if a loss is.
+
+    Where all is assumed to be finite, 0 / 0 tells that something does not take part (blocks.run).
+    """
+    return weight if xp.assume_finite else xp.where(weight == 0, math.inf, weight)
 
 
 def counted(xp: Namespace, loss: Loss, options: Options, x: Array) -> Any:
@@ -165,8 +170,8 @@ def _gradient(xp: Namespace, loss: Loss, options: Options, call: Prepared, cotan
 
 def _of_sum(xp: Namespace, call: Prepared, derivative: Array) -> Array:
     """The derivative, 0 where it is masked. (Where all is finite, a weight of 0 has seen to that.)"""
-    keep = call.weights.keep
-    return derivative if keep is None or xp.assume_finite else xp.where(keep, derivative, 0.0)
+    keep = None if xp.assume_finite else call.weights.keep(xp)
+    return derivative if keep is None else xp.where(keep, derivative, 0.0)
 
 
 def activation(xp: Namespace, function: Callable[[Namespace, Array], Array], x: Array, half: bool) -> Array:

@@ -19,12 +19,16 @@ class Elementwise(NamedTuple):
     negative: Array | None  # None: 1 - positive
     positive: Array
     total: Array | None  # the sum of the two; None: 1
-    keep: Array | None  # False where masked
+    where: Array | None  # False where masked
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
+
+    def keep(self, xp: Namespace) -> Array | None:
+        """False where an element of the logits is left out; None: nowhere."""
+        return self.where
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         """x, with `fill` where it is masked."""
-        return _where_kept(xp, self.keep, x, fill)
+        return _where_kept(xp, self.where, x, fill)
 
 
 class Distribution(NamedTuple):
@@ -34,8 +38,10 @@ class Distribution(NamedTuple):
     axis: int
     where: Array | None  # False for a masked class
     ignored: Array | None  # True for an ignored example
-    keep: Array | None  # False for either; None: no class or example is left out
     counts: Array | None  # what each example adds to the divisor of the mean; None: 1
+
+    def keep(self, xp: Namespace) -> Array | None:
+        return _kept(xp, self.where, self.ignored, self.axis)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         x = x if self.where is None else xp.masked(x, self.where, fill)
@@ -56,8 +62,10 @@ class ClassIndex(NamedTuple):
     example: Array | None  # one for each example; None: 1
     where: Array | None  # False for a masked class
     ignored: Array | None  # True for an ignored example
-    keep: Array | None  # False for either; None: no class or example is left out
     counts: Array | None
+
+    def keep(self, xp: Namespace) -> Array | None:
+        return _kept(xp, self.where, self.ignored, self.axis)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         x = x if self.where is None else xp.masked(x, self.where, fill)
@@ -72,16 +80,26 @@ class Labels(NamedTuple):
     sign: Array  # what the logit is multiplied by: 1 for the label 0, -1 for the label 1
     total: Array | None  # the sum of the two weights; None: 1
     other: Any  # None: 0
-    keep: Array | None  # False where masked
+    where: Array | None  # False where masked
     counts: Array | None  # what each element adds to the divisor of the mean; None: 1
 
+    def keep(self, xp: Namespace) -> Array | None:
+        return self.where
+
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        return _where_kept(xp, self.keep, x, fill)
+        return _where_kept(xp, self.where, x, fill)
 
 
-def _where_kept(xp: Namespace, keep: Array | None, x: Array, fill: float) -> Array:
+def _where_kept(xp: Namespace, where: Array | None, x: Array, fill: float) -> Array:
     """An element that is finite stays where it is masked, as its weight is 0."""
-    return x if keep is None or xp.assume_finite else xp.where(keep, x, fill)
+    return x if where is None or xp.assume_finite else xp.where(where, x, fill)
+
+
+def _kept(xp: Namespace, where: Array | None, ignored: Array | None, axis: int) -> Array | None:
+    if ignored is None:
+        return where
+    exists = xp.expand_dims(~ignored, axis=axis)
+    return exists if where is None else xp.logical_and(where, exists)
 
 
 TargetWeights = Labels | Elementwise | Distribution | ClassIndex
@@ -90,9 +108,9 @@ TargetWeights = Labels | Elementwise | Distribution | ClassIndex
 def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
     """`negative = w (1 - z)` and `positive = w · pos_weight · z`, where smoothing makes z (1 - ε) + ε/2 of z."""
     z, weight, pos_weight, counts = _each(xp, like, operands)
-    keep, smoothing = operands.where, _smoothing(xp, like, operands, options)
+    where, smoothing = operands.where, _smoothing(xp, like, operands, options)
     if weight is None and pos_weight is None and smoothing is None:
-        return Elementwise(None, z, None, keep, counts)
+        return Elementwise(None, z, None, where, counts)
     negative, positive = 1 - z, z
     if smoothing is not None:
         negative = negative * (1 - smoothing) + smoothing / 2
@@ -102,13 +120,13 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
     if weight is not None:
         negative, positive = negative * weight, positive * weight
     total = None if weight is None and pos_weight is None else negative + positive
-    return Elementwise(negative, positive, total, keep, counts)
+    return Elementwise(negative, positive, total, where, counts)
 
 
 def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> Labels:
     """`w`, and with the label 1 `w · pos_weight`. With smoothing the two labels have 1 - ε/2 and ε/2 of theirs."""
     z, weight, pos_weight, counts = _each(xp, like, operands)
-    keep, smoothing = operands.where, _smoothing(xp, like, operands, options)
+    where, smoothing = operands.where, _smoothing(xp, like, operands, options)
     total, other = None, None if smoothing is None else smoothing / 2
     if pos_weight is not None:
         one = xp.ones_like(pos_weight)
@@ -119,7 +137,7 @@ def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> 
     if weight is not None:
         total = weight if total is None else total * weight
         other = None if other is None else other * weight
-    return Labels(xp.sign_of_label(z), total, other, keep, counts)
+    return Labels(xp.sign_of_label(z), total, other, where, counts)
 
 
 def _by_label(xp: Namespace, z: Array, of_0: Array, of_1: Array) -> Array:
@@ -198,12 +216,9 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
         if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
             out_of_range = xp.logical_and(out_of_range, ~ignored)
         z = xp.where(xp.expand_dims(out_of_range, axis=axis), math.nan, z)
-    keep = where
     if ignored is not None:
         z = xp.where(xp.expand_dims(ignored, axis=axis), 0.0, z)
-        exists = xp.expand_dims(~ignored, axis=axis)
-        keep = exists if where is None else xp.logical_and(where, exists)
-    return Distribution(z, axis, where, ignored, keep, counts)
+    return Distribution(z, axis, where, ignored, counts)
 
 
 def class_index(xp: Namespace, like: Array, operands: Operands, options: Options) -> ClassIndex:
@@ -248,11 +263,7 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     else:
         uniform, uniform_y = _uniform(xp, like, smoothing, weight, of_y, where, axis)
         of_y = (1 - smoothing) * (xp.ones_like(index, dtype=like.dtype) if of_y is None else of_y)
-    keep = where
-    if ignored is not None:
-        exists = xp.expand_dims(~ignored, axis=axis)
-        keep = exists if where is None else xp.logical_and(where, exists)
-    return ClassIndex(position, axis, of_y, uniform, uniform_y, example, where, ignored, keep, counts)
+    return ClassIndex(position, axis, of_y, uniform, uniform_y, example, where, ignored, counts)
 
 
 def _uniform(
