@@ -700,10 +700,6 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
         "torch: argmax, the last class": ("alpha=classes, out", "alpha=0, out", EAGER),
     },
-    "../backends/torch_replay.py": {
-        "torch: one recording for all options": ("loss.name, options, x.device", "loss.name, x.device", EAGER),
-        "torch: an error that is not the formula's": ("except RuntimeError:", "except FloatingPointError:", EAGER),
-    },
 }
 MUTATIONS = {name: Mutation(file, *bug) for file, bugs in BUGS.items() for name, bug in bugs.items()}
 
