@@ -71,7 +71,7 @@ class Call(NamedTuple):
             x = xp.astype(self.x[block.full], _working(xp, self.x), copy=False)
             operands = Operands(*(self._of(name, block) for name in Operands._fields))
             more = () if cotangent is None else (cotangent[self.losses(block)] if unreduced else cotangent,)
-            known = seen(self.blockwise, self.loss, options, operands)
+            known, operands = seen(self.blockwise, self.loss, options, operands)
             return write(block, formula(xp, self.loss, known, x, operands, *more))
 
         return list(self.blockwise.each(one, self.blocks))
@@ -115,11 +115,18 @@ def _without(shape: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
 
 
-def seen(blockwise: Blockwise, loss: Loss, options: Options, operands: Operands) -> Options:
-    """Options that know whether the targets are 0 or 1."""
+def seen(blockwise: Blockwise, loss: Loss, options: Options, operands: Operands) -> tuple[Options, Operands]:
+    """Options that know whether the targets are 0 or 1, and targets that are finite if only masked ones are not.
+
+    Such as NaN for a missing label: the fast namespace takes all for finite, and multiplies it by 0.
+    """
+    z, where = operands.targets, operands.where
+    floats = not (options.indices or options.binary)
+    if where is not None and floats and not blockwise.all_finite(blockwise.xp.sum(z)):
+        operands = operands._replace(targets=blockwise.xp.where(where, z, 0.0))
     if loss.per_example or options.binary or blockwise.are_labels is None:
-        return options
-    return options._replace(binary=True) if blockwise.are_labels(operands.targets) else options
+        return options, operands
+    return options._replace(binary=blockwise.are_labels(operands.targets)), operands
 
 
 def _added(sums: list[Any]) -> float:
@@ -159,7 +166,7 @@ def gradient(
     """As `formulas.gradient`, with the namespace that the loss was computed with."""
     call = _in_blocks(blockwise, xp, loss, options, x, operands)
     if call is None:
-        known = seen(blockwise, loss, options, operands)
+        known, operands = seen(blockwise, loss, options, operands)
         return blockwise.whole(formulas.gradient, xp, loss, known, x, operands, cotangent)
     out, flat = call.memory(x, False)
     if options.reduction == "none":
@@ -175,7 +182,8 @@ def _run(
 ) -> Any:
     call = _in_blocks(blockwise, xp, loss, options, x, operands, formula is formulas.gradient_and_hessian)
     if call is None:
-        return blockwise.whole(formula, xp, loss, seen(blockwise, loss, options, operands), x, operands)
+        known, operands = seen(blockwise, loss, options, operands)
+        return blockwise.whole(formula, xp, loss, known, x, operands)
     return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
 
 

@@ -364,7 +364,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "empty if ignored is None else ignored\n\n    of_y",
         ),
         "index: a masked logit leaks": (
-            "x = x if self.where is None else xp.masked(x, self.where, fill)\n        if",
+            "x = x if self.where is None else xp.masked(x, _possible(xp, self), fill)\n        if",
             "if",
         ),
         "index: an ignored example's logits leak": (
@@ -565,8 +565,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "distribution: weight left out": ("z = z * weight\n", "pass\n"),
         "distribution: sample_weight left out": ("z = z * xp.expand_dims(sample_weight, axis=axis)", "pass"),
         "distribution: a masked logit leaks": (
-            "x = x if self.where is None else xp.masked(x, self.where, fill)\n        return",
-            "return",
+            "x = xp.masked(x, _possible(xp, self), fill)\n",
+            "pass\n",
         ),
         "distribution: an ignored example's logits leak": (
             "x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)",

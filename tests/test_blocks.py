@@ -332,3 +332,42 @@ def test_masked_gradient_is_0_whatever_the_cotangent(reduction, small, request):
         (gradient,) = torch.autograd.grad(value, x, torch.full_like(value, math.inf))
         assert (gradient[~where] == 0).all()
         assert not torch.isfinite(gradient[where]).all()
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_computed_once(name, large, request, monkeypatch):
+    """A masked target that is NaN, an example without classes, and an ignored one whose class is masked."""
+    backend = asked_for(name, request)
+    if large:
+        request.getfixturevalue("small")
+    blocks, runs = importlib.import_module("unilabel.backends.blocks"), []
+    run = blocks._run
+    monkeypatch.setattr(blocks, "_run", lambda *call: runs.append(call[1]) or run(*call))
+
+    x = backend.asarray(np.linspace(-3, 3, 12).reshape(4, 3))
+    where = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 1, 1]], bool)
+    labels = np.where(where, [1.0, 0.0, 1.0], np.nan)
+    values = [
+        ul.multilabel_logistic_loss(x, labels, where=where),
+        ul.softmax_nll(x, np.where(where, 0.5, np.nan), where=where),
+        ul.softmax_nll(x, [1, 1, -1, 2], where=where, ignore_index=-1),
+        ul.softmax_nll(x, [1, 1, 0, 2], where=where, label_smoothing=0.1),
+    ]
+    assert all(math.isfinite(float(value)) for value in values)
+    assert len(runs) == len(values)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_target_that_is_nan(name, large, request):
+    """Where it is masked it may be; where not, the loss is NaN."""
+    backend = asked_for(name, request)
+    if large:
+        request.getfixturevalue("small")
+    x, where = backend.asarray(np.zeros((3, 2))), np.array([[1, 1], [1, 0], [1, 0]], bool)
+    labels = np.array([[1.0, 0.0], [math.nan, math.nan], [1.0, math.nan]])
+    losses = backend.to_numpy(ul.multilabel_logistic_loss(x, labels, where=where, reduction="none"))
+    np.testing.assert_array_equal(np.isnan(losses), [[False, False], [True, False], [False, False]])
+    losses = backend.to_numpy(ul.softmax_nll(x, labels, where=where, reduction="none"))
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])

@@ -44,7 +44,10 @@ class Distribution(NamedTuple):
         return _kept(xp, self.where, self.ignored, self.axis)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        x = x if self.where is None else xp.masked(x, self.where, fill)
+        if self.where is not None:
+            x = xp.masked(x, _possible(xp, self), fill)
+            if xp.assume_finite:  # 0 of -inf would be NaN
+                x = xp.maximum(x, xp.asarray(float(xp.finfo(x.dtype).min), dtype=x.dtype))
         return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
 
 
@@ -68,7 +71,7 @@ class ClassIndex(NamedTuple):
         return _kept(xp, self.where, self.ignored, self.axis)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        x = x if self.where is None else xp.masked(x, self.where, fill)
+        x = x if self.where is None else xp.masked(x, _possible(xp, self), fill)
         if self.ignored is None or xp.assume_finite:
             return x
         return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
@@ -93,6 +96,13 @@ class Labels(NamedTuple):
 def _where_kept(xp: Namespace, where: Array | None, x: Array, fill: float) -> Array:
     """An element that is finite stays where it is masked, as its weight is 0."""
     return x if where is None or xp.assume_finite else xp.where(where, x, fill)
+
+
+def _possible(xp: Namespace, weights: Distribution | ClassIndex) -> Array:
+    """False for a masked class, but not of an ignored example, in which no class might be left."""
+    assert weights.where is not None
+    assert weights.ignored is not None
+    return xp.logical_or(weights.where, xp.expand_dims(weights.ignored, axis=weights.axis))
 
 
 def _kept(xp: Namespace, where: Array | None, ignored: Array | None, axis: int) -> Array | None:
