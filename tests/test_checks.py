@@ -198,6 +198,16 @@ def test_no_class_axis(framework):
         ul.softmax_nll(framework.array(1.0), 0)
 
 
+@pytest.mark.parametrize("axis", [-1, 3, (2, 3)])
+def test_targets_that_fit_the_class_axis_of_pytorch(framework, axis):
+    x = framework.array(np.zeros((2, 3, 4, 5)))
+    with pytest.raises(ValueError, match=pattern("targets: .*. Received: shape (2, 4, 5) (did you mean axis=1?).")):
+        ul.softmax_nll(x, np.zeros((2, 4, 5), int), axis=axis)
+    for shape in ((2, 4, 4), (3, 4, 5)):
+        with pytest.raises(ValueError, match=pattern(f"targets: .*. Received: shape {shape}.") + "$"):
+            ul.softmax_nll(x, np.zeros(shape, int), axis=axis)
+
+
 def test_validation_cannot_read_what_is_traced(recorder):
     def loss(x):
         return ul.softmax_nll(x, [0, 1], validate=True)

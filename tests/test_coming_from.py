@@ -1,6 +1,7 @@
 """Every row of docs/coming-from.md runs: both expressions, and they agree, or differ as the page says."""
 
 import functools
+import importlib
 import os
 import re
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_they_differ(row):
     differ(*row)
 
 
+def test_the_model_for_torch_jit_script(tmp_path, monkeypatch):
+    (tmp_path / "from_pytorch.py").write_text(SECTIONS[""].code + SECTIONS["PyTorch"].code)  # it reads the source
+    monkeypatch.syspath_prepend(tmp_path)
+    page = importlib.import_module("from_pytorch")
+    model = page.Scriptable()
+    expected = page.F.cross_entropy(model.linear(page.x), page.y, label_smoothing=0.1)
+    page.torch.testing.assert_close(page.torch.jit.script(model)(page.x, page.y), expected)
+
+
 # --- These checks can fail --------------------------------------------------------------------------------------------
 
 
@@ -98,7 +108,7 @@ def test_no_row_is_missing():
     """As many as there are; whoever adds one raises the number."""
     count = {title: len(section.rows) for title, section in SECTIONS.items()}
     assert count == {
-        "": 0, "PyTorch": 24, "TensorFlow": 13, "Keras": 16, "Optax": 19, "scikit-learn": 10, "SciPy": 10, "ONNX": 6,
+        "": 0, "PyTorch": 27, "TensorFlow": 13, "Keras": 16, "Optax": 19, "scikit-learn": 10, "SciPy": 10, "ONNX": 6,
         DIFFERENT: 45, "Their own tests": 4,
     }  # fmt: skip
     assert all(len(row) == 3 for title in PEERS for row in SECTIONS[title].rows)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import checks, lengths
 from .backend import Array, Backend, backend_of, is_number
-from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, REDUCTIONS, choices, fail
+from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, fail
 from .formulas import Loss, Operands, Options
 from .lengths import Shape
 from .namespace import Namespace
@@ -100,8 +100,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
     reduction, axis, label_smoothing, ignore_index, eps, validate = given  # raises if one is forgotten here
     shape: Shape = tuple(logits.shape)
     axes = checks.class_axes(axis, len(shape), loss.takes, loss.per_example)
-    if reduction not in REDUCTIONS:
-        fail(ValueError, "reduction", choices(map(repr, REDUCTIONS)), repr(reduction))
+    checks.check_reduction(reduction)
     options = Options(
         reduction=reduction,
         axes=axes if not loss.per_example or _stays(backend, axes, logits) else (-1,),
@@ -116,7 +115,7 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         if data is not None:
             array, dtypes[label] = checks.operand(backend, label, data, TAKES[label], logits, name)
             operands = operands._replace(**{label: array})
-    checks.has_shape("label_smoothing", operands.label_smoothing, (), lambda: "a number, or an array of no dimensions")
+    checks.has_no_axis("label_smoothing", operands.label_smoothing)
     checks.broadcasts("where", operands.where, shape, loss.takes)
     if not loss.per_example:
         checks.elementwise_shapes(loss, shape, operands)

@@ -43,10 +43,41 @@ def check_array(backend: Backend, x: Array, label: str) -> str:
     return name
 
 
+def option(label: str, given: Any) -> Any:
+    """An option as an object keeps it, checked as far as can be without logits: a plain value."""
+    if label == "reduction":
+        check_reduction(given)
+    elif label == "label_smoothing":
+        return fraction(label, given, 1.0)
+    elif label == "ignore_index" and given is not None:
+        return check_ignore_index(given)
+    elif label == "axis":
+        axes = _integers(given)
+        if not axes or len(set(axes)) < len(axes):
+            fail(ValueError, label, "an axis, or a tuple of distinct ones", str(given))
+        return axes if isinstance(given, tuple) else axes[0]
+    return given
+
+
+def check_reduction(reduction: Any) -> None:
+    if reduction not in REDUCTIONS:
+        fail(ValueError, "reduction", choices(map(repr, REDUCTIONS)), repr(reduction))
+
+
+def check_ignore_index(given: Any) -> int:
+    index = integer("ignore_index", given)
+    if not -(2**31) < index < 2**31 - 1:
+        fail(ValueError, "ignore_index", "an integer between -2**31 and 2**31 - 1, which are not included", index)
+    return index
+
+
+def _integers(axis: Any) -> tuple[int, ...]:
+    return tuple(integer("axis", i) for i in (axis if isinstance(axis, tuple) else (axis,)))
+
+
 def class_axes(axis: Any, ndim: int, what: str, per_example: bool) -> tuple[int, ...]:
     """The class axes, negative and in the order given. One element of a loss per element has none."""
-    given = axis if isinstance(axis, tuple) else (axis,)
-    axes = tuple(integer("axis", i) for i in given)
+    axes = _integers(axis)
     if ndim == 0 and not per_example and axes in ((-1,), (0,)):
         return ()
     if not axes or not all(-ndim <= i < ndim for i in axes):
@@ -94,10 +125,21 @@ def operand(
     return backend.asarray(array, like=logits), dtype
 
 
-def has_shape(label: str, array: Array | None, shape: Shape, expected: Callable[[], str]) -> None:
-    """`expected` is called on failure only: compilers trace what is called, and cannot make text of a length."""
+def has_shape(
+    label: str, array: Array | None, shape: Shape, expected: Callable[[], str], hint: Callable[[], str] = str
+) -> None:
+    """The texts are asked for on failure only: compilers trace what is called, and cannot make text of a length."""
     if array is not None and not same(array.shape, shape):
-        fail(ValueError, label, expected(), f"shape {shape_text(array.shape)}")
+        fail(ValueError, label, expected(), f"shape {shape_text(array.shape)}{hint()}")
+
+
+def has_no_axis(label: str, array: Array | None) -> None:
+    has_shape(label, array, (), lambda: "a number, or an array of no dimensions")
+
+
+def has_one_axis(label: str, array: Array) -> None:
+    if len(array.shape) != 1:
+        fail(ValueError, label, "one weight for each class", f"shape {shape_text(array.shape)}")
 
 
 def broadcasts(label: str, array: Array | None, shape: Shape, what: str) -> None:
@@ -159,21 +201,18 @@ def per_example_shapes(
     def kinds() -> str:
         return f"integer class indices of shape {shape_text(batch)} or a distribution of shape {shape_text(shape)}"
 
+    def axis_1() -> str:
+        fits = len(shape) > 2 and same(operands.targets.shape, (shape[0], *shape[2:]))
+        return " (did you mean axis=1?)" if fits else ""
+
     indices = len(operands.targets.shape) == len(batch)
-    has_shape("targets", operands.targets, batch if indices else shape, kinds)
+    has_shape("targets", operands.targets, batch if indices else shape, kinds, axis_1)
     if indices and dtype not in INTEGERS:
         fail(TypeError, "targets", kinds(), f"{dtype} of shape {shape_text(batch)}")
     if ignore_index is not None:
         if not indices:
             fail(ValueError, "ignore_index", "None, as the targets are a distribution (mask with where)", ignore_index)
-        ignore_index = integer("ignore_index", ignore_index)
-        if not -(2**31) < ignore_index < 2**31 - 1:
-            fail(
-                ValueError,
-                "ignore_index",
-                "an integer between -2**31 and 2**31 - 1, which are not included",
-                ignore_index,
-            )
+        ignore_index = check_ignore_index(ignore_index)
         bits = int(dtype.removeprefix("u").removeprefix("int"))
         low, high = (0, 2**bits) if dtype[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
         ignore_index = ignore_index if low <= ignore_index < high else None  # the targets' dtype cannot hold it

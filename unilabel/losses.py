@@ -72,6 +72,15 @@ def multilabel_logistic_loss(
     >>> loss = multilabel_logistic_loss(logits, [[1, 0, 1], [0, 1, 0]])
     >>> print(f"{loss:.6f}")
     2.023725
+
+    A binary model has one class. Its N logits, if they are of one dimension, would be one example of N classes, and the
+    loss N times too large: give them and the targets a class axis, or `reduction="mean"`.
+
+    >>> x, z = np.array([0.5, -1.0]), np.array([1, 0])
+    >>> print(f"{multilabel_logistic_loss(x[:, None], z[:, None]):.6f}")
+    0.393669
+    >>> print(f"{multilabel_logistic_loss(x, z, reduction='mean'):.6f}")
+    0.393669
     """
     operands = Operands(targets, weight=weight, pos_weight=pos_weight, where=where)
     given = Given(reduction, axis, label_smoothing, validate=validate)

@@ -1,40 +1,105 @@
-"""The losses as PyTorch modules."""
+"""The losses as PyTorch modules, for whatever takes PyTorch's own. The class axis is the last, and not 1 as there.
+
+Each is a subclass of PyTorch's loss with the same activation: by the class, skorch and others choose how to predict.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.fx
 
+from .. import checks
+from ..activations import sigmoid, softmax
+from ..backend import backend_of, is_number
+from ..canonical import TAKES
 from ..losses import multilabel_logistic_loss, softmax_nll
 
-Array = Any
+for _name in ("multilabel_logistic_loss", "softmax_nll"):
+    torch.fx.wrap(_name)  # symbolic_trace has neither shapes nor dtypes, which they ask for: one call in its graph
+
+WEIGHTS = ("weight", "pos_weight")
+PER_CALL = ("sample_weight", "where")
+
+
+def _kept(loss: Any) -> dict[str, Any]:
+    """The options of a loss that its module keeps, with their defaults."""
+    return {name: default for name, default in loss.__kwdefaults__.items() if name not in PER_CALL}
 
 
 class _Module(torch.nn.Module):
-    """A loss with its options set; weights among them are buffers, so that they move and are saved with the module."""
+    """A loss whose options are attributes, and checked whenever they are set; arrays are buffers or parameters."""
 
-    loss: Any
-    buffer_names: tuple[str, ...]
+    defaults: dict[str, Any]  # of the options
+    per_class: bool  # whether weights have one dimension
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        for name in self.buffer_names:
-            given = options.pop(name)
-            self.register_buffer(name, None if given is None else torch.as_tensor(given))
-        self.options = options
+        for name, value in options.items():
+            setattr(self, name, value)
 
-    def forward(self, logits: Array, targets: Array, **options: Any) -> Array:
-        buffers = {name: getattr(self, name) for name in self.buffer_names}
-        return type(self).loss(logits, targets, **self.options, **buffers, **options)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.defaults:
+            value = self._checked(name, value)
+            if name not in WEIGHTS and not isinstance(value, torch.Tensor):
+                self._buffers.pop(name, None)  # a number where a tensor was
+            elif not (name in self._buffers or name in self._parameters or isinstance(value, torch.nn.Parameter)):
+                self.__dict__.pop(name, None)
+                self.register_buffer(name, None)
+        super().__setattr__(name, value)
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if name not in WEIGHTS and (name != "label_smoothing" or is_number(value)):
+            return checks.option(name, value)
+        if value is None:
+            return None
+        # In float64 if it is no floating tensor already: no digit of a list is lost, and integers can become floats.
+        like = value if isinstance(value, torch.Tensor) else torch.empty(0, dtype=torch.float64)
+        array, _ = checks.operand(backend_of(like, value), name, value, TAKES[name], like, "float64")
+        if name not in WEIGHTS:
+            checks.has_no_axis(name, array)
+        elif self.per_class:
+            checks.has_one_axis(name, array)
+        return array if array.is_floating_point() else array.to(torch.float64)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        try:
+            return super()._apply(fn, recurse)
+        except TypeError:  # the device has no float64, as Apple's
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.dtype is torch.float64:
+                    self._buffers[name] = buffer.to(torch.float32)
+            return super()._apply(fn, recurse)
+
+    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The module's options, and those of a call, which win."""
+        return {name: getattr(self, name) for name in self.defaults} | options
 
     def extra_repr(self) -> str:
-        defaults = type(self).loss.__kwdefaults__
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name])
+        own = {name: getattr(self, name) for name in self.defaults}
+        plain = {name: value for name, value in own.items() if not isinstance(value, torch.Tensor)}
+        return ", ".join(f"{name}={value!r}" for name, value in plain.items() if value != self.defaults[name])
 
 
-class MultilabelLogisticLoss(_Module):
-    """`unilabel.multilabel_logistic_loss` as a module: `module(logits, targets, where=None)`.
+class MultilabelLogisticLoss(_Module, torch.nn.BCEWithLogitsLoss):
+    """`unilabel.multilabel_logistic_loss` as a module: `module(input, target, *, where=None)`.
+
+    The class axis is the last: for logits of shape (N, C, H, W) give `axis=1`. With `reduction="mean"` this is
+    `torch.nn.BCEWithLogitsLoss`; the default sums over the classes, and takes logits of one dimension for one example.
+
+    Args:
+        weight, pos_weight: as in the function: buffers, or parameters if they are a `torch.nn.Parameter`. A tensor of
+            floats keeps its dtype, all else becomes float64, so that no digit is lost.
+        label_smoothing, axis, reduction, validate: as in the function.
+
+    They are attributes that can be set, and a call can have its own: `module(input, target, reduction="none")`.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError, ValueError: as the function; of an option, when it is given or set.
 
     >>> loss = MultilabelLogisticLoss(pos_weight=[1.0, 2.0], reduction="mean")
     >>> loss
@@ -43,27 +108,57 @@ class MultilabelLogisticLoss(_Module):
     '1.550300'
     """
 
-    loss = staticmethod(multilabel_logistic_loss)
-    buffer_names = ("weight", "pos_weight")
+    defaults = _kept(multilabel_logistic_loss)
+    per_class = False
 
     def __init__(
         self,
-        *,
         weight: Any = None,
+        *,
         pos_weight: Any = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: Any = 0.0,
         axis: int | tuple[int, ...] = -1,
         reduction: str = "batchmean",
+        validate: bool = False,
     ) -> None:
         super().__init__(
-            weight=weight, pos_weight=pos_weight, label_smoothing=label_smoothing, axis=axis, reduction=reduction
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            axis=axis,
+            reduction=reduction,
+            validate=validate,
         )
 
+    def forward(self, input: Any, target: Any, *, where: Any = None, **options: Any) -> Any:
+        return multilabel_logistic_loss(input, target, where=where, **self._with(options))
 
-class SoftmaxNLL(_Module):
-    """`unilabel.softmax_nll` as a module: `module(logits, targets, sample_weight=None, where=None)`.
+    def activation(self, input: Any) -> Any:
+        """The probability of each class. fastai asks the loss for it."""
+        return sigmoid(input)
 
-    Its class axis is the last, where `torch.nn.CrossEntropyLoss` has `axis=1`.
+    def decodes(self, probabilities: Any) -> Any:
+        """Whether each class is a label, from its probability."""
+        return probabilities > 0.5
+
+
+class SoftmaxNLL(_Module, torch.nn.CrossEntropyLoss):
+    """`unilabel.softmax_nll` as a module: `module(input, target, *, sample_weight=None, where=None)`.
+
+    The class axis is the last: for logits of shape (N, C, H, W) give `axis=1`. And no index is ignored unless you say
+    so: `torch.nn.CrossEntropyLoss()` is `SoftmaxNLL(axis=1, ignore_index=-100)`.
+
+    Args:
+        weight: one for each class, a buffer or a parameter, as in `MultilabelLogisticLoss`.
+        ignore_index, label_smoothing, axis, reduction, validate: as in the function.
+
+    They are attributes that can be set, and a call can have its own: `module(input, target, reduction="none")`.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError, ValueError: as the function; of an option, when it is given or set.
 
     >>> loss = SoftmaxNLL(ignore_index=-100)
     >>> loss
@@ -72,18 +167,38 @@ class SoftmaxNLL(_Module):
     '0.241311'
     """
 
-    loss = staticmethod(softmax_nll)
-    buffer_names = ("weight",)
+    defaults = _kept(softmax_nll)
+    per_class = True
+    y_int = True  # fastai's MixUp is to mix the losses, not the class indices
 
     def __init__(
         self,
-        *,
         weight: Any = None,
+        *,
         ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
+        label_smoothing: Any = 0.0,
         axis: int | tuple[int, ...] = -1,
         reduction: str = "mean",
+        validate: bool = False,
     ) -> None:
         super().__init__(
-            weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, axis=axis, reduction=reduction
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            axis=axis,
+            reduction=reduction,
+            validate=validate,
         )
+
+    def forward(self, input: Any, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any) -> Any:
+        return softmax_nll(input, target, sample_weight=sample_weight, where=where, **self._with(options))
+
+    def activation(self, input: Any) -> Any:
+        """The distribution over the classes. fastai asks the loss for it."""
+        return softmax(input, axis=self.axis)
+
+    def decodes(self, probabilities: Any) -> Any:
+        """The index of the most probable class."""
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        last = tuple(range(-len(axes), 0))
+        return probabilities.movedim(axes, last).flatten(-len(axes)).argmax(-1)
