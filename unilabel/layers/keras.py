@@ -28,8 +28,13 @@ except ImportError:  # Keras 3.5 has no such function, and does this
 Array = Any
 
 
-def _weights(label: str, given: Any) -> Any:
-    """As lists, which a config can hold."""
+CHECKED = ("weight", "pos_weight", "ignore_index", "label_smoothing", "axis")
+
+
+def _checked(label: str, given: Any) -> Any:
+    """An option as an attribute, and as the config can hold it."""
+    if label not in ("weight", "pos_weight"):
+        return checks.option(label, tuple(given) if isinstance(given, list) else given)  # JSON makes a list of a tuple
     if given is None:
         return None
     if keras.ops.is_tensor(given):
@@ -38,24 +43,6 @@ def _weights(label: str, given: Any) -> Any:
         given = np.asarray(given)
     like = np.zeros(())
     return checks.operand(backend_of(like), label, given, checks.NUMBERS, like, "float64")[0].tolist()
-
-
-def _axis(label: str, given: Any) -> int | tuple[int, ...]:
-    if not isinstance(given, (list, tuple)):  # JSON makes a list of a tuple
-        return checks.integer(label, given)
-    axes = tuple(checks.integer(label, i) for i in given)
-    if not axes or len(set(axes)) < len(axes):
-        checks.fail(ValueError, label, "an axis, or a tuple of distinct ones", repr(given))
-    return axes
-
-
-CHECKS = {
-    "weight": _weights,
-    "pos_weight": _weights,
-    "ignore_index": lambda label, given: None if given is None else checks.integer(label, given),
-    "label_smoothing": lambda label, given: checks.fraction(label, given, 1.0),
-    "axis": _axis,
-}
 
 
 class _Loss(keras.losses.Loss):
@@ -72,7 +59,7 @@ class _Loss(keras.losses.Loss):
             setattr(self, option, given)
 
     def __setattr__(self, name: str, given: Any) -> None:
-        super().__setattr__(name, CHECKS[name](name, given) if name in CHECKS else given)
+        super().__setattr__(name, _checked(name, given) if name in CHECKED else given)
 
     @property
     def options(self) -> dict[str, Any]:
