@@ -87,13 +87,21 @@ ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
 
 class _Loss(torch.autograd.Function):
-    """Where that saves time, forward computes the gradient too: the exponentials are the same, and it comes soon."""
+    """On a CPU, forward computes the gradient too where that saves time: from the same exponentials, in the same block.
+
+    Elsewhere it keeps the exponentials: to multiply a gradient by the cotangent, maybe 1, would take a pass more.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Loss, Options, Operands], x: Array) -> Array:
         loss, options, operands = call
-        ctx.loss, ctx.options, ctx.gradient = loss, options, None
-        if options.half or (options.reduction == "none" and not _is_light(options, x, operands)) or _is_sharded(x):
+        ctx.loss, ctx.options, ctx.gradient, ctx.prepared = loss, options, None, None
+        if options.half or _is_sharded(x):
+            value, ctx.xp = _run(formulas.value, loss, options, x, operands)
+        elif not _on_cpu(x):
+            ctx.xp, ctx.prepared = eager, formulas.prepare(eager, loss, options, x, operands)
+            value = formulas.value_of(eager, options, x.dtype, ctx.prepared)
+        elif options.reduction == "none" and not _is_light(options, x, operands):
             value, ctx.xp = _run(formulas.value, loss, options, x, operands)
         else:
             (value, ctx.gradient), ctx.xp = _run(formulas.value_and_gradient, loss, options, x, operands)
@@ -102,11 +110,12 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Array) -> tuple[Any, ...]:
+        # Of these, one is given away, and the other written into: a second backward computes again.
+        (gradient, prepared), ctx.gradient, ctx.prepared = (ctx.gradient, ctx.prepared), None, None
         again, batched = torch.is_grad_enabled(), internals.is_batched(cotangent)  # again: under create_graph
-        if ctx.gradient is not None and not (again or batched):
+        if gradient is not None and not (again or batched):
             scale = _scale(ctx.loss, ctx.options, cotangent)
             if scale is not None:
-                gradient, ctx.gradient = ctx.gradient, None  # given away: a second backward computes it again
                 return None, gradient if isinstance(scale, float) and scale == 1 else gradient.mul_(scale)
         x, *operands = ctx.saved_tensors
         call = ctx.loss, ctx.options, x, Operands(*operands), cotangent
@@ -116,6 +125,8 @@ class _Loss(torch.autograd.Function):
             gradient = torch.where(torch.ones_like(x, dtype=torch.bool), gradient, x)
         elif batched:
             gradient = formulas.gradient(standard, *call)
+        elif prepared is not None:
+            gradient = formulas.gradient_of(eager, ctx.loss, ctx.options, x.dtype, prepared, cotangent)
         elif _on_cpu(x):
             gradient = blocks.gradient(blockwise, ctx.xp, *call)
         else:
@@ -132,8 +143,6 @@ def _scale(loss: Loss, options: Options, cotangent: Array) -> Any:
     """What a gradient is multiplied by that was computed without; None: compute it again, so that masks are kept."""
     if options.reduction == "none":
         return cotangent.unsqueeze(options.axes[0]) if loss.per_example else cotangent
-    if cotangent.device.type != "cpu":
-        return cotangent  # to read it would wait for the device
     scale = cotangent.item()
     return scale if math.isfinite(scale) else None
 

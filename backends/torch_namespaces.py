@@ -86,6 +86,13 @@ class _Eager(_Indexing):
             return torch.zeros_like(x)
         return torch.from_numpy(np.zeros(x.shape, str(x.dtype).removeprefix("torch.")))  # zero without being written
 
+    def weigh_beside(self, weight: Array, size: Array) -> Array:
+        return torch.mul(weight, size).nan_to_num_(0.0, math.inf, -math.inf)
+
+    def shifted(self, x: Array, m: Array) -> Array:
+        d = x - m
+        return torch.fmin(d, torch.zeros((), dtype=x.dtype, device="cpu"), out=d)  # the other one where one is NaN
+
     def sign_of_label(self, z: Array) -> Array:
         return torch.rsub(z, 1, alpha=2)
 

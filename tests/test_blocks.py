@@ -54,6 +54,17 @@ def test_every_case(name, step, small, right, request):
             assert not verdict.failed, f"{case.id}, {what}: {verdict}"
 
 
+@SOME
+def test_away_from_the_cpu(step, right, request, monkeypatch):
+    """In eager PyTorch, as if the arrays were on a GPU: there nothing is known of the values."""
+    backend = asked_for("torch", request)
+    monkeypatch.setattr("unilabel.backends.torch._on_cpu", lambda x: False)
+    for case in CASES[::step]:
+        numbers = answer(backend, "cpu", case)["numbers"]
+        for what, verdict in judge(case, right[case.id], numbers, "torch").items():
+            assert not verdict.failed, f"{case.id}, {what}: {verdict}"
+
+
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 def test_sums_of_equal_blocks(name, small, request):
     """Every rounding goes in one direction: 512 of them, one for each block, would not do."""

@@ -100,6 +100,12 @@ class Namespace(Protocol):
     def weigh(self, weight: Array, size: Array, /) -> Array:
         """weight · size, and 0 where an infinite size has weight 0."""
 
+    def weigh_beside(self, weight: Array, size: Array, /) -> Array:
+        """The same, and maybe 0 where the size is NaN."""
+
+    def shifted(self, x: Array, m: Array, /) -> Array:
+        """x - m, and 0 where both are infinity; anything where m is NaN or -infinity."""
+
     def masked(self, x: Array, keep: Array, fill: float, /) -> Array:
         """x, and `fill`, which is not more, where it is masked."""
 
@@ -188,6 +194,12 @@ class Extended:
     def weigh(self, weight: Array, size: Array) -> Array:
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
 
+    def weigh_beside(self, weight: Array, size: Array) -> Array:
+        return self.weigh(weight, size)
+
+    def shifted(self, x: Array, m: Array) -> Array:
+        return self.where(x == math.inf, 0.0, x - m)
+
     def masked(self, x: Array, keep: Array, fill: float) -> Array:
         return self.where(keep, x, fill)
 
@@ -231,6 +243,9 @@ class Finite(Extended):
     """For finite values, in arrays that can be written into, where a selection takes longer than arithmetic."""
 
     assume_finite = True
+
+    def shifted(self, x: Array, m: Array) -> Array:
+        return x - m
 
     def masked(self, x: Array, keep: Array, fill: float) -> Array:
         if fill != -math.inf:

@@ -19,11 +19,14 @@ from .reduce import (
     form_of,
     gradient,
     gradient_and_hessian,
+    gradient_of,
     jvp,
     or_infinity,
+    prepare,
     unreduced_gradient,
     value,
     value_and_gradient,
+    value_of,
 )
 from .softmax import log_softmax, softmax
 from .types import Form, Loss, Operands, Options
@@ -41,13 +44,16 @@ __all__ = [
     "form_of",
     "gradient",
     "gradient_and_hessian",
+    "gradient_of",
     "jvp",
     "log_sigmoid",
     "log_softmax",
     "or_infinity",
+    "prepare",
     "sigmoid",
     "softmax",
     "unreduced_gradient",
     "value",
     "value_and_gradient",
+    "value_of",
 ]

@@ -24,9 +24,10 @@ class Prepared(NamedTuple):
     divisor: Any  # a number or an array, infinite in place of 0; None: nothing is divided
 
 
-def _prepare(
+def prepare(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, hessian: bool = False
 ) -> Prepared:
+    """What `value_of` and `gradient_of` share. The latter may write into it, so it is for one gradient."""
     form = form_of(xp, loss, options, operands, hessian)
     x = working(xp, options, x)
     weights = form.weights(xp, x, operands, options)
@@ -54,36 +55,43 @@ def working(xp: Namespace, options: Options, x: Array) -> Array:
 
 def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The reduced loss."""
-    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    return xp.astype(_reduced(xp, options, form.value(xp, terms, weights), divisor), x.dtype, copy=False)
+    return value_of(xp, options, x.dtype, prepare(xp, loss, options, x, operands))
+
+
+def value_of(xp: Namespace, options: Options, dtype: Any, call: Prepared) -> Array:
+    value = call.form.value(xp, call.terms, call.weights)
+    return xp.astype(_reduced(xp, options, value, call.divisor), dtype, copy=False)
 
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
     """The cotangent of the reduced loss times its derivative with respect to the logits."""
-    call = _prepare(xp, loss, options, x, operands)
-    cotangent = xp.astype(cotangent, xp.float32 if options.half else x.dtype, copy=False)
+    return gradient_of(xp, loss, options, x.dtype, prepare(xp, loss, options, x, operands), cotangent)
+
+
+def gradient_of(xp: Namespace, loss: Loss, options: Options, dtype: Any, call: Prepared, cotangent: Array) -> Array:
+    cotangent = xp.astype(cotangent, xp.float32 if options.half else dtype, copy=False)
     found = _gradient(xp, loss, options, call, cotangent)
     # Masked here as well: the cotangent may be anything there.
     keep = call.weights.keep(xp)
     found = found if keep is None else xp.where(keep, found, 0.0)
-    return xp.astype(found, x.dtype, copy=False)
+    return xp.astype(found, dtype, copy=False)
 
 
 def value_and_gradient(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
     """The reduced loss and the gradient of its sum, which share the exponentials."""
-    call = _prepare(xp, loss, options, x, operands)
-    total = _reduced(xp, options, call.form.value(xp, call.terms, call.weights), call.divisor)
+    call = prepare(xp, loss, options, x, operands)
+    total = value_of(xp, options, x.dtype, call)
     found = _of_sum(xp, call, _gradient(xp, loss, options, call))
-    return xp.astype(total, x.dtype, copy=False), xp.astype(found, x.dtype, copy=False)
+    return total, xp.astype(found, x.dtype, copy=False)
 
 
 def gradient_and_hessian(
     xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands
 ) -> tuple[Array, Array]:
     """The gradient of the sum of the losses with respect to the logits, and the diagonal of its Hessian."""
-    call = _prepare(xp, loss, options, x, operands, hessian=True)
+    call = prepare(xp, loss, options, x, operands, hessian=True)
     assert call.form.hessian is not None
     # The Hessian first: the gradient may be written into one of the terms.
     second = _of_sum(xp, call, call.form.hessian(xp, call.terms, call.weights))
@@ -93,7 +101,7 @@ def gradient_and_hessian(
 
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
-    call = _prepare(xp, loss, options._replace(reduction="sum"), x, operands)
+    call = prepare(xp, loss, options._replace(reduction="sum"), x, operands)
     return _gradient(xp, loss, options, call)
 
 

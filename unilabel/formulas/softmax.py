@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .. import lengths
 from ..namespace import Array, Namespace, Position
-from .numerics import weigh_logits
+from .numerics import weigh_beside, weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
 from .types import Form, Loss
 
@@ -97,15 +97,17 @@ def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> 
     z, axis = weights.z, weights.axis
     at = xp.position(x, xp.argmax(x, axis=axis), axis)
     m = xp.take_along_axis(x, at, axis)
-    d = x - m if xp.assume_finite else xp.where(x == math.inf, 0.0, x - m)
+    d = xp.shifted(x, m)
     e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
     s, rest = (xp.sum(array, axis=axis, keepdims=True) for array in (e, xp.put_along_axis(z * 1, at, 0.0, axis)))
+    if not xp.assume_finite:
+        s = xp.where(~(m > -math.inf), math.nan, s)
     return LookedUpTerms(d, e, s, at, xp.take_along_axis(z, at, axis), rest)
 
 
 def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
     log_term = xp.squeeze((t.z_j + t.rest) * xp.log1p(t.s), axis=weights.axis)
-    return log_term - xp.sum(weigh_logits(xp, weights.z, t.d), axis=weights.axis)
+    return log_term - xp.sum(weigh_beside(xp, weights.z, t.d), axis=weights.axis)
 
 
 def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
@@ -183,11 +185,8 @@ class IndexTerms(NamedTuple):
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
     at, uniform, axis = weights.position, weights.uniform, weights.axis
     m, x_y = xp.max(x, axis=axis, keepdims=True), xp.take_along_axis(x, at, axis)
-    if xp.assume_finite:
-        d, d_y = x - m, x_y - m
-    else:
-        # inf - inf counts as 0. -inf - (-inf) stays NaN: then no class is possible.
-        d, d_y = xp.where(x == math.inf, 0.0, x - m), xp.where(x_y == math.inf, 0.0, x_y - m)
+    # inf - inf counts as 0. -inf - (-inf) stays NaN here: then no class is possible.
+    d, d_y = xp.shifted(x, m), x_y - m if xp.assume_finite else xp.where(x_y == math.inf, 0.0, x_y - m)
     apart = share = None
     if uniform is not None:
         apart, share = _shared(xp, weights, d)
@@ -202,10 +201,10 @@ def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
         d = xp.where(where, d, 0.0)
     if isinstance(uniform, float) or uniform.ndim == 0:
         share = uniform * lengths.count(xp, d, (axis,))
-        if xp.assume_finite:
+        if xp.assume_finite or isinstance(uniform, float):  # not 0
             return -uniform * xp.sum(d, axis=axis), share
         return xp.sum(xp.weigh(uniform * xp.ones_like(d), -d), axis=axis), share
-    return xp.sum(weigh_logits(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
+    return xp.sum(weigh_beside(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
