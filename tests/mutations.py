@@ -364,12 +364,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "empty if ignored is None else ignored\n\n    of_y",
         ),
         "index: a masked logit leaks": (
-            "x = x if self.where is None else xp.masked(x, self.where, fill)\n        if",
+            "x = xp.masked(x, self.where, fill)\n        if",
             "if",
-        ),
-        "index: an ignored example's logits leak": (
-            "return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)",
-            "return x",
         ),
         "index: a wrong index is 0": (
             "xp.where(out_of_range, math.nan, xp.astype(~out_of_range",
@@ -624,14 +620,15 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "first = second",
         ),
         "half: computed in itself": ("xp.astype(x, xp.float32) if options.half else x", "x", HALF),
+        "index: an ignored example's logits leak": ("xp.where(weights.ignored, 0.0, values)", "values"),
         "half: rounded before the sum": (
-            "xp.astype(_reduced(xp, options, form.value(xp, terms, weights)",
-            "xp.astype(_reduced(xp, options, xp.astype(xp.astype(form.value(xp, terms, weights), x.dtype), xp.float32)",
+            "xp.astype(_reduced(xp, options, _losses(xp, call)",
+            "xp.astype(_reduced(xp, options, xp.astype(xp.astype(_losses(xp, call), x.dtype), xp.float32)",
             HALF,
         ),
         "half: summed in itself": (
-            "xp.astype(_reduced(xp, options, form.value(xp, terms, weights)",
-            "xp.astype(_reduced(xp, options, xp.astype(form.value(xp, terms, weights), x.dtype)",
+            "xp.astype(_reduced(xp, options, _losses(xp, call)",
+            "xp.astype(_reduced(xp, options, xp.astype(_losses(xp, call), x.dtype)",
             HALF,
         ),
         "half: gradient rounded before the mean": (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .. import lengths
 from ..namespace import Array, Namespace
-from .targets import TargetWeights
+from .targets import ClassIndex, TargetWeights
 from .types import Form, Loss, Operands, Options
 
 
@@ -54,8 +54,8 @@ def working(xp: Namespace, options: Options, x: Array) -> Array:
 
 def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The reduced loss."""
-    form, weights, terms, divisor = _prepare(xp, loss, options, x, operands)
-    return xp.astype(_reduced(xp, options, form.value(xp, terms, weights), divisor), x.dtype, copy=False)
+    call = _prepare(xp, loss, options, x, operands)
+    return xp.astype(_reduced(xp, options, _losses(xp, call), call.divisor), x.dtype, copy=False)
 
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
@@ -73,7 +73,7 @@ def value_and_gradient(
 ) -> tuple[Array, Array]:
     """The reduced loss and the gradient of its sum, which share the exponentials."""
     call = _prepare(xp, loss, options, x, operands)
-    total = _reduced(xp, options, call.form.value(xp, call.terms, call.weights), call.divisor)
+    total = _reduced(xp, options, _losses(xp, call), call.divisor)
     found = _of_sum(xp, call, _gradient(xp, loss, options, call))
     return xp.astype(total, x.dtype, copy=False), xp.astype(found, x.dtype, copy=False)
 
@@ -93,7 +93,7 @@ def gradient_and_hessian(
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
     call = _prepare(xp, loss, options._replace(reduction="sum"), x, operands)
-    return _gradient(xp, loss, options, call)
+    return _of_sum(xp, call, _gradient(xp, loss, options, call))
 
 
 def jvp(
@@ -120,6 +120,15 @@ def _weights(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Op
 
 
 # --- Reductions -------------------------------------------------------------------------------------------------------
+
+
+def _losses(xp: Namespace, call: Prepared) -> Array:
+    """The loss of each example or element, 0 if ignored. (Where all is finite, a weight of 0 has seen to that.)"""
+    weights = call.weights
+    values = call.form.value(xp, call.terms, weights)
+    if not isinstance(weights, ClassIndex) or weights.ignored is None or xp.assume_finite:
+        return values
+    return xp.where(weights.ignored, 0.0, values)
 
 
 def _reduced(xp: Namespace, options: Options, values: Array, divisor: Any) -> Array:

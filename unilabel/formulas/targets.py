@@ -60,10 +60,13 @@ class ClassIndex(NamedTuple):
     counts: Array | None
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        x = x if self.where is None else xp.masked(x, self.where, fill)
-        if self.ignored is None or xp.assume_finite:
+        """x, with `fill` for masked classes. Ignored examples are masked in what comes out, once for all classes."""
+        if self.where is None or self.ignored is None:
             return x
-        return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
+        x = xp.masked(x, self.where, fill)
+        if xp.assume_finite:
+            return x
+        return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)  # without a class all would be NaN
 
 
 class Labels(NamedTuple):
