@@ -122,7 +122,6 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive)",
             "xp.multiply(log_p, t.negative) + xp.multiply(log_q, weights.positive)",
         ),
-        "binary: log1p written out": ("xp.log1p(-xp.where(small, t.p, 0.0))", "xp.log(1 - xp.where(small, t.p, 0.0))"),
         "binary: value, negative left out": ("xp.weigh(t.negative, -log_q) + ", ""),
         "binary: gradient, sign": ("t.q_free) - _quotient(", "t.q_free) + _quotient("),
         "binary: gradient, p for 1 - p": (
@@ -687,6 +686,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "values + 0 * x",
             STRICT,
         ),
+        "log(1 - p): log1p written out": ("self.log1p(-of_small)", "self.log(1 - of_small)", STRICT),
         "a masked logit leaks": ("-> Array:\n        return self.where(keep, x, fill)", "-> Array:\n        return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
         "masked by -1e9, finite": ("bound *= math.inf", "bound *= 2e9"),

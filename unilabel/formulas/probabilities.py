@@ -48,12 +48,7 @@ def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
         log_p, log_q = xp.maximum(xp.log(t.p), floor), xp.maximum(xp.log1p(-t.p), floor)
         return 0.0 - (xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive))  # not -0
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
-    small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
-    log_q = xp.where(
-        small,
-        xp.log1p(-xp.where(small, t.p, 0.0)),
-        _clamped_log(xp, xp.where(small, 1.0, t.q), t.q_free, t.floor),
-    )
+    log_q = xp.where(t.q_free, xp.log_complement(xp.where(t.q_free, t.p, 0.0)), t.floor + 0 * t.p)
     return xp.weigh(t.negative, -log_q) + xp.weigh(weights.positive, -log_p)
 
 
