@@ -152,7 +152,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "of one class: gradient, sign": ("weights, -_quotient(", "weights, _quotient("),
         "of one class: gradient, weight left out": ("-_quotient(xp, t.weight, ", "-_quotient(xp, 1 + 0 * t.weight, "),
         "of one class: gradient, NaN of another class left out": (
-            "assume_finite else 0 * t.p",
+            "assume_finite else t.p - t.p",
             "assume_finite else xp.zeros_like(t.p)",
         ),
         "of one class: NaN in the wrong class is missed": ("xp.where(total == total, values, math.nan)", "values"),

@@ -123,7 +123,7 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    zeros = xp.zeros_like(t.p) if xp.assume_finite else 0 * t.p
+    zeros = xp.zeros_like(t.p) if xp.assume_finite else t.p - t.p  # not 0 * p, which inductor takes for 0
     return _at_index(xp, zeros, weights, -_quotient(xp, t.weight, t.p_y, t.free), factor)
 
 
@@ -154,7 +154,7 @@ def _weight(xp: Namespace, like: Array, weights: ClassIndex) -> Array:
 def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, factor: Any) -> Array:
     """The gradient with this number at the class y, times the factor."""
     if not (weights.weight is None or xp.assume_finite):  # NaN for an example whose weight is
-        zeros = zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
+        zeros = zeros + xp.expand_dims(weights.weight - weights.weight, axis=weights.axis)
     at_y = at_y if factor is None else at_y * factor
     return xp.put_along_axis(zeros, weights.position, at_y, weights.axis)
 
