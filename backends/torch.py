@@ -16,6 +16,7 @@ from .. import formulas
 from ..backend import Array, Backend
 from ..compilers import constant_in_dynamo
 from ..formulas import Loss, Namespace, Operands, Options
+from ..losses import FORMULAS
 from . import blocks
 from .torch_internals import internals
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
@@ -163,6 +164,17 @@ class _TracedLoss(torch.autograd.Function):
         return None, None, gradient, *(None for _ in operands)
 
 
+def _in_graph(name: str, options: tuple[Any, ...], x: Array, *operands: Any) -> Array:
+    """The loss as one node of Dynamo's graph, which takes arrays and plain values alone.
+
+    What Dynamo looks into, it guards, and each call checks every guard.
+    """
+    loss = next(loss for loss in FORMULAS.values() if loss.name == name)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _TracedLoss.apply(loss, Options(*options), x, *operands)
+    return formulas.value(traced, loss, Options(*options), x, Operands(*operands))
+
+
 def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Any, Namespace]:
     """The formula's result, where nothing is differentiated, and the namespace that it was computed with."""
     if _on_cpu(x):
@@ -258,9 +270,7 @@ class TorchBackend(Backend):
         x, options = _autocast(x, options) if options.half else (x, options)
         compiling = torch.compiler.is_compiling()
         if compiling and _is_only_compiled(x, operands):
-            if torch.is_grad_enabled() and x.requires_grad:
-                return _TracedLoss.apply(loss, options, x, *operands)
-            return formulas.value(traced, loss, options, x, operands)
+            return _in_graph(loss.name, tuple(options), x, *operands)
         if compiling or not _is_ordinary(x, operands):
             return formulas.value(_space(x, autodiff=True), loss, options, x, operands)
         if x.requires_grad and torch.is_grad_enabled():
@@ -319,8 +329,9 @@ def _goes_to_aot_autograd() -> bool:
 
 @constant_in_dynamo
 def _load() -> None:
-    for xp in (standard, differentiable, traced):
+    for xp in (standard, differentiable):
         xp.load()
+    torch.compiler.allow_in_graph(_in_graph)  # here, as it imports Dynamo
 
 
 @constant_in_dynamo

@@ -14,16 +14,6 @@ from ..namespace import Extended, Finite, Namespace
 COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call, and which eager ones can do without
 
 
-class _Indexing(Extended):
-    """Class indices are used as such, not by masks."""
-
-    def as_index(self, targets: Array, like: Array) -> Array:
-        return targets if targets.dtype is torch.int64 else targets.to(torch.int64)
-
-    def take(self, weight: Array, index: Array) -> Array:
-        return weight[index]
-
-
 class _Standard(Extended):
     """Functions of the standard alone, where torch does not differentiate: DTensors have few other kernels."""
 
@@ -37,28 +27,35 @@ class _Differentiable(_Standard):
     groups: tuple[str, ...] = ("autodiff",)
 
 
-class _Traced(_Standard, _Indexing):
-    """For torch.compile, where forward and backward are both formulas."""
+class _Traced(_Standard):
+    """For torch.compile, where forward and backward are both formulas.
+
+    Inductor makes loops of vectors of them, but not of what is looked up by an index, and slow ones where dtypes have
+    other widths than the logits': so class indices are masks, of int32.
+    """
 
     groups = ("indexing",)
 
     def isinf(self, x: Array) -> Array:
-        return torch.abs(x) == math.inf  # inductor takes torch.isinf for one number at a time
+        return torch.abs(x) == math.inf
 
-    def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
-        """An index to gather with, and a mask, which a compiler fuses with all else into one loop."""
-        classes = torch.arange(x.shape[axis], dtype=torch.int32, device=x.device)
-        classes = classes.view(-1, *[1] * (-1 - axis))
-        return index.unsqueeze(axis), classes == index.unsqueeze(axis).to(torch.int32)
+    def any(self, x: Array, axis: int) -> Array:
+        return torch.sum(x.to(torch.float32), axis) > 0
 
-    def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
-        return x.gather(axis, position[0])
+    def log_complement(self, p: Array) -> Array:
+        return torch.log1p(-p)
 
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
-        return self.where(position[1], values, x)
+    def classes(self, x: Array, axis: int) -> Array:
+        return torch.arange(x.shape[axis], dtype=torch.int32, device=x.device).view(-1, *[1] * (-1 - axis))
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return targets.to(torch.int64)  # until it is known to be in range
+
+    def position(self, x: Array, index: Array, axis: int) -> Array:
+        return self.classes(x, axis) == index.to(torch.int32).unsqueeze(axis)
 
 
-class _Eager(_Indexing):
+class _Eager(Extended):
     """Torch's own functions, and kernels that do several steps at once."""
 
     groups: tuple[str, ...] = ("sigmoid", "indexing", "argmax")
@@ -98,6 +95,9 @@ class _Eager(_Indexing):
 
     def scale(self, x: Array, factor: Any) -> Array:
         return x.mul_(factor)
+
+    def as_index(self, targets: Array, like: Array) -> Array:
+        return targets if targets.dtype is torch.int64 else targets.to(torch.int64)
 
     def position(self, x: Array, index: Array, axis: int) -> Array:
         return index.unsqueeze(axis)

@@ -122,7 +122,6 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive)",
             "xp.multiply(log_p, t.negative) + xp.multiply(log_q, weights.positive)",
         ),
-        "binary: log1p written out": ("xp.log1p(-xp.where(small, t.p, 0.0))", "xp.log(1 - xp.where(small, t.p, 0.0))"),
         "binary: value, negative left out": ("xp.weigh(t.negative, -log_q) + ", ""),
         "binary: gradient, sign": ("t.q_free) - _quotient(", "t.q_free) + _quotient("),
         "binary: gradient, p for 1 - p": (
@@ -153,7 +152,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "of one class: gradient, sign": ("weights, -_quotient(", "weights, _quotient("),
         "of one class: gradient, weight left out": ("-_quotient(xp, t.weight, ", "-_quotient(xp, 1 + 0 * t.weight, "),
         "of one class: gradient, NaN of another class left out": (
-            "assume_finite else 0 * t.p",
+            "assume_finite else t.p - t.p",
             "assume_finite else xp.zeros_like(t.p)",
         ),
         "of one class: NaN in the wrong class is missed": ("xp.where(total == total, values, math.nan)", "values"),
@@ -352,12 +351,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "empty if ignored is None else ignored\n\n    of_y",
         ),
         "index: a masked logit leaks": (
-            "x = x if self.where is None else xp.masked(x, _possible(xp, self), fill)\n        if",
-            "if",
-        ),
-        "index: an ignored example's logits leak": (
-            "return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)",
-            "return x",
+            "return x if self.where is None else xp.masked(x, _possible(xp, self), fill)\n",
+            "return x\n",
         ),
         "index: a wrong index is 0": (
             "xp.where(out_of_range, math.nan, xp.astype(~out_of_range",
@@ -612,14 +607,15 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "first = second",
         ),
         "half: computed in itself": ("xp.astype(x, xp.float32) if options.half else x", "x", HALF),
+        "index: an ignored example's logits leak": ("xp.where(weights.ignored, 0.0, values)", "values"),
         "half: rounded before the sum": (
-            "value = call.form.value(xp, call.terms, call.weights)",
-            "value = xp.astype(xp.astype(call.form.value(xp, call.terms, call.weights), dtype), xp.float32)",
+            "xp.astype(_reduced(xp, options, _losses(xp, call)",
+            "xp.astype(_reduced(xp, options, xp.astype(xp.astype(_losses(xp, call), dtype), xp.float32)",
             HALF,
         ),
         "half: summed in itself": (
-            "value = call.form.value(xp, call.terms, call.weights)",
-            "value = xp.astype(call.form.value(xp, call.terms, call.weights), dtype)",
+            "xp.astype(_reduced(xp, options, _losses(xp, call)",
+            "xp.astype(_reduced(xp, options, xp.astype(_losses(xp, call), dtype)",
             HALF,
         ),
         "half: gradient rounded before the mean": (
@@ -678,6 +674,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "values + 0 * x",
             STRICT,
         ),
+        "log(1 - p): log1p written out": ("self.log1p(-of_small)", "self.log(1 - of_small)", STRICT),
         "a masked logit leaks": ("-> Array:\n        return self.where(keep, x, fill)", "-> Array:\n        return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
         "masked by -1e9, finite": ("bound *= math.inf", "bound *= 2e9"),

@@ -162,6 +162,20 @@ def test_jvp(sample):
     check(push(tangent), change)
 
 
+@pytest.mark.parametrize("sample", PER_EXAMPLE, indirect=True)
+def test_jvp_of_an_ignored_example(sample):
+    """Whatever its logits: NaN in them leaves value, change and gradient as they are."""
+    x, targets = jnp.array(sample.x), jnp.array(sample.targets).at[0].set(-1)
+    answers = []
+    for number in (0.5, math.nan):
+        loss = functools.partial(sample.loss, targets=targets, ignore_index=-1)
+        inputs = x.at[0].set(number)
+        answers.append((*jax.jvp(loss, (inputs,), (x,)), jax.grad(loss)(inputs)))
+    for got, right in zip(*answers, strict=True):
+        np.testing.assert_array_equal(got, right)
+        assert np.isfinite(got).all()
+
+
 @pytest.mark.capability("jax", "hessian", brief=True)
 def test_hessian(sample):
     """Forward over reverse, as `jax.hessian` does, and reverse over reverse; and the Jacobian both ways."""
@@ -729,6 +743,13 @@ def test_disable_jit(sample):
     """With every operation looked at for NaN."""
     with jax.disable_jit(), jax.debug_nans(True):
         check_all(answers(sample)(*operands(sample)), sample)
+
+
+def test_disable_jit_without_a_class():
+    """An example whose classes are all masked is no NaN on the way either."""
+    with jax.disable_jit(), jax.debug_nans(True):
+        gradient = jax.grad(lambda x: ul.softmax_nll(x, [0, 1], where=[[True, True], [False, False]]))(jnp.ones((2, 2)))
+    np.testing.assert_array_equal(gradient, [[-0.5, 0.5], [0, 0]])
 
 
 @pytest.mark.capability("jax", "checking_leaks", brief=True)

@@ -440,6 +440,16 @@ def test_compile(sample):
     check_called(torch.compile(called(sample), fullgraph=True, dynamic=False), sample)
 
 
+@pytest.mark.parametrize("sample", ["cross_entropy", "nll"], indirect=True)
+def test_compile_a_wrong_index(sample):
+    """Its example has a gradient of NaN, in every class: inductor takes 0 * x for 0."""
+    targets = torch.tensor(sample.targets).index_fill(0, torch.tensor([0]), -1)
+    x = logits(sample)
+    gradient = grad(torch.compile(sample.loss, fullgraph=True)(x, targets), x)[0]
+    assert gradient[0].isnan().all()
+    assert gradient[1:].isfinite().all()
+
+
 @pytest.mark.capability("torch", "compile(dynamic=True) (inductor), any length", losses=HEADLINE)
 def test_compile_dynamic(sample):
     compiled = torch.compile(called(sample), fullgraph=True, dynamic=True)

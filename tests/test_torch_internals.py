@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from crossed import close
+from torch._dynamo import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, grad
 from torch.overrides import TorchFunctionMode
@@ -87,6 +88,21 @@ class Negated(TorchFunctionMode):
 
 def check(got, right):
     close(got.detach(), right)
+
+
+def test_dynamo_looks_into_no_formula(sample):
+    """Its graph has one node for the loss: of what it looks into, each call would check that it is still the same."""
+    seen = []
+
+    def aot_and_look(graph, inputs):
+        seen.extend({node.target for node in graph.graph.nodes if node.op == "call_function"} - {getattr})
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    x = torch.tensor(sample.x, requires_grad=True)
+    compiled = torch.compile(sample, backend=aot_and_look, fullgraph=True)
+    check(compiled(x, torch.tensor(sample.targets)), sample.value)
+    assert seen == [backend._in_graph]
+    torch.compiler.reset()
 
 
 @pytest.mark.full

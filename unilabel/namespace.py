@@ -100,6 +100,9 @@ class Namespace(Protocol):
     def weigh(self, weight: Array, size: Array, /) -> Array:
         """weight · size, and 0 where an infinite size has weight 0."""
 
+    def log_complement(self, p: Array, /) -> Array:
+        """log(1 - p)"""
+
     def weigh_beside(self, weight: Array, size: Array, /) -> Array:
         """The same, and maybe 0 where the size is NaN."""
 
@@ -153,7 +156,7 @@ class Namespace(Protocol):
     def lerp(self, a: Array, b: Array, t: Array, /) -> Array:
         """a (1 - t) + b t"""
 
-    # The group "indexing", of no functions: class indices are looked up, not compared with all classes.
+    # The group "indexing", of no functions: what class indices name is looked up, or found as fast as that.
     # The group "argmax", of none either: the place of the largest is found faster than all are compared with it.
 
     # The group "softmax":
@@ -193,6 +196,11 @@ class Extended:
 
     def weigh(self, weight: Array, size: Array) -> Array:
         return self.multiply(self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)
+
+    def log_complement(self, p: Array) -> Array:
+        small = p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
+        of_small, of_large = self.where(small, p, 0.0), self.where(small, 1.0, 1 - p)
+        return self.where(small, self.log1p(-of_small), self.log(of_large))
 
     def weigh_beside(self, weight: Array, size: Array) -> Array:
         return self.weigh(weight, size)

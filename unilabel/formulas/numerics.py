@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..namespace import Array, Namespace
+
+
+def is_number(x: Any) -> bool:
+    """Whether this is no array, but a number, which a compiler may have left open."""
+    return isinstance(x, float) or not hasattr(x, "ndim")  # torch.SymFloat is a float to Dynamo alone
 
 
 def weigh_logits(xp: Namespace, weight: Array, size: Array) -> Array:

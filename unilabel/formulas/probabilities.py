@@ -48,12 +48,7 @@ def binary_value(xp: Namespace, t: BinaryTerms, weights: Elementwise) -> Array:
         log_p, log_q = xp.maximum(xp.log(t.p), floor), xp.maximum(xp.log1p(-t.p), floor)
         return 0.0 - (xp.multiply(log_q, t.negative) + xp.multiply(log_p, weights.positive))  # not -0
     log_p = _clamped_log(xp, t.p, t.p_free, t.floor)
-    small = t.p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
-    log_q = xp.where(
-        small,
-        xp.log1p(-xp.where(small, t.p, 0.0)),
-        _clamped_log(xp, xp.where(small, 1.0, t.q), t.q_free, t.floor),
-    )
+    log_q = xp.where(t.q_free, xp.log_complement(xp.where(t.q_free, t.p, 0.0)), t.floor + 0 * t.p)
     return xp.weigh(t.negative, -log_q) + xp.weigh(weights.positive, -log_p)
 
 
@@ -128,7 +123,7 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    zeros = xp.zeros_like(t.p) if xp.assume_finite else 0 * t.p
+    zeros = xp.zeros_like(t.p) if xp.assume_finite else t.p - t.p  # not 0 * p, which inductor takes for 0
     return _at_index(xp, zeros, weights, -_quotient(xp, t.weight, t.p_y, t.free), factor)
 
 
@@ -159,7 +154,7 @@ def _weight(xp: Namespace, like: Array, weights: ClassIndex) -> Array:
 def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, factor: Any) -> Array:
     """The gradient with this number at the class y, times the factor."""
     if not (weights.weight is None or xp.assume_finite):  # NaN for an example whose weight is
-        zeros = zeros + xp.expand_dims(0 * weights.weight, axis=weights.axis)
+        zeros = zeros + xp.expand_dims(weights.weight - weights.weight, axis=weights.axis)
     at_y = at_y if factor is None else at_y * factor
     return xp.put_along_axis(zeros, weights.position, at_y, weights.axis)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .. import lengths
 from ..namespace import Array, Namespace
-from .targets import TargetWeights
+from .targets import ClassIndex, TargetWeights
 from .types import Form, Loss, Operands, Options
 
 
@@ -59,8 +59,7 @@ def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Opera
 
 
 def value_of(xp: Namespace, options: Options, dtype: Any, call: Prepared) -> Array:
-    value = call.form.value(xp, call.terms, call.weights)
-    return xp.astype(_reduced(xp, options, value, call.divisor), dtype, copy=False)
+    return xp.astype(_reduced(xp, options, _losses(xp, call), call.divisor), dtype, copy=False)
 
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
@@ -102,7 +101,7 @@ def gradient_and_hessian(
 def unreduced_gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The gradient of each loss with respect to its own logits, before the reduction, in the compute dtype."""
     call = prepare(xp, loss, options._replace(reduction="sum"), x, operands)
-    return _gradient(xp, loss, options, call)
+    return _of_sum(xp, call, _gradient(xp, loss, options, call))
 
 
 def jvp(
@@ -130,6 +129,15 @@ def _weights(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Op
 
 
 # --- Reductions -------------------------------------------------------------------------------------------------------
+
+
+def _losses(xp: Namespace, call: Prepared) -> Array:
+    """The loss of each example or element, 0 if ignored. (Where all is finite, a weight of 0 has seen to that.)"""
+    weights = call.weights
+    values = call.form.value(xp, call.terms, weights)
+    if not isinstance(weights, ClassIndex) or weights.ignored is None or xp.assume_finite:
+        return values
+    return xp.where(weights.ignored, 0.0, values)
 
 
 def _reduced(xp: Namespace, options: Options, values: Array, divisor: Any) -> Array:

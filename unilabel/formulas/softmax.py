@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .. import lengths
 from ..namespace import Array, Namespace, Position
-from .numerics import weigh_beside, weigh_logits
+from .numerics import is_number, weigh_beside, weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
 from .types import Form, Loss
 
@@ -199,9 +199,9 @@ def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
     uniform, where, axis = weights.uniform, weights.where, weights.axis
     if where is not None:
         d = xp.where(where, d, 0.0)
-    if isinstance(uniform, float) or uniform.ndim == 0:
+    if is_number(uniform) or uniform.ndim == 0:
         share = uniform * lengths.count(xp, d, (axis,))
-        if xp.assume_finite or isinstance(uniform, float):  # not 0
+        if xp.assume_finite or is_number(uniform):  # not 0
             return -uniform * xp.sum(d, axis=axis), share
         return xp.sum(xp.weigh(uniform * xp.ones_like(d), -d), axis=axis), share
     return xp.sum(weigh_beside(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
@@ -251,7 +251,7 @@ def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: An
 
 def _of_rows(xp: Namespace, part: Any, axis: int) -> Any:
     """One number for each example, to broadcast to the logits; a number for all as it is."""
-    return part if isinstance(part, float) or part.ndim == 0 else xp.expand_dims(part, axis=axis)
+    return part if is_number(part) or part.ndim == 0 else xp.expand_dims(part, axis=axis)
 
 
 def _factor(xp: Namespace, example: Array | None, axis: int, factor: Any = None) -> Any:

@@ -71,10 +71,8 @@ class ClassIndex(NamedTuple):
         return _kept(xp, self.where, self.ignored, self.axis)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
-        x = x if self.where is None else xp.masked(x, _possible(xp, self), fill)
-        if self.ignored is None or xp.assume_finite:
-            return x
-        return xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
+        """x, with `fill` for masked classes. Ignored examples are masked in what comes out, once for all classes."""
+        return x if self.where is None else xp.masked(x, _possible(xp, self), fill)
 
 
 class Labels(NamedTuple):
