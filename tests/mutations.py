@@ -235,9 +235,9 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "index: the target not in the sum": ("xp.log1p(t.rest + (t.e_y - 1))", "xp.log1p(t.rest)"),
         "index: the target not in the sum, native": ("xp.log1p(t.rest / t.e_y)", "xp.log1p(t.rest)", EAGER),
         "index: the target's distance left out": ("log_total - xp.squeeze(t.d_y, axis=weights.axis)", "log_total"),
-        "index: infinity less infinity": ("d, d_y = xp.shifted(x, m), ", "d, d_y = x - m, "),
-        "index: infinity less infinity, at the target": ("xp.where(x_y == math.inf, 0.0, x_y - m)", "x_y - m"),
-        "index: every class at -inf": ("xp.where(x_y == math.inf, 0.0, x", "xp.where(x_y == m, 0.0, x", EAGER),
+        "index: infinity less infinity": ("d, d_y = xp.shifted(x, m), x_y - m", "d, d_y = x - m, x_y - m"),
+        "index: infinity less infinity, at the target": ("xp.where((x_y == m) & (m == math.inf), 0.0, d_y)", "d_y"),
+        "index: every class at -inf": ("(x_y == m) & (m == math.inf)", "x_y == m", EAGER),
         "index: value, weight left out": (
             "return values if weight is None else weigh_logits",
             "return values if True else weigh_logits",

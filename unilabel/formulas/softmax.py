@@ -185,8 +185,10 @@ class IndexTerms(NamedTuple):
 def index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) -> IndexTerms:
     at, uniform, axis = weights.position, weights.uniform, weights.axis
     m, x_y = xp.max(x, axis=axis, keepdims=True), xp.take_along_axis(x, at, axis)
-    # inf - inf counts as 0. -inf - (-inf) stays NaN here: then no class is possible.
-    d, d_y = xp.shifted(x, m), x_y - m if xp.assume_finite else xp.where(x_y == math.inf, 0.0, x_y - m)
+    d, d_y = xp.shifted(x, m), x_y - m
+    if not xp.assume_finite:
+        # inf - inf counts as 0. It stays NaN if m is NaN, or -inf: then no class is possible.
+        d_y = xp.where((x_y == m) & (m == math.inf), 0.0, d_y)
     apart = share = None
     if uniform is not None:
         apart, share = _shared(xp, weights, d)
