@@ -646,7 +646,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "tangent: outside the mask": ("xp.where(keep, tangent, 0.0)", "tangent", JAX),
     },
     "formulas/numerics.py": {
-        "logits taken to be finite": ("if xp.assume_finite else xp.weigh(weight, size)", "if True else 0.0"),
+        "logits taken to be finite": ("if xp.assume_finite else xp.weigh_beside(weight, size)", "if True else 0.0"),
     },
     "lengths.py": {
         "mean of no examples": ("xp.longest(known, 1)", "(known or math.nan)"),
