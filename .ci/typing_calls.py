@@ -34,7 +34,7 @@ def mypy() -> Found:
 
 
 def pyright() -> Found:
-    for error in json.loads(output("pyright", "--outputjson"))["generalDiagnostics"]:
+    for error in json.loads(output("pyright", "--pythonpath", sys.executable, "--outputjson"))["generalDiagnostics"]:
         if error["severity"] == "error":
             yield error["range"]["start"]["line"] + 1, error["message"]
 
