@@ -48,11 +48,14 @@ def options_of_a_loss(x: Floats) -> None:
     ul.multilabel_loss(x, x)  # error: multilabel_loss
 
 
-def options_of_a_derivative(x: Floats, t: torch.Tensor) -> None:
+def options_of_a_derivative(x: Floats, t: torch.Tensor, anything: Any) -> None:
     value_and_grad = ul.value_and_grad(ul.softmax_nll)
     assert_type(value_and_grad(x, [0, 1]), tuple[Floats, Floats])
     assert_type(value_and_grad(t, [0, 1], weight=[1.0, 2.0], reduction="none"), tuple[torch.Tensor, torch.Tensor])
     assert_type(ul.grad_and_hess(ul.binary_cross_entropy)(logits=t, targets=x), tuple[torch.Tensor, torch.Tensor])
+    one_of_two = ul.nll if anything else ul.softmax_nll
+    assert_type(ul.value_and_grad(one_of_two)(x, [0, 1], ignore_index=0), tuple[Floats, Floats])
+    ul.value_and_grad(anything)(x, [0, 1], reduction="sum")
     value_and_grad(x, [0, 1], wieght=[1.0, 2.0])  # error: "wieght"
     value_and_grad(x, [0, 1], pos_weight=2.0)  # error: "pos_weight"
     value_and_grad(x, [0, 1], reduction="avg")  # error: Literal['avg']
