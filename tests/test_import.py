@@ -1,8 +1,12 @@
 """Importing unilabel, or using it with one framework, imports no other."""
 
+import importlib
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
+
+import unilabel
 
 FRAMEWORKS = {"jax", "jaxlib", "keras", "tensorflow", "torch"}
 COMMAND = {"click", "mpmath", "rich"}
@@ -40,3 +44,13 @@ def test_an_eager_call_of_torch_needs_no_other_namespace(tmp_path):
 def test_the_check_sees_what_a_module_imports(tmp_path):
     (tmp_path / "stand_in.py").write_text("import unilabel\nimport mpmath\n")
     assert imported("import stand_in", tmp_path) & (FRAMEWORKS | COMMAND) == {"mpmath"}
+
+
+def test_completion_shows_public_names_only():
+    importlib.import_module("unilabel.layers")
+    assert set(dir(unilabel)) == {*unilabel.__all__, "__version__", "layers"}
+
+
+def test_help_shows_the_functions():
+    page = pydoc.plain(pydoc.render_doc(unilabel))
+    assert all(f"    {name}(" in page for name in unilabel.__all__)

@@ -18,3 +18,8 @@ __all__ = [
     "value_and_grad",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion: what else is here are the modules that they come from."""
+    return sorted({*__all__, "__version__", "layers"} & globals().keys())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from . import formulas
+from .backend import AnyArray
 from .canonical import canonical_activation
 from .compilers import as_it_is_in_autograph
 
-Array = TypeVar("Array")
+Array = TypeVar("Array", bound=AnyArray)
 
 
 def sigmoid(x: Array) -> Array:

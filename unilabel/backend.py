@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from typing import Any
+from typing import Any, Protocol
 
 from . import formulas
 from .compilers import constant_in_dynamo
@@ -22,6 +22,15 @@ Array = Any  # of any framework: what it has besides what the formulas ask, its 
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
 ON_REQUEST = ("mlx",)  # have a file too, but `unilabel conformance` runs them only if they are named
+
+
+class AnyArray(Protocol):
+    """What type checkers ask of logits, as frameworks need not be installed: lists and Python's scalars are none."""
+
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def shape(self) -> Any: ...
 
 
 class Backend:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import checks, lengths
 from .backend import Array, Backend, backend_of, is_number
 from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, fail
-from .formulas import Loss, Operands, Options
+from .formulas import Loss, Operands, Options, Reduction
 from .lengths import Shape
 from .namespace import Namespace
 
@@ -21,7 +21,7 @@ from .namespace import Namespace
 class Given(NamedTuple):
     """Every option of a loss that is not an operand, as the caller gave it."""
 
-    reduction: str
+    reduction: Reduction
     axis: int | tuple[int, ...] = -1
     label_smoothing: Any = 0.0
     ignore_index: int | None = None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from .backend import Array, Backend, backend_of, is_plain_data
-from .formulas import Loss, Operands, Options
+from .formulas import Loss, Operands, Options, Reduction
 from .lengths import Shape, product, same
 
 HALVES = ("float16", "bfloat16")
@@ -16,7 +16,7 @@ FLOATS = (*HALVES, "float32", "float64")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 NUMBERS = (*INTEGERS, *FLOATS, "bool")
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 
 def fail(kind: type[Exception], label: str, expected: str, received: Any) -> NoReturn:

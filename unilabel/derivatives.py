@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import repeat
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol
 
 from . import formulas
 from .canonical import Canonical, Given, canonical
 from .compilers import as_it_is_in_autograph
 from .formulas import Operands
-from .losses import FORMULAS
+from .losses import FORMULAS, Array
+
+Options = ParamSpec("Options")
+
+
+class LikeLoss(Protocol[Options]):
+    """What type checkers take a `Derivative` for, as it has no way to say which options its loss takes."""
+
+    __name__: str
+
+    def __call__(
+        self, logits: Array, targets: Any, *args: Options.args, **options: Options.kwargs
+    ) -> tuple[Array, Array]: ...
 
 
 class Derivative:
     """A function that is called like a loss: `(logits, targets, **options)`."""
 
-    def __init__(self, maker: Callable[..., Derivative], loss: Callable[..., Any], returns: str, **fixed: Any) -> None:
+    def __init__(self, maker: Callable[..., Any], loss: Callable[..., Any], returns: str, **fixed: Any) -> None:
         self.maker, self.loss, self.fixed = maker, loss, fixed
         self.defaults: dict[str, Any] = (loss.__kwdefaults__ or {}) | fixed
         self.__name__ = self.__qualname__ = f"{maker.__name__}({loss.__name__})"
@@ -71,7 +83,7 @@ class GradientAndHessian(Derivative):
         return restore(gradient), restore(hessian)
 
 
-def value_and_grad(loss: Callable[..., Any]) -> Derivative:
+def value_and_grad(loss: Callable[Concatenate[Array, Any, Options], Array]) -> LikeLoss[Options]:
     """A loss and its gradient with respect to the logits, in closed form: no tape, on every framework, NumPy too.
 
     Args:
@@ -95,7 +107,7 @@ def value_and_grad(loss: Callable[..., Any]) -> Derivative:
     return _derivative(loss, _WITH_GRADIENT)
 
 
-def grad_and_hess(loss: Callable[..., Any]) -> Derivative:
+def grad_and_hess(loss: Callable[Concatenate[Array, Any, Options], Array]) -> LikeLoss[Options]:
     """The gradient and the diagonal of the Hessian of a loss, per logit, as boosting libraries need them.
 
     `g = dL/dx_nc,  h = d²L/dx_nc²` of the summed loss L. Multilabel: `h = w σ(x) (1 - σ(x))`, with pos_weight in w
@@ -127,7 +139,7 @@ for _maker in (value_and_grad, grad_and_hess):
     as_it_is_in_autograph(_maker)
 
 
-def _derivative(loss: Any, derivatives: dict[Any, Derivative]) -> Derivative:
+def _derivative(loss: Any, derivatives: dict[Any, Derivative]) -> Any:
     if loss not in derivatives:
         names = ", ".join(function.__name__ for function in derivatives)
         raise TypeError(f"Expected a loss of unilabel: {names}. Received: {loss!r}.")

@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .backend import AnyArray
 from .canonical import Given, canonical
 from .compilers import as_it_is_in_autograph
-from .formulas import Loss, Operands
+from .formulas import Loss, Operands, Reduction
 from .formulas.logistic import LOGISTIC
 from .formulas.probabilities import BINARY, CATEGORICAL, NLL
 from .formulas.softmax import SOFTMAX
 
-Array = TypeVar("Array")
+Array = TypeVar("Array", bound=AnyArray)
 
 
 def multilabel_logistic_loss(
@@ -34,7 +35,7 @@ def multilabel_logistic_loss(
     where: Any = None,
     label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     validate: bool = False,
 ) -> Array:
     """Multilabel logistic loss: a sigmoid and a binary cross-entropy for each class; zero, one or many labels.
@@ -97,7 +98,7 @@ def softmax_nll(
     ignore_index: int | None = None,
     label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     validate: bool = False,
 ) -> Array:
     """Softmax and negative log-likelihood, in one: mutually exclusive classes, exactly one label per example.
@@ -154,7 +155,7 @@ def binary_cross_entropy(
     where: Any = None,
     label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
-    reduction: str = "batchmean",
+    reduction: Reduction = "batchmean",
     validate: bool = False,
 ) -> Array:
     """Binary cross-entropy on probabilities. If you have logits, `multilabel_logistic_loss` is more accurate.
@@ -196,7 +197,7 @@ def cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     validate: bool = False,
 ) -> Array:
     """Cross-entropy on probabilities of mutually exclusive classes. If you have logits, `softmax_nll` is more accurate.
@@ -237,7 +238,7 @@ def nll(
     ignore_index: int | None = None,
     label_smoothing: Any = 0.0,
     axis: int | tuple[int, ...] = -1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     validate: bool = False,
 ) -> Array:
     """Negative log-likelihood on log-probabilities. If you have logits, `softmax_nll` is more accurate.

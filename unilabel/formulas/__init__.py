@@ -29,7 +29,7 @@ from .reduce import (
     value_of,
 )
 from .softmax import log_softmax, softmax
-from .types import Form, Loss, Operands, Options
+from .types import Form, Loss, Operands, Options, Reduction
 
 __all__ = [
     "Array",
@@ -38,6 +38,7 @@ __all__ = [
     "Namespace",
     "Operands",
     "Options",
+    "Reduction",
     "activation",
     "counted",
     "counts",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..namespace import Array, Namespace
+
+Reduction = Literal["none", "sum", "mean", "batchmean"]
 
 
 class Operands(NamedTuple):
@@ -25,7 +27,7 @@ class Operands(NamedTuple):
 class Options(NamedTuple):
     """What is not an array: hashable, so that compilers can key on it."""
 
-    reduction: str
+    reduction: Reduction
     axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for elementwise losses
     indices: bool = False  # the targets are class indices, not a distribution
     binary: bool = False  # the targets are known to be 0 or 1, of an elementwise loss

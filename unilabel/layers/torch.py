@@ -5,6 +5,7 @@ Each is a subclass of PyTorch's loss with the same activation: by the class, sko
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .. import checks
 from ..activations import sigmoid, softmax
 from ..backend import backend_of, is_number
 from ..canonical import TAKES
+from ..formulas import Reduction
 from ..losses import multilabel_logistic_loss, softmax_nll
 
 for _name in ("multilabel_logistic_loss", "softmax_nll"):
@@ -33,6 +35,7 @@ class _Module(torch.nn.Module):
 
     defaults: dict[str, Any]  # of the options
     per_class: bool  # whether weights have one dimension
+    __call__: Callable[..., torch.Tensor]  # PyTorch's says Any
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -118,7 +121,7 @@ class MultilabelLogisticLoss(_Module, torch.nn.BCEWithLogitsLoss):
         pos_weight: Any = None,
         label_smoothing: Any = 0.0,
         axis: int | tuple[int, ...] = -1,
-        reduction: str = "batchmean",
+        reduction: Reduction = "batchmean",
         validate: bool = False,
     ) -> None:
         super().__init__(
@@ -130,14 +133,14 @@ class MultilabelLogisticLoss(_Module, torch.nn.BCEWithLogitsLoss):
             validate=validate,
         )
 
-    def forward(self, input: Any, target: Any, *, where: Any = None, **options: Any) -> Any:
+    def forward(self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Any) -> torch.Tensor:
         return multilabel_logistic_loss(input, target, where=where, **self._with(options))
 
-    def activation(self, input: Any) -> Any:
+    def activation(self, input: torch.Tensor) -> torch.Tensor:
         """The probability of each class. fastai asks the loss for it."""
         return sigmoid(input)
 
-    def decodes(self, probabilities: Any) -> Any:
+    def decodes(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Whether each class is a label, from its probability."""
         return probabilities > 0.5
 
@@ -178,7 +181,7 @@ class SoftmaxNLL(_Module, torch.nn.CrossEntropyLoss):
         ignore_index: int | None = None,
         label_smoothing: Any = 0.0,
         axis: int | tuple[int, ...] = -1,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         validate: bool = False,
     ) -> None:
         super().__init__(
@@ -190,14 +193,16 @@ class SoftmaxNLL(_Module, torch.nn.CrossEntropyLoss):
             validate=validate,
         )
 
-    def forward(self, input: Any, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any) -> Any:
+    def forward(
+        self, input: torch.Tensor, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any
+    ) -> torch.Tensor:
         return softmax_nll(input, target, sample_weight=sample_weight, where=where, **self._with(options))
 
-    def activation(self, input: Any) -> Any:
+    def activation(self, input: torch.Tensor) -> torch.Tensor:
         """The distribution over the classes. fastai asks the loss for it."""
         return softmax(input, axis=self.axis)
 
-    def decodes(self, probabilities: Any) -> Any:
+    def decodes(self, probabilities: torch.Tensor) -> torch.Tensor:
         """The index of the most probable class."""
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
         last = tuple(range(-len(axes), 0))
