@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
-from sklearn.datasets import load_wine
+from sklearn.datasets import load_breast_cancer, load_wine
 from torch.nn import functional as F
 
 import unilabel as ul
@@ -281,6 +281,24 @@ def test_xgboost():
         own = settings | {"objective": "multi:softprob"}
         theirs = xgboost.train(own, data, num_boost_round=5).predict(data, output_margin=True)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.trainers
+@pytest.mark.filterwarnings("default")
+def test_xgboost_binary():
+    """Its own Hessian is not doubled; the estimator calls with the targets first."""
+    import xgboost
+
+    x, y = load_breast_cancer(return_X_y=True)
+
+    def objective(targets, scores):
+        return ul.grad_and_hess(ul.multilabel_logistic_loss)(scores, targets)
+
+    settings = {"n_estimators": 5, "n_jobs": 1, "base_score": 0.5}
+    ours = xgboost.XGBClassifier(objective=objective, **settings).fit(x, y)
+    theirs = xgboost.XGBClassifier(objective="binary:logistic", **settings).fit(x, y)
+    scores = [model.predict(x, output_margin=True) for model in (ours, theirs)]
+    np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.trainers
