@@ -20,6 +20,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend", action="append", choices=choices, help="test this one; repeatable. Default: all but mlx"
     )
+    parser.addoption("--write-api", action="store_true", help="write docs/api.md")
 
 
 def pytest_generate_tests(metafunc):

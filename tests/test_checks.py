@@ -55,7 +55,13 @@ WRONG: list[Any] = [
         "one weight per example, (2,). Received: shape (3,)",
     ),
     # dtypes and kinds
-    (ul.softmax_nll, [0.0, 1.0], {}, TypeError, "integer class indices .*Received: float64 of shape (2,)"),
+    (
+        ul.softmax_nll,
+        [0.0, 1.0],
+        {},
+        TypeError,
+        "integer class indices .*Received: float64 of shape (2,) (convert class indices held as floats: .astype(int)).",
+    ),
     (ul.softmax_nll, [True, False], {}, TypeError, "integer class indices .*Received: bool"),
     (ul.softmax_nll, ["a", "b"], {}, TypeError, "targets: dtype int8, .*Received: str"),
     (ul.softmax_nll, [[1], [0, 1]], {}, TypeError, "targets: an array. Received: a list"),
@@ -178,6 +184,31 @@ def test_integer_logits(framework, dtype):
         ul.softmax_nll(framework.integers(X, dtype), [0, 1])
     with pytest.raises(TypeError, match=pattern(f"x: dtype float16, .*Received: {dtype}")):
         ul.softmax(framework.integers(X, dtype))
+
+
+EXCHANGED = " (are logits and targets exchanged?)."
+
+
+def test_logits_and_targets_exchanged(framework):
+    x = framework.array(X)
+    integers = "logits: dtype float16, .*float64. Received: int64" + EXCHANGED
+    for loss, targets in ((ul.softmax_nll, [0, 1]), (ul.multilabel_logistic_loss, Z)):
+        with pytest.raises(TypeError, match=pattern(integers)):
+            loss(framework.integers(targets), x)
+        with pytest.raises(TypeError, match=pattern("Expected an array of .*Received: list" + EXCHANGED)):
+            loss(targets, x)
+        in_numpy = integers if framework.name == "numpy" else f"numpy logits with a {framework.name} array{EXCHANGED}"
+        with pytest.raises(TypeError, match=pattern(in_numpy)):
+            loss(np.array(targets), x)
+    with pytest.raises(ValueError, match=pattern("targets: .*Received: shape (2, 3)" + EXCHANGED)):
+        ul.softmax_nll(framework.array([0.0, 1.0]), x)
+
+
+def test_what_does_not_look_exchanged(framework):
+    for logits, targets in ((X.tolist(), [0, 1]), (framework.array(X), framework.array(X[..., None] * 0))):
+        with pytest.raises((TypeError, ValueError), match=r"Received: .*") as raised:
+            ul.multilabel_logistic_loss(logits, targets)
+        assert "exchanged" not in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "longdouble", "object"])

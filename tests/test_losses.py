@@ -197,3 +197,9 @@ def test_wrong_index_is_nan(recorder, mode):
     assert np.isnan(recorder.numpy(values)).tolist() == [False, True, True, False, True, False]
     assert np.isnan(gradient).tolist() == [[False] * 3, [True] * 3, [True] * 3, [False] * 3, [True] * 3, [False] * 3]
     assert np.isnan(recorder.numpy(mean))
+
+
+def test_weight_0_of_an_infinite_loss(framework):
+    logits = framework.array([[0.0, np.inf], [1.0, 0.0]])
+    losses = ul.softmax_nll(logits, [0, 0], sample_weight=[0.0, 1.0], reduction="none")
+    close(framework.numpy(losses), [0.0, 0.31326168751822286])

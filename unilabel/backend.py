@@ -22,6 +22,7 @@ Array = Any  # of any framework: what it has besides what the formulas ask, its 
 ENTRY_POINTS = "unilabel.backends"
 BUILT_IN = ("numpy", "torch", "jax", "tensorflow")
 ON_REQUEST = ("mlx",)  # have a file too, but `unilabel conformance` runs them only if they are named
+EXCHANGED = " (are logits and targets exchanged?)"  # ends what was received, where it looks like it
 
 
 class AnyArray(Protocol):
@@ -94,6 +95,8 @@ class Backend:
         """An operand as an array: one of this framework stays, plain data becomes NumPy's."""
         if _of_type(type(data)) is self:
             return data
+        if is_of_pandas(data):
+            return pandas_values(data)
         import numpy
 
         ma = sys.modules.get("numpy.ma")  # without it nobody has such an array
@@ -139,29 +142,48 @@ def _extended(library: Any) -> Namespace:
 def backend_of(logits: Any, *others: Any) -> Backend:
     """The backend of the logits. TypeError if they are of no known framework, or if others are of another one.
 
-    The others may be plain data as well: NumPy arrays, Python scalars, lists, None.
+    The others, targets first, may be plain data as well: NumPy arrays, Python scalars, lists, None, pandas' Series and
+    DataFrames.
     """
     backend = _of_type(type(logits))
     if backend is None:
+        exchanged = EXCHANGED if others and _of_type(type(others[0])) else ""
         raise TypeError(
             f"Expected an array of {', '.join(BUILT_IN)} or of another library with the array API. "
-            f"Received: {type(logits).__name__}."
+            f"Received: {type(logits).__name__}{exchanged}."
         )
     for other in others:
         if other is None or is_plain_data(other):
             continue
         found = _of_type(type(other))
         if found is not backend and (found is None or found.name != "numpy"):
+            exchanged = EXCHANGED if found and backend.name == "numpy" and other is others[0] else ""
             raise TypeError(
-                f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the logits. "
-                f"Received: {backend.name} logits with {f'a {found.name} array' if found else type(other).__name__}."
+                f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the logits. Received: "
+                f"{backend.name} logits with {f'a {found.name} array' if found else type(other).__name__}{exchanged}."
             )
     return backend
 
 
 def is_plain_data(data: Any) -> bool:
-    """Whether this is a scalar of Python's or NumPy's, or a sequence of Python's."""
-    return type(data) in (bool, int, float, list, tuple, range) or (type(data).__module__ == "numpy" and data.ndim == 0)
+    """Whether this is a scalar of Python's or NumPy's, a sequence of Python's, or of pandas."""
+    if type(data) in (bool, int, float, list, tuple, range):
+        return True
+    return (type(data).__module__ == "numpy" and data.ndim == 0) or is_of_pandas(data)
+
+
+def is_of_pandas(data: Any) -> bool:
+    """Whether this is a Series, a DataFrame, an index or an array of pandas, which is told by its name alone."""
+    return type(data).__module__.partition(".")[0] == "pandas"
+
+
+def pandas_values(data: Any) -> Any:
+    """What a Series or DataFrame holds, its index left aside; where a number is missing (NA), NaN."""
+    array = data.to_numpy()
+    dtypes = data.dtypes if data.ndim == 2 else [data.dtype]
+    if array.dtype == object and all(dtype.kind in "biuf" for dtype in dtypes):  # NA, or columns of several dtypes
+        return data.to_numpy("float64", na_value=float("nan"))
+    return array
 
 
 def _holds(data: Any, kind: type) -> bool:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
-from .backend import Array, Backend, backend_of, is_plain_data
+from .backend import EXCHANGED, Array, Backend, backend_of, is_of_pandas, is_plain_data
 from .formulas import Loss, Operands, Options, Reduction
 from .lengths import Shape, product, same
 
@@ -39,7 +39,8 @@ def check_array(backend: Backend, x: Array, label: str) -> str:
         fail(TypeError, label, f"a plain array of {backend.name}", problem)
     name = backend.dtype(x)
     if name not in FLOATS:
-        fail(TypeError, label, "dtype " + choices(FLOATS), name)
+        exchanged = EXCHANGED if label == "logits" and name in (*INTEGERS, "bool") else ""
+        fail(TypeError, label, "dtype " + choices(FLOATS), name + exchanged)
     return name
 
 
@@ -118,7 +119,8 @@ def operand(
         dtype = dtypes[0]  # an empty list fits any dtype
         array = array.astype(dtype) if plain else backend.cast(array, dtype)
     if dtype not in dtypes:
-        fail(TypeError, label, "dtype " + choices(dtypes), dtype)
+        missing = " with missing values (fillna)" if is_of_pandas(data) and data.isna().any(axis=None) else ""
+        fail(TypeError, label, "dtype " + choices(dtypes), dtype + missing)
     if plain and dtype in FLOATS:
         with numpy.errstate(all="ignore"):  # a masked label may be any number
             array = array.astype("float32" if name in HALVES else name, copy=False)
@@ -201,14 +203,17 @@ def per_example_shapes(
     def kinds() -> str:
         return f"integer class indices of shape {shape_text(batch)} or a distribution of shape {shape_text(shape)}"
 
-    def axis_1() -> str:
+    def hint() -> str:
+        if dtype in FLOATS and same(operands.targets.shape[:-1], shape):
+            return EXCHANGED
         fits = len(shape) > 2 and same(operands.targets.shape, (shape[0], *shape[2:]))
         return " (did you mean axis=1?)" if fits else ""
 
     indices = len(operands.targets.shape) == len(batch)
-    has_shape("targets", operands.targets, batch if indices else shape, kinds, axis_1)
+    has_shape("targets", operands.targets, batch if indices else shape, kinds, hint)
     if indices and dtype not in INTEGERS:
-        fail(TypeError, "targets", kinds(), f"{dtype} of shape {shape_text(batch)}")
+        convert = " (convert class indices held as floats: .astype(int))" if dtype in FLOATS else ""
+        fail(TypeError, "targets", kinds(), f"{dtype} of shape {shape_text(batch)}{convert}")
     if ignore_index is not None:
         if not indices:
             fail(ValueError, "ignore_index", "None, as the targets are a distribution (mask with where)", ignore_index)

@@ -47,7 +47,8 @@ def multilabel_logistic_loss(
             the framework, the device and the dtype of the result. Half precision is computed in float32. A 0-d array is
             one element.
         targets: z, in the logits' shape: bool, integer or float from 0 to 1 (a float between is a soft label). Like
-            all other operands: an array of the logits' framework, or a NumPy array, a scalar or a list.
+            all other operands: an array of the logits' framework, or a NumPy array, a scalar, a list, or a Series or
+            DataFrame of pandas.
         weight: multiplies the elements; broadcasts to the logits.
         pos_weight: multiplies the term of the label 1; broadcasts to the logits. Above 1 it favours recall.
         where: bool, broadcasts to the logits. False is a missing label: no loss and zero gradient, whatever its value,
@@ -111,7 +112,8 @@ def softmax_nll(
             -inf is a class of probability 0.
         targets: class indices y of any integer dtype, in the logits' shape less the class axis; or distributions z in
             the logits' shape. An index outside [0, C) makes the loss and gradient of its example NaN. Like all other
-            operands: an array of the logits' framework, or a NumPy array, a scalar or a list.
+            operands: an array of the logits' framework, or a NumPy array, a scalar, a list, or a Series or DataFrame of
+            pandas.
         weight: one for each class, of length C.
         sample_weight: one for each example, in the shape of class indices; in the sum and in the divisor of "mean".
         where: bool, broadcasts to the logits. A class where it is False is out of the softmax, and its target

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from .. import checks
-from ..backend import backend_of
+from ..backend import backend_of, is_of_pandas, pandas_values
 from ..losses import multilabel_logistic_loss, softmax_nll
 
 try:
@@ -86,8 +86,10 @@ class _Call(keras.losses.Loss):
 
 
 def _array(given: Any) -> Any:
-    """Lists and all else that has no dtype as an array, of NumPy if no tensor is in it."""
-    if not hasattr(given, "dtype"):
+    """Lists, pandas and all else that has no dtype as an array, of NumPy if no tensor is in it."""
+    if is_of_pandas(given):
+        given = pandas_values(given)
+    elif not hasattr(given, "dtype"):
         tensors = any(map(keras.ops.is_tensor, keras.tree.flatten(given)))
         given = keras.ops.convert_to_tensor(given) if tensors else np.asarray(given)
     if isinstance(given, np.ndarray) and given.dtype == "uint64":  # not every Keras backend has it
