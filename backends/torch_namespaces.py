@@ -84,7 +84,10 @@ class _Eager(Extended):
         return torch.from_numpy(np.zeros(x.shape, str(x.dtype).removeprefix("torch.")))  # zero without being written
 
     def weigh_beside(self, weight: Array, size: Array) -> Array:
-        return torch.mul(weight, size).nan_to_num_(0.0, math.inf, -math.inf)
+        return torch.mul(weight, size.masked_fill(weight == 0, 0.0))
+
+    def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
+        return torch.nansum(torch.mul(weight, size), axis)
 
     def shifted(self, x: Array, m: Array) -> Array:
         d = x - m

@@ -208,7 +208,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "looked up: infinity less infinity": ("d = xp.shifted(x, m)\n", "d = x - m\n"),
         "looked up: every class at -inf": ("xp.where(~(m > -math.inf), math.nan, s)", "s", EAGER),
         "looked up: the largest in s": ("e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)\n", "e = xp.exp(d)\n"),
-        "looked up: value, sign": ("log_term - xp.sum(", "log_term + xp.sum("),
+        "looked up: value, sign": ("log_term - xp.weighted_sum(", "log_term + xp.weighted_sum("),
         "looked up: log1p written out": ("(t.z_j + t.rest) * xp.log1p(t.s)", "(t.z_j + t.rest) * xp.log(1 + t.s)"),
         "looked up: targets taken to sum to 1": ("(t.z_j + t.rest) * xp.log1p(t.s)", "xp.log1p(t.s)"),
         "looked up: writes into the targets": ("z * 1, at", "z, at"),
@@ -249,7 +249,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             STRICT,
         ),
         "index: smoothed, value, the share of one class": ("uniform * lengths.count(xp, d, (axis,))", "uniform"),
-        "index: smoothed, value, by weight, sign": ("weigh_beside(xp, uniform, -d)", "weigh_beside(xp, uniform, d)"),
+        "index: smoothed, value, by weight, sign": (
+            "-xp.weighted_sum(uniform, d, axis)",
+            "xp.weighted_sum(uniform, d, axis)",
+        ),
         "index: smoothed, value, the logits left out": (
             "values + (t.apart + t.share * log_total)",
             "values + t.share * log_total",

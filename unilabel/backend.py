@@ -174,7 +174,12 @@ def is_plain_data(data: Any) -> bool:
 
 def is_of_pandas(data: Any) -> bool:
     """Whether this is a Series, a DataFrame, an index or an array of pandas, which is told by its name alone."""
-    return type(data).__module__.partition(".")[0] == "pandas"
+    return _is_named_pandas(type(data))
+
+
+@constant_in_dynamo  # it cannot trace a method of a name
+def _is_named_pandas(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "pandas"
 
 
 def pandas_values(data: Any) -> Any:

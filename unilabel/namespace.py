@@ -104,7 +104,10 @@ class Namespace(Protocol):
         """log(1 - p)"""
 
     def weigh_beside(self, weight: Array, size: Array, /) -> Array:
-        """The same, and maybe 0 where the size is NaN."""
+        """The same, and maybe 0 where the size is NaN and has weight 0."""
+
+    def weighted_sum(self, weight: Array, size: Array, axis: int, /) -> Array:
+        """The sum of the same along the axis, and what is NaN may be left out."""
 
     def shifted(self, x: Array, m: Array, /) -> Array:
         """x - m, and 0 where both are infinity; anything where m is NaN or -infinity."""
@@ -205,6 +208,9 @@ class Extended:
     def weigh_beside(self, weight: Array, size: Array) -> Array:
         return self.weigh(weight, size)
 
+    def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
+        return self.sum(self.weigh(weight, size), axis=axis)
+
     def shifted(self, x: Array, m: Array) -> Array:
         return self.where(x == math.inf, 0.0, x - m)
 
@@ -251,6 +257,9 @@ class Finite(Extended):
     """For finite values, in arrays that can be written into, where a selection takes longer than arithmetic."""
 
     assume_finite = True
+
+    def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
+        return self.sum(self.multiply(weight, size), axis=axis)
 
     def shifted(self, x: Array, m: Array) -> Array:
         return x - m

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .. import lengths
 from ..namespace import Array, Namespace, Position
-from .numerics import is_number, weigh_beside, weigh_logits
+from .numerics import is_number, weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
 from .types import Form, Loss
 
@@ -107,7 +107,7 @@ def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> 
 
 def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
     log_term = xp.squeeze((t.z_j + t.rest) * xp.log1p(t.s), axis=weights.axis)
-    return log_term - xp.sum(weigh_beside(xp, weights.z, t.d), axis=weights.axis)
+    return log_term - xp.weighted_sum(weights.z, t.d, weights.axis)
 
 
 def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
@@ -206,7 +206,7 @@ def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
         if xp.assume_finite or is_number(uniform):  # not 0
             return -uniform * xp.sum(d, axis=axis), share
         return xp.sum(xp.weigh(uniform * xp.ones_like(d), -d), axis=axis), share
-    return xp.sum(weigh_beside(xp, uniform, -d), axis=axis), xp.sum(uniform, axis=axis)
+    return -xp.weighted_sum(uniform, d, axis), xp.sum(uniform, axis=axis)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
