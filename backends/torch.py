@@ -97,15 +97,14 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Loss, Options, Operands], x: Array) -> Array:
         loss, options, operands = call
         ctx.loss, ctx.options, ctx.gradient, ctx.prepared = loss, options, None, None
-        if options.half or _is_sharded(x):
-            value, ctx.xp = _run(formulas.value, loss, options, x, operands)
-        elif not _on_cpu(x):
+        keeps = not (options.half or _is_sharded(x))  # else backward computes all again, and nothing is kept
+        if keeps and not _on_cpu(x):
             ctx.xp, ctx.prepared = eager, formulas.prepare(eager, loss, options, x, operands)
             value = formulas.value_of(eager, options, x.dtype, ctx.prepared)
-        elif options.reduction == "none" and not _is_light(options, x, operands):
-            value, ctx.xp = _run(formulas.value, loss, options, x, operands)
-        else:
+        elif keeps and (options.reduction != "none" or _is_light(options, x, operands)):
             (value, ctx.gradient), ctx.xp = _run(formulas.value_and_gradient, loss, options, x, operands)
+        else:
+            value, ctx.xp = _run(formulas.value, loss, options, x, operands)
         ctx.save_for_backward(x, *operands)
         return value
 

@@ -52,8 +52,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "logistic: value, plain, without the side": ("t.nonneg - positive if", "0.5 - positive if"),
         "logistic: log1p written out": ("log_term = xp.log1p(t.e)", "log_term = xp.log(1 + t.e)"),
         "logistic: weights of the logarithm left out": (
-            "weigh_beside(xp, weight, t.x) + (log_term if total is None else log_term * total)",
-            "weigh_beside(xp, weight, t.x) + log_term",
+            "xp.weigh_beside(weight, t.x) + (log_term if total is None else log_term * total)",
+            "xp.weigh_beside(weight, t.x) + log_term",
         ),
         "logistic: exponent clamped": ("xp.exp(-xp.abs(x))", "xp.exp(-xp.minimum(xp.abs(x), xp.asarray(20.0)))"),
         "logistic: gradient, sign": ("(t.nonneg - positive) + minor", "(t.nonneg - positive) - minor"),
@@ -648,9 +648,6 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "tangent: outside the mask": ("xp.where(keep, tangent, 0.0)", "tangent", JAX),
     },
-    "formulas/numerics.py": {
-        "logits taken to be finite": ("if xp.assume_finite else xp.weigh_beside(weight, size)", "if True else 0.0"),
-    },
     "lengths.py": {
         "mean of no examples": ("xp.longest(known, 1)", "(known or math.nan)"),
     },
@@ -678,6 +675,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             STRICT,
         ),
         "log(1 - p): log1p written out": ("self.log1p(-of_small)", "self.log(1 - of_small)", STRICT),
+        "guard of 0·inf left out beside another term": (
+            "-> Array:\n        return self.weigh(weight, size)\n",
+            "-> Array:\n        return self.multiply(size, weight)\n",
+        ),
         "a masked logit leaks": ("-> Array:\n        return self.where(keep, x, fill)", "-> Array:\n        return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
         "masked by -1e9, finite": ("bound *= math.inf", "bound *= 2e9"),

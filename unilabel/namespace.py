@@ -258,6 +258,9 @@ class Finite(Extended):
 
     assume_finite = True
 
+    def weigh_beside(self, weight: Array, size: Array) -> Array:
+        return self.multiply(size, weight)
+
     def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
         return self.sum(self.multiply(weight, size), axis=axis)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
-from .numerics import weigh_beside, weigh_logits
+from .numerics import weigh_logits
 from .targets import Elementwise, Labels, elementwise, labels
 from .types import Form, Loss
 
@@ -37,7 +37,7 @@ def value(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
     log_term = xp.log1p(t.e)
     # negative · max(x, 0) + positive · max(-x, 0)
     weight = t.nonneg - positive if negative is None else t.nonneg * negative - (1 - t.nonneg) * positive
-    return weigh_beside(xp, weight, t.x) + (log_term if total is None else log_term * total)
+    return xp.weigh_beside(weight, t.x) + (log_term if total is None else log_term * total)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Elementwise) -> Array:
@@ -78,11 +78,11 @@ def native_value(xp: Namespace, t: NativeTerms, weights: Elementwise) -> Array:
     negative, positive, total, *_ = weights
     log_term = xp.softplus(-xp.abs(t.x))
     if negative is None and not xp.assume_finite:
-        return log_term + weigh_beside(xp, xp.heaviside(t.x) - positive, t.x)
+        return log_term + xp.weigh_beside(xp.heaviside(t.x) - positive, t.x)
     above, below = xp.relu(t.x), xp.relu(t.neg_x)
     if negative is None:
         return log_term + xp.lerp(above, below, positive)
-    linear_term = weigh_beside(xp, negative, above) + weigh_beside(xp, positive, below)
+    linear_term = xp.weigh_beside(negative, above) + xp.weigh_beside(positive, below)
     return linear_term + (log_term if total is None else log_term * total)
 
 

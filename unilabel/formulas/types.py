@@ -58,9 +58,7 @@ class Form(NamedTuple):
     of_labels: bool = False  # for targets that are 0 or 1 alone
     of_indices: bool = False  # for class indices alone
     of_one_class: bool = False  # for class indices with neither smoothing nor masked classes
-    sparse: bool = (
-        False  # the gradient is 0 but in one place of each example, and no other array is of the logits' size
-    )
+    sparse: bool = False  # the gradient is 0 but once in each example, and all else is smaller
 
 
 class Loss(NamedTuple):
