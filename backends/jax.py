@@ -23,9 +23,9 @@ class _Standard(Extended):
     ones_like = staticmethod(jax.jit(jnp.ones_like, static_argnames="dtype"))  # else 1 is a transfer to the device
 
     def where(self, condition: Array, a: Any, b: Any) -> Array:
-        if a is math.nan:  # on purpose: outside of jit, jax_debug_nans would raise
+        if a is math.nan or b is math.nan:  # on purpose: outside of jit, jax_debug_nans would raise
             with jax.debug_nans(False):
-                a = jnp.full_like(b, a)
+                a, b = (jnp.full_like(b, a), b) if a is math.nan else (a, jnp.full_like(a, b))
         return jnp.where(condition, a, b)
 
     def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
@@ -51,7 +51,6 @@ class _Standard(Extended):
 
     def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, as a scatter takes longer."""
-        index = jnp.expand_dims(index, axis)
         return index, jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim + axis) == index
 
     def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:

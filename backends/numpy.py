@@ -66,6 +66,7 @@ class _Numpy(Extended):
     def position(self, x: Array, index: Array, axis: int) -> tuple[Any, ...]:
         if index.size and index.min() < 0:
             raise IndexError("expected class indices from 0 up")
+        index = self.squeeze(index, axis)
         if index.ndim == 1 and axis == -1:
             return np.arange(len(index)), index
         places = list(np.indices(index.shape, sparse=True))

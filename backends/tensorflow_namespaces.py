@@ -112,10 +112,10 @@ class _Standard(Extended):
     def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
         """An index to gather with, and a mask, as a scatter takes longer."""
         index = tf.cast(index, tf.int32)  # long integers take longer; by now they are class indices
-        return index, tf.range(tf.shape(x)[-1]) == tf.expand_dims(index, -1)
+        return index, tf.range(tf.shape(x)[-1]) == index
 
     def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
-        return tf.expand_dims(tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1), -1)
+        return tf.gather(x, position[0], axis=-1, batch_dims=x.shape.rank - 1)
 
     def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
         return self.where(position[1], values, x)

@@ -100,7 +100,7 @@ class _Loss(torch.autograd.Function):
         keeps = not (options.half or _is_sharded(x))  # else backward computes all again, and nothing is kept
         if keeps and not _on_cpu(x):
             ctx.xp, ctx.prepared = eager, formulas.prepare(eager, loss, options, x, operands)
-            value = formulas.value_of(eager, options, x.dtype, ctx.prepared)
+            value = formulas.value_of(eager, loss, options, x.dtype, ctx.prepared)
         elif keeps and (options.reduction != "none" or _is_light(options, x, operands)):
             (value, ctx.gradient), ctx.xp = _run(formulas.value_and_gradient, loss, options, x, operands)
         else:

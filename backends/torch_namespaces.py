@@ -39,8 +39,8 @@ class _Traced(_Standard):
     def isinf(self, x: Array) -> Array:
         return torch.abs(x) == math.inf
 
-    def any(self, x: Array, axis: int) -> Array:
-        return torch.sum(x.to(torch.float32), axis) > 0
+    def any(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        return torch.sum(x.to(torch.float32), axis, keepdims) > 0
 
     def log_complement(self, p: Array) -> Array:
         return torch.log1p(-p)
@@ -52,7 +52,7 @@ class _Traced(_Standard):
         return targets.to(torch.int64)  # until it is known to be in range
 
     def position(self, x: Array, index: Array, axis: int) -> Array:
-        return self.classes(x, axis) == index.to(torch.int32).unsqueeze(axis)
+        return self.classes(x, axis) == index.to(torch.int32)
 
 
 class _Eager(Extended):
@@ -87,7 +87,7 @@ class _Eager(Extended):
         return torch.mul(weight, size.masked_fill(weight == 0, 0.0))
 
     def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
-        return torch.nansum(torch.mul(weight, size), axis)
+        return torch.nansum(torch.mul(weight, size), axis, True)
 
     def shifted(self, x: Array, m: Array) -> Array:
         d = x - m
@@ -103,7 +103,7 @@ class _Eager(Extended):
         return targets if targets.dtype is torch.int64 else targets.to(torch.int64)
 
     def position(self, x: Array, index: Array, axis: int) -> Array:
-        return index.unsqueeze(axis)
+        return index
 
     def take_along_axis(self, x: Array, position: Array, axis: int) -> Array:
         try:
@@ -118,14 +118,14 @@ class _Eager(Extended):
 class _Finite(Finite, _Eager):
     groups: tuple[str, ...] = (*_Eager.groups, "softmax")
 
-    def argmax(self, x: Array, axis: int) -> Array:
+    def argmax(self, x: Array, axis: int, keepdims: bool = False) -> Array:
         classes = x.shape[axis]
         if (axis == -1 and classes < 64) or classes >= 1 << 24:
-            return torch.argmax(x, axis)
+            return torch.argmax(x, axis, keepdims)
         # Elsewhere torch.argmax takes longer than arithmetic: 0 where x is the largest, and -1 where not.
         behind = torch.sub(x, torch.amax(x, axis, True)).sign_()
         numbers = torch.arange(classes, dtype=x.dtype, device=x.device).view(-1, *[1] * (-1 - axis))
-        return torch.amax(torch.add(numbers, behind, alpha=classes, out=behind), axis).to(torch.int64)
+        return torch.amax(torch.add(numbers, behind, alpha=classes, out=behind), axis, keepdims).to(torch.int64)
 
     def softmax(self, x: Array, axis: int) -> Array:
         if axis != -1 or x.shape[-1] >= 16 or x.numel() < 1000:

@@ -55,8 +55,8 @@ def test_defaults():
     xp, x = Extended(np), np.array([[0.0, -1.0, 2.0], [np.inf, 1.0, -np.inf]])
     assert xp.heaviside(x).tolist() == [[1, 0, 1], [1, 1, 0]]
     assert xp.weigh(np.array([0.0, 2.0, 0.0, 1.0]), np.array([np.inf, 3.0, 5.0, np.inf])).tolist() == [0, 6, 0, np.inf]
-    at = xp.position(x, np.array([2, 0]), -1)
+    at = xp.position(x, np.array([[2], [0]]), -1)
     assert xp.take_along_axis(x, at, -1).tolist() == [[2], [np.inf]]
     assert xp.put_along_axis(x, at, 7.0, -1).tolist() == [[0, -1, 7], [7, 1, -np.inf]]
     assert xp.put_along_axis(x, at, np.array([[7.0], [8.0]]), -1).tolist() == [[0, -1, 7], [8, 1, -np.inf]]
-    assert xp.take(np.array([5.0, 6.0, 7.0]), np.array([2, 0])).tolist() == [7, 5]
+    assert xp.take(np.array([5.0, 6.0, 7.0]), np.array([[2], [0]])).tolist() == [[7], [5]]

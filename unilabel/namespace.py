@@ -35,6 +35,7 @@ class Array(Protocol):
     def __lt__(self, other: Array | float, /) -> Array: ...
     def __gt__(self, other: Array | float, /) -> Array: ...
     def __ge__(self, other: Array | float, /) -> Array: ...
+    def __ne__(self, other: Array | float, /) -> Array: ...  # type: ignore[override]
     def __invert__(self) -> Array: ...
     def __and__(self, other: Array, /) -> Array: ...
     def __or__(self, other: Array, /) -> Array: ...
@@ -56,8 +57,8 @@ class Namespace(Protocol):
     def float64(self) -> Any: ...
 
     def abs(self, x: Array, /) -> Array: ...
-    def any(self, x: Array, /, *, axis: int) -> Array: ...
-    def argmax(self, x: Array, /, *, axis: int) -> Array: ...
+    def any(self, x: Array, /, *, axis: int, keepdims: Any = False) -> Array: ...
+    def argmax(self, x: Array, /, *, axis: int, keepdims: Any = False) -> Array: ...
     def arange(self, n: Any, /, *, device: Any) -> Array: ...
     def asarray(self, x: Any, /, *, dtype: Any) -> Array: ...
     def astype(self, x: Array, dtype: Any, /, *, copy: Any = True) -> Array: ...
@@ -128,7 +129,7 @@ class Namespace(Protocol):
         """The elements of a vector at class indices."""
 
     def position(self, x: Array, index: Array, axis: int, /) -> Position:
-        """Where x has the classes of these indices."""
+        """Where x has the classes of these indices, which have the class axis too, with length 1."""
 
     def take_along_axis(self, x: Array, position: Position, axis: int, /) -> Array:
         """The element of each example that is there; the axis stays, with length 1."""
@@ -209,7 +210,7 @@ class Extended:
         return self.weigh(weight, size)
 
     def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
-        return self.sum(self.weigh(weight, size), axis=axis)
+        return self.sum(self.weigh(weight, size), axis=axis, keepdims=True)
 
     def shifted(self, x: Array, m: Array) -> Array:
         return self.where(x == math.inf, 0.0, x - m)
@@ -232,10 +233,10 @@ class Extended:
         return self.astype(targets, self.classes(like, -1).dtype, copy=False)
 
     def take(self, weight: Array, index: Array) -> Array:
-        return self.sum(self.where(self.position(weight, index, -1), weight, 0.0), axis=-1)
+        return self.sum(self.where(self.position(weight, self.expand_dims(index, axis=-1), -1), weight, 0.0), axis=-1)
 
     def position(self, x: Array, index: Array, axis: int) -> Position:
-        return self.classes(x, axis) == self.expand_dims(index, axis=axis)
+        return self.classes(x, axis) == index
 
     def take_along_axis(self, x: Array, position: Position, axis: int) -> Array:
         return self.sum(self.where(position, x, 0.0), axis=axis, keepdims=True)
@@ -262,7 +263,7 @@ class Finite(Extended):
         return self.multiply(size, weight)
 
     def weighted_sum(self, weight: Array, size: Array, axis: int) -> Array:
-        return self.sum(self.multiply(weight, size), axis=axis)
+        return self.sum(self.multiply(weight, size), axis=axis, keepdims=True)
 
     def shifted(self, x: Array, m: Array) -> Array:
         return x - m

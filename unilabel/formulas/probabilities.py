@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
 from .targets import ClassIndex, Distribution, Elementwise, class_index, distribution, elementwise
-from .types import Form, Loss, Options
+from .types import Form, Loss, Options, Scaled
 
 
 class BinaryTerms(NamedTuple):
@@ -73,7 +73,7 @@ def terms(xp: Namespace, p: Array, weights: Distribution, options: Options) -> T
 
 def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
     log_p = _clamped_log(xp, t.p, t.free, t.floor)
-    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis, keepdims=True)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
@@ -89,7 +89,7 @@ def log_terms(xp: Namespace, log_p: Array, *_: Any) -> Array:
 
 
 def log_value(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
-    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis)
+    return xp.sum(xp.weigh(weights.z, -log_p), axis=weights.axis, keepdims=True)
 
 
 def log_gradient(xp: Namespace, log_p: Array, weights: Distribution) -> Array:
@@ -119,12 +119,12 @@ def index_terms(xp: Namespace, p: Array, weights: ClassIndex, options: Options) 
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     values = xp.weigh(t.weight, -_clamped_log(xp, t.p_y, t.free, t.floor))
-    return _nan_like(xp, xp.squeeze(values, axis=weights.axis), t.p, weights)
+    return _nan_like(xp, values, t.p, weights)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, scaled: Scaled) -> Array:
     zeros = xp.zeros_like(t.p) if xp.assume_finite else t.p - t.p  # not 0 * p, which inductor takes for 0
-    return _at_index(xp, zeros, weights, -_quotient(xp, t.weight, t.p_y, t.free), factor)
+    return _at_index(xp, zeros, weights, -_quotient(xp, t.weight, t.p_y, t.free), scaled)
 
 
 class LogIndexTerms(NamedTuple):
@@ -137,33 +137,31 @@ def log_index_terms(xp: Namespace, log_p: Array, weights: ClassIndex, *_: Any) -
 
 
 def log_index_value(xp: Namespace, t: LogIndexTerms, weights: ClassIndex) -> Array:
-    values = -xp.squeeze(t.log_p_y, axis=weights.axis)
-    values = values if weights.weight is None else xp.weigh(weights.weight, values)
+    values = -t.log_p_y if weights.weight is None else xp.weigh(weights.weight, -t.log_p_y)
     return _nan_like(xp, values, t.log_p, weights)
 
 
-def log_index_gradient(xp: Namespace, t: LogIndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    return _at_index(xp, xp.zeros_like(t.log_p), weights, -_weight(xp, t.log_p_y, weights), factor)
+def log_index_gradient(xp: Namespace, t: LogIndexTerms, weights: ClassIndex, scaled: Scaled) -> Array:
+    return _at_index(xp, xp.zeros_like(t.log_p), weights, -_weight(xp, t.log_p_y, weights), scaled)
 
 
 def _weight(xp: Namespace, like: Array, weights: ClassIndex) -> Array:
-    """The weight of the class y, with the class axis."""
-    return xp.ones_like(like) if weights.weight is None else xp.expand_dims(weights.weight, axis=weights.axis)
+    """The weight of the class y."""
+    return xp.ones_like(like) if weights.weight is None else weights.weight
 
 
-def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, factor: Any) -> Array:
-    """The gradient with this number at the class y, times the factor."""
+def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, scaled: Scaled) -> Array:
+    """The gradient: this number at the class y, scaled."""
     if not (weights.weight is None or xp.assume_finite):  # NaN for an example whose weight is
-        zeros = zeros + xp.expand_dims(weights.weight - weights.weight, axis=weights.axis)
-    at_y = at_y if factor is None else at_y * factor
-    return xp.put_along_axis(zeros, weights.position, at_y, weights.axis)
+        zeros = zeros + (weights.weight - weights.weight)
+    return xp.put_along_axis(zeros, weights.position, scaled(at_y), weights.axis)
 
 
 def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Array:
     """NaN where an example has a NaN in any class, as with the same targets one-hot."""
     if xp.assume_finite:
         return values + 0 * xp.sum(x)
-    total = xp.sum(x, axis=weights.axis)
+    total = xp.sum(x, axis=weights.axis, keepdims=True)
     return xp.where(total == total, values, math.nan)
 
 

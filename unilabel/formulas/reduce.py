@@ -55,11 +55,11 @@ def working(xp: Namespace, options: Options, x: Array) -> Array:
 
 def value(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     """The reduced loss."""
-    return value_of(xp, options, x.dtype, prepare(xp, loss, options, x, operands))
+    return value_of(xp, loss, options, x.dtype, prepare(xp, loss, options, x, operands))
 
 
-def value_of(xp: Namespace, options: Options, dtype: Any, call: Prepared) -> Array:
-    return xp.astype(_reduced(xp, options, _losses(xp, call), call.divisor), dtype, copy=False)
+def value_of(xp: Namespace, loss: Loss, options: Options, dtype: Any, call: Prepared) -> Array:
+    return xp.astype(_reduced(xp, loss, options, _losses(xp, call), call.divisor), dtype, copy=False)
 
 
 def gradient(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands, cotangent: Array) -> Array:
@@ -81,7 +81,7 @@ def value_and_gradient(
 ) -> tuple[Array, Array]:
     """The reduced loss and the gradient of its sum, which share the exponentials."""
     call = prepare(xp, loss, options, x, operands)
-    total = value_of(xp, options, x.dtype, call)
+    total = value_of(xp, loss, options, x.dtype, call)
     found = _of_sum(xp, call, _gradient(xp, loss, options, call))
     return total, xp.astype(found, x.dtype, copy=False)
 
@@ -112,8 +112,8 @@ def jvp(
     tangent = xp.astype(tangent, unreduced.dtype, copy=False)
     keep = weights.keep(xp)
     change = unreduced * (tangent if keep is None else xp.where(keep, tangent, 0.0))
-    change = xp.sum(change, axis=options.axes[0]) if loss.per_example else change
-    return xp.astype(_reduced(xp, options, change, divisor), x.dtype, copy=False)
+    change = xp.sum(change, axis=options.axes[0], keepdims=True) if loss.per_example else change
+    return xp.astype(_reduced(xp, loss, options, change, divisor), x.dtype, copy=False)
 
 
 def counts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array | None:
@@ -135,14 +135,14 @@ def _losses(xp: Namespace, call: Prepared) -> Array:
     """The loss of each example or element, 0 if ignored. (Where all is finite, a weight of 0 has seen to that.)"""
     weights = call.weights
     values = call.form.value(xp, call.terms, weights)
-    if not isinstance(weights, ClassIndex) or weights.ignored is None or xp.assume_finite:
+    if not isinstance(weights, ClassIndex) or weights.exists is None or xp.assume_finite:
         return values
-    return xp.where(weights.ignored, 0.0, values)
+    return xp.where(weights.exists, values, 0.0)
 
 
-def _reduced(xp: Namespace, options: Options, values: Array, divisor: Any) -> Array:
+def _reduced(xp: Namespace, loss: Loss, options: Options, values: Array, divisor: Any) -> Array:
     if options.reduction == "none":
-        return values
+        return xp.squeeze(values, axis=options.axes[0]) if loss.per_example else values
     return xp.sum(values) if divisor is None else xp.sum(values) / divisor
 
 
@@ -177,11 +177,17 @@ def _gradient(xp: Namespace, loss: Loss, options: Options, call: Prepared, cotan
     form, weights, terms, divisor = call
     if cotangent is not None and loss.per_example and options.reduction == "none":
         cotangent = xp.expand_dims(cotangent, axis=options.axes[0])
-    factor = cotangent if divisor is None else (1.0 if cotangent is None else cotangent) / divisor
+
+    def scaled(weight: Any) -> Any:
+        if cotangent is not None:
+            weight = cotangent if weight is None else weight * cotangent
+        weight = 1.0 if weight is None else weight
+        return weight if divisor is None else weight / divisor
+
     if form.scales:
-        return form.gradient(xp, terms, weights, factor)
+        return form.gradient(xp, terms, weights, scaled)
     array = form.gradient(xp, terms, weights)
-    return array if factor is None else xp.scale(array, factor)
+    return array if cotangent is None and divisor is None else xp.scale(array, scaled(None))
 
 
 def _of_sum(xp: Namespace, call: Prepared, derivative: Array) -> Array:

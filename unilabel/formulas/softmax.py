@@ -19,7 +19,7 @@ from .. import lengths
 from ..namespace import Array, Namespace, Position
 from .numerics import is_number, weigh_logits
 from .targets import ClassIndex, Distribution, class_index, distribution
-from .types import Form, Loss
+from .types import Form, Loss, Scaled
 
 
 class Terms(NamedTuple):
@@ -53,8 +53,8 @@ def value(xp: Namespace, t: Terms, weights: Distribution) -> Array:
 def _value(xp: Namespace, weights: Distribution, log_ratio: Array, s: Array) -> Array:
     """`log_ratio` is log p + log(1 + s)."""
     z, axis = weights.z, weights.axis
-    linear_term = xp.sum(xp.weigh(z, -log_ratio), axis=axis)
-    return linear_term + xp.sum(z, axis=axis) * xp.squeeze(xp.log1p(s), axis=axis)
+    linear_term = xp.sum(xp.weigh(z, -log_ratio), axis=axis, keepdims=True)
+    return linear_term + xp.sum(z, axis=axis, keepdims=True) * xp.log1p(s)
 
 
 def gradient(xp: Namespace, t: Terms, weights: Distribution) -> Array:
@@ -95,7 +95,7 @@ class LookedUpTerms(NamedTuple):
 
 def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> LookedUpTerms:
     z, axis = weights.z, weights.axis
-    at = xp.position(x, xp.argmax(x, axis=axis), axis)
+    at = xp.position(x, xp.argmax(x, axis=axis, keepdims=True), axis)
     m = xp.take_along_axis(x, at, axis)
     d = xp.shifted(x, m)
     e = xp.put_along_axis(xp.exp(d), at, 0.0, axis)
@@ -106,8 +106,7 @@ def looked_up_terms(xp: Namespace, x: Array, weights: Distribution, *_: Any) -> 
 
 
 def looked_up_value(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
-    log_term = xp.squeeze((t.z_j + t.rest) * xp.log1p(t.s), axis=weights.axis)
-    return log_term - xp.weighted_sum(weights.z, t.d, weights.axis)
+    return (t.z_j + t.rest) * xp.log1p(t.s) - xp.weighted_sum(weights.z, t.d, weights.axis)
 
 
 def looked_up_gradient(xp: Namespace, t: LookedUpTerms, weights: Distribution) -> Array:
@@ -204,9 +203,9 @@ def _shared(xp: Namespace, weights: ClassIndex, d: Array) -> tuple[Array, Any]:
     if is_number(uniform) or uniform.ndim == 0:
         share = uniform * lengths.count(xp, d, (axis,))
         if xp.assume_finite or is_number(uniform):  # not 0
-            return -uniform * xp.sum(d, axis=axis), share
-        return xp.sum(xp.weigh(uniform * xp.ones_like(d), -d), axis=axis), share
-    return -xp.weighted_sum(uniform, d, axis), xp.sum(uniform, axis=axis)
+            return -uniform * xp.sum(d, axis=axis, keepdims=True), share
+        return xp.sum(xp.weigh(uniform * xp.ones_like(d), -d), axis=axis, keepdims=True), share
+    return -xp.weighted_sum(uniform, d, axis), xp.sum(uniform, axis=axis, keepdims=True)
 
 
 class NativeIndexTerms(NamedTuple):  # the same, of probabilities
@@ -225,8 +224,8 @@ def native_index_terms(xp: Namespace, x: Array, weights: ClassIndex, *_: Any) ->
 
 def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     # log(rest + e_y) - d_y. If y is the largest, e_y is 1 and d_y is 0; if not, rest is 1 or more.
-    log_total = xp.squeeze(xp.log1p(t.rest + (t.e_y - 1)), axis=weights.axis)
-    values = _weighted(xp, weights.weight, log_total - xp.squeeze(t.d_y, axis=weights.axis))
+    log_total = xp.log1p(t.rest + (t.e_y - 1))
+    values = _weighted(xp, weights.weight, log_total - t.d_y)
     if t.apart is not None:
         values = _weighted(xp, weights.example, values + (t.apart + t.share * log_total))
     return values
@@ -234,31 +233,20 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 def native_index_value(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex) -> Array:
     # Where e_y is so small that its rounding would count, the quotient is infinite, and blocks.run computes again.
-    return _weighted(xp, weights.weight, xp.squeeze(xp.log1p(t.rest / t.e_y), axis=weights.axis))
+    return _weighted(xp, weights.weight, xp.log1p(t.rest / t.e_y))
 
 
 def _weighted(xp: Namespace, weight: Array | None, values: Array) -> Array:
     return values if weight is None else weigh_logits(xp, weight, values)
 
 
-def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    at, axis, total = weights.position, weights.axis, t.rest + t.e_y
+def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, scaled: Scaled) -> Array:
+    weight, at, axis, total = weights.weight, weights.position, weights.axis, t.rest + t.e_y
     if t.apart is None:
-        return xp.scale(xp.put_along_axis(t.e, at, -t.rest, axis), _factor(xp, weights.weight, axis, factor) / total)
-    weight, share, uniform_y = (_of_rows(xp, part, axis) for part in (weights.weight, t.share, weights.uniform_y))
-    array = xp.scale(t.e, weight + share) - total * weights.uniform
-    array = xp.put_along_axis(array, at, t.e_y * share - weight * t.rest - total * uniform_y, axis)
-    return xp.scale(array, _factor(xp, weights.example, axis, factor) / total)
-
-
-def _of_rows(xp: Namespace, part: Any, axis: int) -> Any:
-    """One number for each example, to broadcast to the logits; a number for all as it is."""
-    return part if is_number(part) or part.ndim == 0 else xp.expand_dims(part, axis=axis)
-
-
-def _factor(xp: Namespace, example: Array | None, axis: int, factor: Any = None) -> Any:
-    factor = 1.0 if factor is None else factor
-    return factor if example is None else xp.expand_dims(example, axis=axis) * factor
+        return xp.scale(xp.put_along_axis(t.e, at, -t.rest, axis), scaled(weight) / total)
+    array = xp.scale(t.e, weight + t.share) - total * weights.uniform
+    array = xp.put_along_axis(array, at, t.e_y * t.share - weight * t.rest - total * weights.uniform_y, axis)
+    return xp.scale(array, scaled(weights.example) / total)
 
 
 def index_hessian(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
@@ -269,14 +257,13 @@ def index_hessian(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
     others = (xp.sum(e, axis=axis, keepdims=True) + t.e_y) / total
     array = xp.put_along_axis(e * (1 - e / total) + major * others, weights.position, t.e_y * (t.rest / total), axis)
     if t.apart is None:
-        return xp.scale(array, _factor(xp, weights.weight, axis) / total)
-    weight, share = (_of_rows(xp, part, axis) for part in (weights.weight, t.share))
-    return xp.scale(array, (weight + share) * _factor(xp, weights.example, axis) / total)
+        return xp.scale(array, (1.0 if weights.weight is None else weights.weight) / total)
+    weight = weights.weight + t.share
+    return xp.scale(array, (weight if weights.example is None else weight * weights.example) / total)
 
 
-def native_index_gradient(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex, factor: Any) -> Array:
-    array = xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis)
-    factor = _factor(xp, weights.weight, weights.axis, factor)
+def native_index_gradient(xp: Namespace, t: NativeIndexTerms, weights: ClassIndex, scaled: Scaled) -> Array:
+    array, factor = xp.put_along_axis(t.e, weights.position, -t.rest, weights.axis), scaled(weights.weight)
     # In long rows a native softmax does not sum to 1 exactly: the division puts that right.
     return xp.scale(array, factor if xp.extent(t.e, weights.axis) <= SHORT else factor / (t.rest + t.e_y))
 

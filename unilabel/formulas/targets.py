@@ -1,6 +1,7 @@
 """Target weights: how much of the loss each class carries, from targets, weights, smoothing and masks.
 
-They do not depend on the logits: `like` gives shape, device and compute dtype alone.
+They do not depend on the logits: `like` gives shape, device and compute dtype alone. Numbers of an example keep the
+class axis, with length 1, so that they broadcast to the logits.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ class Distribution(NamedTuple):
     z: Array
     axis: int
     where: Array | None  # False for a masked class
-    ignored: Array | None  # True for an ignored example
+    exists: Array | None  # False for an ignored example
     counts: Array | None  # what each example adds to the divisor of the mean; None: 1
 
     def keep(self, xp: Namespace) -> Array | None:
-        return _kept(xp, self.where, self.ignored, self.axis)
+        return _kept(xp, self.where, self.exists)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         if self.where is not None:
             x = xp.masked(x, _possible(xp, self), fill)
             if xp.assume_finite:  # 0 of -inf would be NaN
                 x = xp.maximum(x, xp.asarray(float(xp.finfo(x.dtype).min), dtype=x.dtype))
-        return x if self.ignored is None else xp.where(xp.expand_dims(self.ignored, axis=self.axis), 0.0, x)
+        return x if self.exists is None else xp.where(self.exists, x, 0.0)
 
 
 class ClassIndex(NamedTuple):
@@ -64,11 +65,11 @@ class ClassIndex(NamedTuple):
     uniform_y: Any  # that of the class y
     example: Array | None  # one for each example; None: 1
     where: Array | None  # False for a masked class
-    ignored: Array | None  # True for an ignored example
+    exists: Array | None  # False for an ignored example
     counts: Array | None
 
     def keep(self, xp: Namespace) -> Array | None:
-        return _kept(xp, self.where, self.ignored, self.axis)
+        return _kept(xp, self.where, self.exists)
 
     def masked(self, xp: Namespace, x: Array, fill: float) -> Array:
         """x, with `fill` for masked classes. Ignored examples are masked in what comes out, once for all classes."""
@@ -99,15 +100,14 @@ def _where_kept(xp: Namespace, where: Array | None, x: Array, fill: float) -> Ar
 def _possible(xp: Namespace, weights: Distribution | ClassIndex) -> Array:
     """False for a masked class, but not of an ignored example, in which no class might be left."""
     assert weights.where is not None
-    assert weights.ignored is not None
-    return xp.logical_or(weights.where, xp.expand_dims(weights.ignored, axis=weights.axis))
+    assert weights.exists is not None
+    return xp.logical_or(weights.where, ~weights.exists)
 
 
-def _kept(xp: Namespace, where: Array | None, ignored: Array | None, axis: int) -> Array | None:
-    if ignored is None:
-        return where
-    exists = xp.expand_dims(~ignored, axis=axis)
-    return exists if where is None else xp.logical_and(where, exists)
+def _kept(xp: Namespace, where: Array | None, exists: Array | None) -> Array | None:
+    if where is None or exists is None:
+        return exists if where is None else where
+    return xp.logical_and(where, exists)
 
 
 TargetWeights = Labels | Elementwise | Distribution | ClassIndex
@@ -177,22 +177,21 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
     targets, weight, _, sample_weight, where, _ = operands
     (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
-    ignored = out_of_range = one_hot = None
+    exists = in_range = one_hot = None
     if options.indices:
-        index = xp.as_index(targets, like)
-        one_hot = xp.classes(like, axis) == xp.expand_dims(index, axis=axis)
+        index = xp.expand_dims(xp.as_index(targets, like), axis=axis)
+        one_hot = xp.classes(like, axis) == index
         if where is not None:
             one_hot = xp.logical_and(one_hot, where)
         z = xp.astype(one_hot, like.dtype)
-        out_of_range = ~xp.any(one_hot, axis=axis)
+        in_range = xp.any(one_hot, axis=axis, keepdims=True)
         if options.ignore_index is not None:
-            ignored = index == options.ignore_index
+            exists = index != options.ignore_index
     else:
         z = xp.astype(targets, like.dtype, copy=False)
         z = z if where is None else xp.where(where, z, 0.0)
     if where is not None:
-        empty = ~xp.any(where, axis=axis)
-        ignored = empty if ignored is None else xp.logical_or(ignored, empty)
+        exists = _and(xp, exists, xp.any(where, axis=axis, keepdims=True))
 
     counts = None
     if weight is not None:
@@ -200,14 +199,14 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
         weight = weight if where is None else xp.where(where, weight, 0.0)
         if one_hot is not None and smoothing is None:  # an infinite weight of another class
             weight = xp.where(one_hot, weight, 0.0)
-        counts = xp.sum(z * weight, axis=axis)
+        counts = xp.sum(z * weight, axis=axis, keepdims=True)
     if sample_weight is not None:
-        sample_weight = xp.astype(sample_weight, like.dtype, copy=False)
-        if ignored is not None:
-            sample_weight = xp.where(ignored, 0.0, sample_weight)
+        sample_weight = _of_examples(xp, sample_weight, like, axis)
+        if exists is not None:
+            sample_weight = xp.where(exists, sample_weight, 0.0)
         counts = sample_weight if counts is None else counts * sample_weight
-    if ignored is not None:
-        counts = xp.astype(~ignored, like.dtype) if counts is None else xp.where(ignored, 0.0, counts)
+    if exists is not None:
+        counts = xp.astype(exists, like.dtype) if counts is None else xp.where(exists, counts, 0.0)
 
     if smoothing is not None:
         if where is None:
@@ -219,14 +218,22 @@ def distribution(xp: Namespace, like: Array, operands: Operands, options: Option
     if weight is not None:
         z = z * weight
     if sample_weight is not None:
-        z = z * xp.expand_dims(sample_weight, axis=axis)
-    if out_of_range is not None:
-        if ignored is not None:  # not even NaN for a moment, which jax_debug_nans would report
-            out_of_range = xp.logical_and(out_of_range, ~ignored)
-        z = xp.where(xp.expand_dims(out_of_range, axis=axis), math.nan, z)
-    if ignored is not None:
-        z = xp.where(xp.expand_dims(ignored, axis=axis), 0.0, z)
-    return Distribution(z, axis, where, ignored, counts)
+        z = z * sample_weight
+    if in_range is not None:
+        if exists is not None:  # not even NaN for a moment, which jax_debug_nans would report
+            in_range = xp.logical_or(in_range, ~exists)
+        z = xp.where(in_range, z, math.nan)
+    if exists is not None:
+        z = xp.where(exists, z, 0.0)
+    return Distribution(z, axis, where, exists, counts)
+
+
+def _and(xp: Namespace, a: Array | None, b: Array) -> Array:
+    return b if a is None else xp.logical_and(a, b)
+
+
+def _of_examples(xp: Namespace, array: Array, like: Array, axis: int) -> Array:
+    return xp.expand_dims(xp.astype(array, like.dtype, copy=False), axis=axis)
 
 
 def class_index(xp: Namespace, like: Array, operands: Operands, options: Options) -> ClassIndex:
@@ -237,41 +244,40 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     targets, weight, _, sample_weight, where, _ = operands
     (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
-    targets = xp.as_index(targets, like)
-    ignored = None if options.ignore_index is None else targets == options.ignore_index
+    index = xp.expand_dims(xp.as_index(targets, like), axis=axis)
+    exists = None if options.ignore_index is None else index != options.ignore_index
     # If not looked for here, IndexError or a loss that is not finite shows it (blocks.run).
-    out_of_range = None if xp.assume_finite else (targets < 0) | (targets >= xp.extent(like, axis))
+    in_range = None if xp.assume_finite else (index >= 0) & (index < xp.extent(like, axis))
     # 0 in place of what cannot be looked up; an ignored index in range can.
-    no_class = ignored if out_of_range is None else out_of_range
-    index = targets if no_class is None else xp.where(no_class, 0, targets)
+    is_class = exists if in_range is None else in_range
+    index = index if is_class is None else xp.where(is_class, index, 0)
     position = xp.position(like, index, axis)
     if where is not None:
-        if out_of_range is not None:
-            kept = xp.squeeze(xp.take_along_axis(xp.astype(where, like.dtype), position, axis), axis=axis)
-            out_of_range = xp.logical_or(out_of_range, kept == 0)
-        empty = ~xp.any(where, axis=axis)
-        ignored = empty if ignored is None else xp.logical_or(ignored, empty)
+        if in_range is not None:
+            kept = xp.take_along_axis(xp.astype(where, like.dtype), position, axis)
+            in_range = xp.logical_and(in_range, kept != 0)
+        exists = _and(xp, exists, xp.any(where, axis=axis, keepdims=True))
 
     of_y = None
     if weight is not None:
         weight = xp.astype(weight, like.dtype, copy=False)
         of_y, weight = xp.take(weight, index), along(xp, weight, axis)
-    example = None if sample_weight is None else xp.astype(sample_weight, like.dtype, copy=False)
-    if ignored is not None:
-        example = xp.astype(~ignored, like.dtype) if example is None else xp.where(ignored, 0.0, example)
+    example = None if sample_weight is None else _of_examples(xp, sample_weight, like, axis)
+    if exists is not None:
+        example = xp.astype(exists, like.dtype) if example is None else xp.where(exists, example, 0.0)
     counts = example if of_y is None else of_y if example is None else of_y * example
-    if out_of_range is not None:
+    if in_range is not None:
         if weight is not None:
-            counts = xp.where(out_of_range, 0.0, counts)
-        out_of_range = out_of_range if ignored is None else xp.logical_and(out_of_range, ~ignored)
-        example = xp.where(out_of_range, math.nan, xp.astype(~out_of_range, like.dtype) if example is None else example)
+            counts = xp.where(in_range, counts, 0.0)
+        in_range = in_range if exists is None else xp.logical_or(in_range, ~exists)
+        example = xp.where(in_range, xp.astype(in_range, like.dtype) if example is None else example, math.nan)
     uniform = uniform_y = None
     if smoothing is None:
         of_y, example = (example if of_y is None else of_y if example is None else of_y * example), None
     else:
         uniform, uniform_y = _uniform(xp, like, smoothing, weight, of_y, where, axis)
         of_y = (1 - smoothing) * (xp.ones_like(index, dtype=like.dtype) if of_y is None else of_y)
-    return ClassIndex(position, axis, of_y, uniform, uniform_y, example, where, ignored, counts)
+    return ClassIndex(position, axis, of_y, uniform, uniform_y, example, where, exists, counts)
 
 
 def _uniform(
@@ -287,9 +293,9 @@ def _uniform(
     if where is None:
         share = smoothing / lengths.count(xp, like, (axis,))
         return (share, share) if weight is None else (share * weight, share * of_y)
-    k = xp.sum(xp.astype(where, like.dtype), axis=axis)
+    k = xp.sum(xp.astype(where, like.dtype), axis=axis, keepdims=True)
     share = smoothing / xp.where(k == 0, 1.0, k)
-    uniform = xp.where(where, xp.expand_dims(share, axis=axis), 0.0)
+    uniform = xp.where(where, share, 0.0)
     return (uniform, share) if weight is None else (uniform * xp.where(where, weight, 0.0), share * of_y)
 
 

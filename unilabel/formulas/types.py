@@ -38,6 +38,9 @@ class Options(NamedTuple):
 
 
 Formula = Callable[[Namespace, Any, Any], Array]  # of the namespace, the terms and the target weights
+Scaled = Callable[
+    [Any], Any
+]  # a weight, to broadcast to the logits, times the cotangent, over the divisor; of None: of 1
 
 
 class Form(NamedTuple):
@@ -51,9 +54,7 @@ class Form(NamedTuple):
     value: Formula
     gradient: Callable[..., Array]  # a Formula, see `scales`
     hessian: Formula | None = None  # its diagonal
-    scales: bool = (
-        False  # the gradient takes what to multiply it by, too (to broadcast; None: 1), to write an array once
-    )
+    scales: bool = False  # the gradient takes a Scaled too, to write an array of the logits' size once
     needs: str = ""  # an optional group of functions (namespace.py)
     of_labels: bool = False  # for targets that are 0 or 1 alone
     of_indices: bool = False  # for class indices alone
