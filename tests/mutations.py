@@ -149,7 +149,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "xp.weigh(t.weight, -_clamped_log(xp, t.p_y, t.free, t.floor))",
             "-_clamped_log(xp, t.p_y, t.free, t.floor)",
         ),
-        "of one class: gradient, sign": ("weights, -_quotient(", "weights, _quotient("),
+        "of one class: gradient, sign": ("scaled(-_quotient(", "scaled(_quotient("),
         "of one class: gradient, weight left out": ("-_quotient(xp, t.weight, ", "-_quotient(xp, 1 + 0 * t.weight, "),
         "of one class: gradient, NaN of another class left out": (
             "assume_finite else t.p - t.p",
@@ -157,7 +157,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "of one class: NaN in the wrong class is missed": ("xp.where(total == total, values, math.nan)", "values"),
         "of one class: an infinite one makes it NaN": ("total == total", "xp.isfinite(total)"),
-        "of one class: gradient of the sum for the mean": ("weights.position, scaled(at_y)", "weights.position, at_y"),
+        "of one class: gradient of the sum for the mean": (
+            "scaled(-_quotient(xp, t.weight, t.p_y, t.free))",
+            "-_quotient(xp, t.weight, t.p_y, t.free)",
+        ),
         "of one class: gradient, NaN at the class alone": (
             "if not (weights.weight is None or xp.assume_finite):",
             "if False:",
@@ -170,10 +173,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "-t.log_p_y if weights.weight is None else xp.weigh(weights.weight, -t.log_p_y)",
             "-t.log_p_y",
         ),
-        "nll, of one class: gradient, sign": ("-_weight(xp, t.log_p_y, weights)", "_weight(xp, t.log_p_y, weights)"),
+        "nll, of one class: gradient, sign": ("at_y = -scaled(weights.weight)", "at_y = scaled(weights.weight)"),
         "nll, of one class: gradient, weight left out": (
-            "-_weight(xp, t.log_p_y, weights)",
-            "0 * _weight(xp, t.log_p_y, weights) - 1",
+            "at_y = -scaled(weights.weight)",
+            "at_y = -scaled(None)",
         ),
     },
     "formulas/softmax.py": {

@@ -21,6 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 from ..namespace import Array, Namespace
+from .numerics import is_number
 from .targets import ClassIndex, Distribution, Elementwise, class_index, distribution, elementwise
 from .types import Form, Loss, Options, Scaled
 
@@ -113,7 +114,7 @@ class IndexTerms(NamedTuple):
 
 def index_terms(xp: Namespace, p: Array, weights: ClassIndex, options: Options) -> IndexTerms:
     p_y = xp.take_along_axis(p, weights.position, weights.axis)
-    weight = _weight(xp, p_y, weights)
+    weight = xp.ones_like(p_y) if weights.weight is None else weights.weight
     return IndexTerms(p, p_y, _free(xp, p_y, weight, options.eps), weight, _log(options.eps))
 
 
@@ -124,7 +125,7 @@ def index_value(xp: Namespace, t: IndexTerms, weights: ClassIndex) -> Array:
 
 def index_gradient(xp: Namespace, t: IndexTerms, weights: ClassIndex, scaled: Scaled) -> Array:
     zeros = xp.zeros_like(t.p) if xp.assume_finite else t.p - t.p  # not 0 * p, which inductor takes for 0
-    return _at_index(xp, zeros, weights, -_quotient(xp, t.weight, t.p_y, t.free), scaled)
+    return _at_index(xp, zeros, weights, scaled(-_quotient(xp, t.weight, t.p_y, t.free)))
 
 
 class LogIndexTerms(NamedTuple):
@@ -142,19 +143,17 @@ def log_index_value(xp: Namespace, t: LogIndexTerms, weights: ClassIndex) -> Arr
 
 
 def log_index_gradient(xp: Namespace, t: LogIndexTerms, weights: ClassIndex, scaled: Scaled) -> Array:
-    return _at_index(xp, xp.zeros_like(t.log_p), weights, -_weight(xp, t.log_p_y, weights), scaled)
+    at_y = -scaled(weights.weight)
+    if not (is_number(at_y) or at_y.ndim):  # one for all examples
+        at_y = at_y * xp.ones_like(t.log_p_y)
+    return _at_index(xp, xp.zeros_like(t.log_p), weights, at_y)
 
 
-def _weight(xp: Namespace, like: Array, weights: ClassIndex) -> Array:
-    """The weight of the class y."""
-    return xp.ones_like(like) if weights.weight is None else weights.weight
-
-
-def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any, scaled: Scaled) -> Array:
-    """The gradient: this number at the class y, scaled."""
+def _at_index(xp: Namespace, zeros: Array, weights: ClassIndex, at_y: Any) -> Array:
+    """The gradient, of which this is the number at the class y."""
     if not (weights.weight is None or xp.assume_finite):  # NaN for an example whose weight is
         zeros = zeros + (weights.weight - weights.weight)
-    return xp.put_along_axis(zeros, weights.position, scaled(at_y), weights.axis)
+    return xp.put_along_axis(zeros, weights.position, at_y, weights.axis)
 
 
 def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Array:

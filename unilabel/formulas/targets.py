@@ -250,7 +250,8 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     in_range = None if xp.assume_finite else (index >= 0) & (index < xp.extent(like, axis))
     # 0 in place of what cannot be looked up; an ignored index in range can.
     is_class = exists if in_range is None else in_range
-    index = index if is_class is None else xp.where(is_class, index, 0)
+    if is_class is not None:
+        index = xp.multiply(index, is_class) if xp.assume_finite else xp.where(is_class, index, 0)
     position = xp.position(like, index, axis)
     if where is not None:
         if in_range is not None:
