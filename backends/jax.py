@@ -19,6 +19,7 @@ from ..namespace import Extended
 class _Standard(Extended):
     """Where nothing is differentiated."""
 
+    groups: tuple[str, ...] = ("indexing",)
     longest = staticmethod(jax.core.max_dim)
     ones_like = staticmethod(jax.jit(jnp.ones_like, static_argnames="dtype"))  # else 1 is a transfer to the device
 
@@ -69,7 +70,7 @@ def _is_sharded(x: Array, axis: int) -> bool:
 
 
 class _Differentiable(_Standard):
-    groups: tuple[str, ...] = ("autodiff",)
+    groups = ("autodiff",)
     stop_gradient = staticmethod(jax.lax.stop_gradient)
 
 

@@ -75,12 +75,14 @@ STANDARD = SimpleNamespace(
     squeeze=tf.squeeze,
     stop_gradient=tf.stop_gradient,
     sum=_sum,
+    zeros_like=tf.zeros_like,
 )
 
 
 class _Standard(Extended):
     """Where nothing is differentiated."""
 
+    groups: tuple[str, ...] = ("indexing",)
     take = staticmethod(tf.gather)
 
     def arange(self, n: Any, device: Any = None) -> Array:
@@ -122,7 +124,7 @@ class _Standard(Extended):
 
 
 class _Differentiable(_Standard):
-    groups: tuple[str, ...] = ("autodiff",)
+    groups = ("autodiff",)
 
 
 class _Forward(_Differentiable):

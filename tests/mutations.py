@@ -362,14 +362,6 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "if example is None else example, 0.0)",
         ),
         "index: a wrong index in the divisor": ("counts = xp.where(in_range, counts, 0.0)", "pass"),
-        "index: a wrong index is ignored": (
-            "in_range if exists is None else xp.logical_or(in_range, ~exists)",
-            "in_range | True",
-        ),
-        "index: an ignored index is wrong": (
-            "in_range if exists is None else xp.logical_or(in_range, ~exists)",
-            "in_range",
-        ),
         "index: of a masked class": ("in_range = xp.logical_and(in_range, kept != 0)", "pass"),
         "index: sample_weight left out where a loss is NaN": (
             "xp.astype(in_range, like.dtype) if example is None else example, math.nan)",

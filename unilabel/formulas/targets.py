@@ -270,7 +270,7 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     if in_range is not None:
         if weight is not None:
             counts = xp.where(in_range, counts, 0.0)
-        in_range = in_range if exists is None else xp.logical_or(in_range, ~exists)
+        # NaN for an ignored index as well: that is masked in what comes out.
         example = xp.where(in_range, xp.astype(in_range, like.dtype) if example is None else example, math.nan)
     uniform = uniform_y = None
     if smoothing is None:
