@@ -460,6 +460,7 @@ def invalid(make: Maker) -> Iterator[Case]:
     yield make.case("cross_entropy", [[0.0, 0.25, 0.75]] * 2, [3, 1], reduction="none", **more)
     yield make.case("nll", [[-1.0, -2.0, -3.0]] * 2, [3, 1], reduction="none", **more)
     yield make.case("nll", [[-1.0, -2.0, -3.0]] * 2, [0, 1], **hidden)
+    yield make.case("nll", [[-1.0, -2.0, -3.0]] * 2, [0, -1], label_smoothing=0.1, reduction="none", **more)
 
 
 @family
