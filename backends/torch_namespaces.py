@@ -17,8 +17,12 @@ COMPAT = "array_api_compat.torch"  # whose import takes longer than a small call
 class _Standard(Extended):
     """Functions of the standard alone, where torch does not differentiate: DTensors have few other kernels."""
 
-    longest = staticmethod(torch.sym_max)
     stop_gradient = staticmethod(torch.Tensor.detach)
+
+    def longest(self, a: Any, b: Any) -> Any:
+        if isinstance(a, torch.Tensor):  # torch.jit.trace makes tensors of lengths
+            return torch.clamp(a, min=b)
+        return torch.sym_max(a, b)
 
 
 class _Differentiable(_Standard):

@@ -5,6 +5,7 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 PACKAGES = ("unilabel", "unilabel.formulas", "unilabel.layers", "unilabel.backends", "unilabel.conformance")
@@ -44,7 +45,8 @@ def test_readme():
         if ">>> " in snippet[1]:
             test = doctest.DocTestParser().get_doctest(snippet[1], {}, "README.md", "README.md", line)
             test.globs = names
-            ran += run(test)
+            with jax.enable_x64(False):  # JAX's default, and the reader's
+                ran += run(test)
         else:
             compile("\n" * line + snippet[1], "README.md", "exec")
     assert ran > 0

@@ -290,6 +290,25 @@ def test_a_model_is_traced_by_fx(pair):
 
 
 @pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
+def test_a_module_itself_is_traced_by_fx(pair):
+    graph = torch.fx.symbolic_trace(pair.ours(W))
+    same(graph(X, pair.targets), pair.theirs(W)(X, pair.targets))
+    with pytest.raises(TypeError, match="reduction"):  # it has the options of the module
+        graph(X, pair.targets, reduction="sum")
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"axis": 1}])
+@pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_model_is_traced_by_jit(pair, options):
+    """For batches of other sizes too."""
+    model = Model(pair.ours(**options))
+    traced = torch.jit.trace(model, (X, pair.targets))
+    x, t = torch.cat([X, 2 * X, -X]), torch.cat([pair.targets] * 3)
+    same(traced(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
 def test_a_module_trains_under_compile(pair):
     model, theirs = Model(pair.ours(W)), Model(pair.theirs(W))
     step = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -18,6 +18,7 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -222,6 +223,18 @@ def test_object_class_indices_above_two_to_the_24th():
     model = keras.Sequential([keras.layers.Input((classes,)), keras.layers.Activation("linear")])
     model.compile(loss=SoftmaxNLL())
     np.testing.assert_allclose(model.evaluate(logits, np.array([index]), verbose=0), right, rtol=1e-6)
+
+
+def test_object_class_indices_above_two_to_the_32nd():
+    """Where integers have 32 bits, as on JAX, they must not become classes."""
+    loss, logits = SoftmaxNLL(reduction=None, ignore_index=-1), np.zeros((3, 4), "float32")
+    with jax.enable_x64(False):  # JAX's default
+        for index in (2**32, 2**32 + 1, 2**31, 2**31 - 1, -(2**31), 2**33 - 1, 2**63 - 1):
+            for dtype in ("int64", "uint64") if index > 0 else ("int64",):
+                y = np.array([index, 0, -1 if dtype == "int64" else 3], dtype)
+                right = [np.nan, np.log(4), 0 if dtype == "int64" else np.log(4)]
+                np.testing.assert_allclose(numbers(loss(y, logits)), right, rtol=1e-6)
+        np.testing.assert_allclose(numbers(loss([2**32, 0, -1], logits)), [np.nan, np.log(4), 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("targets", "logits"), [([0, 1, 1], [[0.3], [0.4], [-1]]), ([[0], [1], [1]], [0.3, 0.4, -1])])

@@ -176,6 +176,16 @@ def _(r):
     np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
 
 
+@recipe("CatBoost custom objective")
+def _(r):
+    scores, y = np.random.default_rng(0).normal(size=5), np.array([0, 1, 1, 0, 1.0])
+    p = 1 / (1 + np.exp(-scores))
+    for weights in (None, np.array([1.0, 2, 0.5, 1, 3])):
+        w = 1.0 if weights is None else weights
+        expected = np.stack([w * (y - p), -w * p * (1 - p)], 1)
+        np.testing.assert_allclose(r.Objective().calc_ders_range(scores, y, weights), expected, rtol=1e-13)
+
+
 def fitted(model, loss, x, y, steps, rate):
     """By plain gradient descent."""
     for _ in range(steps):
@@ -299,6 +309,89 @@ def test_xgboost_binary():
     theirs = xgboost.XGBClassifier(objective="binary:logistic", **settings).fit(x, y)
     scores = [model.predict(x, output_margin=True) for model in (ours, theirs)]
     np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.trainers
+@pytest.mark.filterwarnings("default")
+def test_catboost():
+    import catboost
+
+    x, y = load_breast_cancer(return_X_y=True)
+    same_steps = {"boosting_type": "Plain", "bootstrap_type": "No", "random_strength": 0, "boost_from_average": False}
+    newton = {"leaf_estimation_method": "Newton", "leaf_estimation_iterations": 1}
+    settings = same_steps | newton | {"iterations": 5, "depth": 3, "thread_count": 1, "learning_rate": 0.1}
+    quiet = {"verbose": False, "allow_writing_files": False, "eval_metric": "Logloss"}
+    for weight in (None, np.random.default_rng(0).uniform(0.5, 2, len(y))):
+        scores = []
+        for objective in (run("CatBoost custom objective").Objective(), "Logloss"):
+            model = catboost.CatBoostClassifier(loss_function=objective, **settings, **quiet)
+            scores.append(model.fit(x, y, sample_weight=weight).predict(x, prediction_type="RawFormulaVal"))
+        np.testing.assert_allclose(*scores, rtol=1e-10)
+
+
+def losses_of_jax():
+    """Ours and Optax', for both kinds of labels."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    y = jnp.array([0, 1, 2, 0, 1, 2])
+    z = jax.nn.one_hot(y, 3)
+    yield (
+        lambda x: ul.softmax_nll(x, y),
+        lambda x: optax.softmax_cross_entropy_with_integer_labels(x, y).mean(),
+    )
+    yield (
+        lambda x: ul.multilabel_logistic_loss(x, z),
+        lambda x: optax.sigmoid_binary_cross_entropy(x, z).sum(-1).mean(),
+    )
+
+
+@pytest.mark.trainers
+@pytest.mark.filterwarnings("default")
+def test_flax():
+    import jax
+    import optax
+    from flax import nnx
+
+    @nnx.jit(static_argnums=2)
+    def step(model, optimizer, loss):
+        optimizer.update(model, nnx.grad(lambda model: loss(model(x)))(model))
+
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    for losses in losses_of_jax():
+        models = []
+        for loss in losses:
+            models.append(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+            optimizer = nnx.Optimizer(models[-1], optax.adam(0.1), wrt=nnx.Param)
+            for _ in range(5):
+                step(models[-1], optimizer, loss)
+        ours, theirs = (jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))) for model in models)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.trainers
+@pytest.mark.filterwarnings("default")
+def test_equinox():
+    import equinox
+    import jax
+
+    @equinox.filter_jit
+    def step(model, loss):
+        gradient = equinox.filter_grad(lambda model: loss(jax.vmap(model)(x)))(model)
+        return equinox.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradient))
+
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    for losses in losses_of_jax():
+        models = []
+        for loss in losses:
+            model = equinox.nn.Linear(4, 3, key=jax.random.key(0))
+            for _ in range(5):
+                model = step(model, loss)
+            models.append(model)
+        for a, b in zip(*map(jax.tree.leaves, models), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.trainers

@@ -73,6 +73,12 @@ def modules(t: torch.Tensor) -> None:
     assert_type(MultilabelLogisticLoss(pos_weight=t)(t, t, where=t > 0), torch.Tensor)
     assert_type(loss.forward(input=t, target=t), torch.Tensor)
     assert_type(loss.decodes(loss.activation(t)), torch.Tensor)
+    assert_type(loss(t, t, weight=[1.0, 2.0], sample_weight=t, where=t > 0, axis=(1, 2), validate=True), torch.Tensor)
+    loss(t, t, wieght=[1.0, 2.0])  # error: "wieght"
+    loss(t, t, reduction="average")  # error: Literal['average']
+    loss(t, t, pos_weight=t)  # error: "pos_weight"
+    loss(t, t, t)  # error: positional
+    MultilabelLogisticLoss()(t, t, ignore_index=0)  # error: "ignore_index"
     SoftmaxNLL(ignore_indx=-100)  # error: "ignore_indx"
     SoftmaxNLL(pos_weight=t)  # error: "pos_weight"
     MultilabelLogisticLoss(reduction="average")  # error: Literal['average']

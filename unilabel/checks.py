@@ -24,7 +24,7 @@ def fail(kind: type[Exception], label: str, expected: str, received: Any) -> NoR
 
 
 def shape_text(shape: Any) -> str:
-    return "(" + ", ".join("?" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+    return "(" + ", ".join("?" if n is None else f"{n}" for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
 def choices(names: Any) -> str:

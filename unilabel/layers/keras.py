@@ -26,7 +26,7 @@ except ImportError:  # Keras 3.5 has no such function, and does this
 
 
 Array = Any
-
+HELD = (-(2**31), 2**31 - 1)  # what every Keras backend holds of an integer; neither is an ignore_index
 
 CHECKED = ("weight", "pos_weight", "ignore_index", "label_smoothing", "axis")
 
@@ -92,8 +92,9 @@ def _array(given: Any) -> Any:
     elif not hasattr(given, "dtype"):
         tensors = any(map(keras.ops.is_tensor, keras.tree.flatten(given)))
         given = keras.ops.convert_to_tensor(given) if tensors else np.asarray(given)
-    if isinstance(given, np.ndarray) and given.dtype == "uint64":  # not every Keras backend has it
-        given = given.astype("int64")
+    if isinstance(given, np.ndarray) and given.dtype in ("int64", "uint64"):
+        # JAX would cut off the upper half of the bits, so that an index out of range became one in range.
+        given = np.clip(given, *HELD if given.dtype == "int64" else (0, HELD[1])).astype("int32")
     return given
 
 

@@ -5,8 +5,7 @@ Each is a subclass of PyTorch's loss with the same activation: by the class, sko
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 import torch.fx
@@ -25,6 +24,24 @@ WEIGHTS = ("weight", "pos_weight")
 PER_CALL = ("sample_weight", "where")
 
 
+class _Options(TypedDict, total=False):
+    """Of a call, for type checkers."""
+
+    weight: Any
+    label_smoothing: Any
+    axis: int | tuple[int, ...]
+    reduction: Reduction
+    validate: bool
+
+
+class _OptionsOfMultilabel(_Options, total=False):
+    pos_weight: Any
+
+
+class _OptionsOfSoftmax(_Options, total=False):
+    ignore_index: int | None
+
+
 def _kept(loss: Any) -> dict[str, Any]:
     """The options of a loss that its module keeps, with their defaults."""
     return {name: default for name, default in loss.__kwdefaults__.items() if name not in PER_CALL}
@@ -35,7 +52,6 @@ class _Module(torch.nn.Module):
 
     defaults: dict[str, Any]  # of the options
     per_class: bool  # whether weights have one dimension
-    __call__: Callable[..., torch.Tensor]  # PyTorch's says Any
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -75,9 +91,13 @@ class _Module(torch.nn.Module):
                     self._buffers[name] = buffer.to(torch.float32)
             return super()._apply(fn, recurse)
 
-    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _with(self, options: Any) -> dict[str, Any]:
         """The module's options, and those of a call, which win."""
-        return {name: getattr(self, name) for name in self.defaults} | options
+        own = {name: getattr(self, name) for name in self.defaults}
+        if isinstance(options, torch.fx.Proxy):  # symbolic_trace of the module itself: its graph is to take none
+            options.tracer.graph.erase_node(options.node)
+            return own
+        return own | options
 
     def extra_repr(self) -> str:
         own = {name: getattr(self, name) for name in self.defaults}
@@ -133,8 +153,16 @@ class MultilabelLogisticLoss(_Module, torch.nn.BCEWithLogitsLoss):
             validate=validate,
         )
 
-    def forward(self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Any) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Unpack[_OptionsOfMultilabel]
+    ) -> torch.Tensor:
         return multilabel_logistic_loss(input, target, where=where, **self._with(options))
+
+    if TYPE_CHECKING:
+        # PyTorch's takes and returns Any.
+        def __call__(
+            self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Unpack[_OptionsOfMultilabel]
+        ) -> torch.Tensor: ...
 
     def activation(self, input: torch.Tensor) -> torch.Tensor:
         """The probability of each class. fastai asks the loss for it."""
@@ -194,9 +222,27 @@ class SoftmaxNLL(_Module, torch.nn.CrossEntropyLoss):
         )
 
     def forward(
-        self, input: torch.Tensor, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any
+        self,
+        input: torch.Tensor,
+        target: Any,
+        *,
+        sample_weight: Any = None,
+        where: Any = None,
+        **options: Unpack[_OptionsOfSoftmax],
     ) -> torch.Tensor:
         return softmax_nll(input, target, sample_weight=sample_weight, where=where, **self._with(options))
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            input: torch.Tensor,
+            target: Any,
+            *,
+            sample_weight: Any = None,
+            where: Any = None,
+            **options: Unpack[_OptionsOfSoftmax],
+        ) -> torch.Tensor: ...
 
     def activation(self, input: torch.Tensor) -> torch.Tensor:
         """The distribution over the classes. fastai asks the loss for it."""
