@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
-from .cases import DTYPES, FAMILIES, Case
+from .cases import DTYPES, FAMILIES, LOSSES, Case
 from .modes import MODES, has
 from .oracle import expected
-from .subjects import imported
+from .subjects import OURS, claimed, named
 from .tolerances import Verdict, judge
 from .worker import selected
 
@@ -95,12 +95,20 @@ def wrong(job: Job) -> tuple[str, str] | None:
     for name in set(job.backends) - set(BUILT_IN):
         if not is_installed(name) and not entry_points(group=ENTRY_POINTS, name=name):
             return "--backend", f"{name!r} is none of {', '.join(BUILT_IN)}, nor a module here."
-    for subject in set(job.subjects) - {"unilabel", "native", "keras"}:
+    if job.loss not in (None, *LOSSES):
+        return "--loss", f"{job.loss!r} is none of {', '.join(LOSSES)}."
+    for subject in job.subjects:
+        if subject in OURS:
+            continue
+        known = f"{subject!r} is none of {', '.join(OURS)}, nor a package.module:function here"
         try:
-            imported(subject)
-        except (ImportError, AttributeError, ValueError) as error:
-            known = "unilabel, native, keras, nor a package.module:function here"
-            return "--subject", f"{subject!r} is none of {known} ({error})."
+            (root, *_), _ = named(subject)
+        except ValueError as error:
+            return "--subject", f"{known} ({error})."
+        if not is_installed(root):  # to know more, one would have to import it
+            return "--subject", f"{known} (no module named {root!r})."
+        if claimed(subject, job.loss) not in LOSSES:
+            return "--loss", f"{subject!r} has the name of no loss. Say which it is: one of {', '.join(LOSSES)}."
     for pattern in job.patterns:
         if not selected(job.dtypes, job.seed, [pattern], job.full):
             return "--case", f"no case matches {pattern!r}. Families: {', '.join(FAMILIES)}."

@@ -15,6 +15,7 @@ import unilabel
 
 Array = Any
 LossFunction = Callable[..., Array]
+OURS = ("unilabel", "native", "keras")  # any other subject is package.module:function
 
 
 class NotApplicable(Exception):
@@ -34,23 +35,35 @@ def find(subject: str, loss: str, claims: str | None, backend: str) -> LossFunct
     return _only_options(table[loss])
 
 
-def imported(subject: str) -> LossFunction:
-    """The function of package.module:function. ImportError, AttributeError or ValueError if there is none."""
-    module, _, name = subject.partition(":")
-    if not module or not name:
+def named(subject: str) -> tuple[list[str], list[str]]:
+    """The parts of package.module:function before and after the colon. ValueError if it is not of that form."""
+    module, _, function = subject.partition(":")
+    parts = module.split("."), function.split(".")
+    if not all([*parts[0], *parts[1]]):
         raise ValueError("expected package.module:function")
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
+    return parts
+
+
+def imported(subject: str) -> LossFunction:
+    """The function of package.module:function. Only a worker calls it: whatever an import does, it does there."""
+    module, function = named(subject)
+    found: Any = importlib.import_module(".".join(module))
+    for part in function:
         found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"expected a function, received {type(found).__name__}")
     return found
 
 
+def claimed(subject: str, claims: str | None) -> str:
+    """The loss that package.module:function claims to be: that of --loss, or the one of its name."""
+    return claims or named(subject)[1][-1]
+
+
 def _theirs(subject: str, loss: str, claims: str | None) -> LossFunction:
-    function = imported(subject)
-    claimed = claims or function.__name__
-    if loss != claimed:
-        raise NotApplicable(f"{subject} claims to be {claimed}")
-    return _only_options(function)
+    if loss != claimed(subject, claims):
+        raise NotApplicable(f"{subject} claims to be {claimed(subject, claims)}")
+    return _only_options(imported(subject))
 
 
 def _only_options(function: LossFunction) -> LossFunction:
