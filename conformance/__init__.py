@@ -11,4 +11,6 @@ def main() -> None:
         if missing.name not in ("click", "rich", "mpmath"):
             raise
         sys.exit(f"The command needs {missing.name}: pip install 'unilabel[conformance]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
     run(prog_name="unilabel")

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,24 +21,51 @@ import unilabel
 from unilabel.backend import BUILT_IN
 
 from .cases import DTYPES
-from .compare_runs import differences
+from .compare_runs import differences, read
+from .html import html
+from .junit import junit
 from .modes import MODES
-from .report import passed, results, show
+from .processes import Signals
+from .report import Results, console, exit_code, results, show
 from .runner import Column, Job, columns, describe, installed, run, wrong
 from .vectors import FOLDER, files, stale, write
 
 
-@click.group()
+class Group(click.Group):
+    """Ctrl-C at any moment is exit code 130."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+@click.group(cls=Group)
 @click.version_option(unilabel.__version__, prog_name="unilabel")
 def main() -> None:
     """Losses for every framework's tensors, and the checks that they are right."""
+    with suppress(AttributeError):  # no stream, or none that encodes
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def _file(_: object, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """A file to write: its folder must exist before the work begins."""
-    if value is not None and not value.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {str(value.absolute().parent)!r}.")
-    return value
+    """A file to write, which must be possible before the work begins."""
+    if value is None:
+        return None
+    file = value.absolute()
+    try:
+        if not file.parent.is_dir():
+            raise click.BadParameter(f"there is no folder {str(file.parent)!r}.")
+        if not file.exists():
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        elif not file.is_fifo():
+            with file.open("ab"):
+                pass
+    except OSError as error:
+        raise click.BadParameter(f"{str(file)!r} cannot be written: {error.strerror}.") from error
+    return file
 
 
 WRITTEN = click.Path(dir_okay=False, path_type=Path)
@@ -90,7 +122,8 @@ def conformance(
 
     The gradients are those with respect to logits and float targets.
 
-    The exit code is 0 if all match, 1 if any does not (or a backend asked for is missing), 2 for a wrong call.
+    The exit code is 0 if all match; 1 if any does not, or a backend asked for is missing; 2 for a wrong call, or if
+    nothing was checked in a column; 130 after Ctrl-C, and 128 + its number after another signal.
     """
     if context.invoked_subcommand is not None:
         return
@@ -98,41 +131,57 @@ def conformance(
         subjects=tuple(dict.fromkeys(subjects)) or ("unilabel",),
         backends=tuple(dict.fromkeys(backends)) or installed(),
         device=device,
-        dtypes=dtypes or ("float32", "float64"),
+        dtypes=tuple(dict.fromkeys(dtypes)) or ("float32", "float64"),
         seed=seed,
         patterns=patterns,
         loss=loss,
         modes=tuple(dict.fromkeys(modes)) or (tuple(MODES) if full else ("eager",)),
         full=full,
-        jobs=max(jobs, 1),
+        jobs=jobs,
         timeout=timeout,
     )
     refused = wrong(job)
     if refused:
         raise click.BadParameter(refused[1], param_hint=refused[0])
-    console = Console()
-    print(f"seed {seed}, {', '.join(job.dtypes)}", flush=True)
-    if console.is_terminal:
-        bars = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        with Progress(*bars, console=console, transient=True) as progress:
-            tasks = {column: progress.add_task(str(column), total=None) for column in columns(job)}
-            ran = run(job, lambda column, done, total: progress.update(tasks[column], completed=done, total=total))
-    else:
-        ran = run(job, _plain_progress)
-        console = Console(width=40 + 26 * len(columns(job)))
-    found = results(job, *ran)
-    show(console, found)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    if junit_file is not None:
-        from .junit import junit
+    texts: dict[Path | None, Callable[[Results], str]] = {
+        json_file: partial(json.dumps, indent=1),
+        junit_file: junit,
+        html_file: html,
+    }
+    reports = {file: text for file, text in texts.items() if file is not None}
+    if len({os.path.realpath(file) for file in reports}) < 3 - [json_file, junit_file, html_file].count(None):
+        raise click.UsageError("expected a file for each report; received the same one twice.")
+    out = console()
+    if not out.is_terminal:
+        out = console(width=40 + 26 * len(columns(job)))
+    _print(f"seed {seed}, {', '.join(job.dtypes)}")
+    with Signals() as signals:
+        ran = _with_bars(job, out) if out.is_terminal else run(job, _plain_progress)
+        signals.raises = False  # from here on it is short
+        found = results(job, *ran)
+        lost = [reason for file, text in reports.items() for reason in _written(file, text(found))]
+        with out.capture() as shown:
+            show(out, found)
+        lost += _print(shown.get())
+    for reason in lost:
+        with suppress(OSError):
+            click.echo(f"Error: {reason}", err=True)
+    sys.exit(128 + signals.number if signals.number else exit_code(found) or bool(lost))
 
-        junit_file.write_text(junit(found), encoding="utf-8")
-    if html_file is not None:
-        from .html import html
 
-        html_file.write_text(html(found), encoding="utf-8")
-    sys.exit(130 if found["interrupted"] else 0 if passed(found) else 1)
+def _with_bars(job: Job, out: Console) -> Any:
+    """Runs it, with a bar for each column. The terminal may go away meanwhile."""
+    bars = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=out, transient=True
+    )
+    tasks = {column: bars.add_task(str(column), total=None) for column in columns(job)}
+    with suppress(OSError):
+        bars.start()
+    try:
+        return run(job, lambda column, done, total: bars.update(tasks[column], completed=done, total=total))
+    finally:
+        with suppress(OSError):
+            bars.stop()
 
 
 @conformance.command()
@@ -142,17 +191,18 @@ def conformance(
 def compare(a: Path, b: Path, ulp: float) -> None:
     """Compare two saved results number by number: a GPU's with a CPU's, this release's with the last one's.
 
-    The exit code is 0 if they differ nowhere by more than --ulp, 1 if they do, 2 if they are not results.
+    The exit code is 0 if they differ nowhere by more than --ulp; 1 if they do, or one has a case or a column that the
+    other lacks; 2 if they are not results, or of different seeds, whose cases differ too.
     """
     try:
-        worst = differences(json.loads(a.read_text()), json.loads(b.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
+        worst = differences(read(a), read(b))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise click.UsageError(f"expected two files that --json wrote; received: {error!r}") from error
-    table = Table("a", "b", "cases in both", "largest difference, ULP", "in")
+    table = Table("a", "b", "cases in both", "missing in one", "largest difference, ULP", "in")
     for row in worst:
-        table.add_row(row.a, row.b, str(row.cases), f"{row.ulp:.4g}", row.where)
-    Console().print(table)
-    sys.exit(0 if worst and all(row.ulp <= ulp and row.cases for row in worst) else 1)
+        table.add_row(row.a, row.b, str(row.cases), str(row.missing), f"{row.ulp:.4g}", row.where)
+    _print(table)
+    sys.exit(0 if worst and all(row.ulp <= ulp and row.cases and not row.missing for row in worst) else 1)
 
 
 @conformance.command()
@@ -166,13 +216,15 @@ def vectors(action: str | None, folder: Path) -> None:
     """
     if action is None:
         raise click.UsageError("expected --write or --check; received neither.")
-    if action == "write":
-        print("\n".join(f"written: {folder / name}" for name in write(folder)) or "nothing has changed")
-        return
-    wrong = stale(folder, files())
-    for name, why in wrong.items():
-        print(f"{name}: {why}")
-    print(f"{folder}: {'NOT all' if wrong else 'all'} as the cases and the oracle say")
+    try:
+        if action == "write":
+            _print("\n".join(f"written: {folder / name}" for name in write(folder)) or "nothing has changed")
+            return
+        wrong = stale(folder, files())
+    except OSError as error:
+        raise click.UsageError(f"{str(folder)!r} cannot be used: {error}") from error
+    lines = [f"{name}: {why}" for name, why in wrong.items()]
+    _print("\n".join([*lines, f"{folder}: {'NOT all' if wrong else 'all'} as the cases and the oracle say"]))
     sys.exit(bool(wrong))
 
 
@@ -186,10 +238,35 @@ def backends() -> None:
             found = describe(name)
             table.add_row(name, found["version"], ", ".join(found["devices"]), "")
         else:
-            table.add_row(name, "not installed", "", f"pip install 'unilabel\\[{name}]'")
-    Console().print(table)
+            table.add_row(name, "not installed", "", f"pip install 'unilabel[{name}]'")
+    _print(table)
 
 
 def _plain_progress(column: Column, done: int, total: int) -> None:
     if done in (0, total):
-        print(f"{column}: {'started' if not done else 'done'}, {done} of {total} cases", flush=True)
+        _print(f"{column}: {'started' if not done else 'done'}, {done} of {total} cases")
+
+
+def _print(what: str | Table) -> list[str]:
+    """Prints, and returns why it could not: a full disk ends nothing, nor does a reader that has gone."""
+    if isinstance(what, Table):
+        out = console()
+        with out.capture() as captured:
+            out.print(what)
+        what = captured.get()
+    try:
+        print(what.removesuffix("\n"), flush=True)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):  # what is left in the buffer would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return [] if isinstance(error, BrokenPipeError) else [f"cannot print: {error}"]
+    return []
+
+
+def _written(file: Path, text: str) -> list[str]:
+    """Writes a report, and returns why it could not."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        return [f"cannot write {file}: {error}"]
+    return []

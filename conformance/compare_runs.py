@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .cases import DTYPES
+from .report import FORMAT, Results, visible
+
+Run = dict[str, Any]
+NONE: dict[str, Any] = {"status": "missing", "numbers": {}}  # in place of a case
 
 
 class Difference(NamedTuple):
@@ -13,34 +19,61 @@ class Difference(NamedTuple):
 
     a: str
     b: str
-    cases: int
+    cases: int  # that both have
+    missing: int  # cases of which one has something that the other lacks
     ulp: float
     where: str
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+def read(file: Path) -> Results:
+    """What --json wrote. ValueError if it is not that, or of another format."""
+    found = json.loads(file.read_text("utf-8"))
+    if not isinstance(found, dict) or not {"format", "seed", "runs"} <= found.keys():
+        raise ValueError("not a file that --json wrote")
+    if found["format"] != FORMAT:
+        raise ValueError(f"format {found['format']!r}, where this release has {FORMAT}: write it again")
+    return visible(found)
+
+
+def differences(a: Results, b: Results) -> list[Difference]:
     """Compares the columns that have the same title in both; if none has, each column of a with each of b."""
-    pairs = [(x, y) for x in a["runs"] for y in b["runs"]]
-    same = [(x, y) for x, y in pairs if x["title"] == y["title"]]
-    return [_difference(x, y) for x, y in same or pairs]
+    if a["seed"] != b["seed"]:
+        raise ValueError(f"the seeds differ, and so do the cases: {a['seed']} and {b['seed']}")
+    ours, theirs = ({run["title"]: run for run in found["runs"]} for found in (a, b))
+    if ours.keys() & theirs.keys():
+        return [_difference(ours.get(title), theirs.get(title)) for title in ours | theirs]
+    return [_difference(x, y) for x in a["runs"] for y in b["runs"]]
 
 
-def _difference(a: dict[str, Any], b: dict[str, Any]) -> Difference:
-    theirs = {case["id"]: case for case in b["cases"] if case["numbers"]}
-    worst, where, cases = 0.0, "", 0
-    for case in a["cases"]:
-        other = theirs.get(case["id"])
-        if other is None or not case["numbers"]:
+def _difference(a: Run | None, b: Run | None) -> Difference:
+    ours, theirs = ({case["id"]: case for case in run["cases"]} if run else {} for run in (a, b))
+    same = a and b and (a["subject"], a["backend"]) == (b["subject"], b["backend"])
+    worst, where, cases, missing = 0.0, "", 0, 0
+    for name in ours | theirs:
+        ends = ours.get(name, NONE), theirs.get(name, NONE)
+        x, y = map(_numbers, ends)
+        if not (x and y):
+            missing += bool(x or y or ends[0]["status"] != ends[1]["status"])
             continue
         cases += 1
-        for quantity in case["numbers"].keys() & other["numbers"].keys():
-            ways, their_ways = case["numbers"][quantity], other["numbers"][quantity]
-            for how in ways.keys() & their_ways.keys():
-                for x, y in zip(ways[how], their_ways[how], strict=True):
-                    ulp = apart(float.fromhex(x), float.fromhex(y), case["dtype"])
-                    if ulp > worst:
-                        worst, where = ulp, f"{case['id']} {quantity} by {how}"
-    return Difference(_name(a), _name(b), cases, worst, where)
+        # Not every backend has every way to a number: NumPy has no autodiff.
+        ways = sorted(x.keys() | y.keys() if same else x.keys() & y.keys())
+        missing += any(way not in x or way not in y or len(x[way]) != len(y[way]) for way in ways)
+        for way in ways:
+            for p, q in zip(x.get(way, []), y.get(way, []), strict=False):
+                ulp = apart(p, q, ends[0]["dtype"])
+                if ulp > worst:
+                    worst, where = ulp, f"{name} {way}"
+    return Difference(_name(a), _name(b), cases, missing, worst, where)
+
+
+def _numbers(case: dict[str, Any]) -> dict[str, list[float]]:
+    """The numbers of a case, by their quantity and way."""
+    return {
+        f"{quantity} by {how}": [float.fromhex(text) for text in texts]
+        for quantity, ways in case["numbers"].items()
+        for how, texts in ways.items()
+    }
 
 
 def apart(x: float, y: float, dtype: str) -> float:
@@ -53,5 +86,5 @@ def apart(x: float, y: float, dtype: str) -> float:
     return abs(x - y) / 2.0 ** (max(math.frexp(max(abs(x), abs(y)))[1] - 1, low) - bits + 1)
 
 
-def _name(run: dict[str, Any]) -> str:
-    return f"{run['title']} {run['version']} {run['device']}"
+def _name(run: Run | None) -> str:
+    return f"{run['title']} {run['version']} {run['device']}" if run else "missing"

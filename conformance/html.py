@@ -58,11 +58,13 @@ def _headline(found: Results) -> str:
     if total["fail"]:
         verdict = f"✗ {total['fail']:,} of {applied:,} answers do not match the oracle"
         verdict += f", and {total['not run']:,} never came" if total["not run"] else ""
+    elif not applied:
+        verdict = "✗ Nothing was checked"
     elif not found["passed"]:
-        verdict = f"✗ Not everything was run: the {applied:,} answers that came match the oracle"
+        verdict = f"✗ Not everything was checked: the {applied:,} answers that came match the oracle"
     else:
-        verdict = f"✓ All {applied:,} answers match the oracle" if applied else "Nothing applied: nothing was checked"
-    kind = "bad" if not found["passed"] else "good" if applied else "none"
+        verdict = f"✓ All {applied:,} answers match the oracle"
+    kind = "good" if found["passed"] else "bad"
     facts = {"unilabel": found["unilabel"], "Python": found["python"], "seed": found["seed"]}
     facts |= {"dtypes": ", ".join(found["dtypes"]), "cases": f"{len(runs[0]['cases']):,}" if runs else "0"}
     rows = [
@@ -87,6 +89,7 @@ def _headline(found: Results) -> str:
     modes = [mode for mode in MODES if mode not in found["modes"]]
     missing += [f"Modes not asked for: {escape(', '.join(modes))}."] if modes else []
     missing += [] if found["full"] else ["The large cases, which <code>--full</code> runs."]
+    lines = "".join(f"<li>{line}</li>" for line in missing)
     return f"""
 <p class="verdict {kind}">{verdict}</p>
 <dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{escape(str(v))}</dd></div>" for k, v in facts.items())}</dl>
@@ -94,7 +97,7 @@ def _headline(found: Results) -> str:
 <caption><span>Answers</span></caption>
 <thead><tr><th scope="col">subject</th>{heads}<th scope="col">version</th><th scope="col">device</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table></div>
-{f"<div><h2>Not run</h2><ul>{''.join(f'<li>{line}</li>' for line in missing)}</ul></div>" if missing else ""}</div>"""
+{f"<div><h2>Not checked</h2><ul>{lines}</ul></div>" if missing else ""}</div>"""
 
 
 # --- The heat map -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "metavar": "N", "help": "seed of the random cases; default: 0"},
     "--loss": {"metavar": "NAME", "help": "the loss that package.module:function claims to be; default: its name"},
     "--mode": REPEATABLE | {"help": "eager (default), graph, compiled; repeatable"},
+    "--timeout": {"type": float, "metavar": "SECONDS", "help": "to wait for an answer of a process; default: 300"},
     "--full": {"action": "store_true", "help": "the large cases too, and all modes"},
 }
 
@@ -69,7 +70,7 @@ def job_of(config: pytest.Config) -> Job:
         value = config.getoption(name, None) or ()
         return tuple(dict.fromkeys([value] if isinstance(value, str) else value))
 
-    full = bool(config.getoption("--full", False))
+    full, timeout = bool(config.getoption("--full", False)), config.getoption("--timeout", None)
     job = Job(
         subjects=given("--subject") or ("unilabel",),
         backends=given("--backend") or installed(),
@@ -81,6 +82,7 @@ def job_of(config: pytest.Config) -> Job:
         modes=given("--mode") or (tuple(MODES) if full else ("eager",)),
         full=full,
         jobs=os.cpu_count() or 1,
+        timeout=300.0 if timeout is None else float(timeout),
     )
     refused = wrong(job)
     if refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -18,13 +19,14 @@ from .tolerances import Verdict
 
 FAILURES_SHOWN = 5  # in full, for each column
 KEPT = 4096  # logits: of larger cases, only the verdicts are kept
+FORMAT = 2  # of the data
 Results = dict[str, Any]
 
 
 def results(job: Job, chosen: list[Case], runs: list[Run], interrupted: bool = False) -> Results:
     """Everything, ready for JSON: numbers as exact hexadecimal floats, so that two runs can be compared."""
-    found = {
-        "format": 1,
+    found: Results = {
+        "format": FORMAT,
         "unilabel": unilabel.__version__,
         "python": platform.python_version(),
         "seed": job.seed,
@@ -46,7 +48,31 @@ def results(job: Job, chosen: list[Case], runs: list[Run], interrupted: bool = F
             for run in runs
         ],
     }
-    return found | {"passed": passed(found)}
+    for run in found["runs"]:
+        run["problem"] = run["problem"] or _unchecked(run)
+    return visible(found | {"passed": passed(found)})
+
+
+def visible(data: Any) -> Any:
+    """The data with what its texts hide written out: control characters, marks that reorder text, lone surrogates.
+
+    A loss has a say in the texts of its errors. Ends of lines stay.
+    """
+    if isinstance(data, str) and not data.isprintable():
+        shown = [c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in data]
+        return "".join(shown)
+    if isinstance(data, dict):
+        return {key: visible(value) for key, value in data.items()}
+    return list(map(visible, data)) if isinstance(data, list) else data
+
+
+def _unchecked(run: dict[str, Any]) -> str:
+    """Why nothing was checked in a column; empty if something was."""
+    if checked(run):
+        return ""
+    reasons = Counter(case["reason"] or case["status"] for case in run["cases"])
+    counts = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    return f"nothing was checked, as no case applies: {counts}"
 
 
 def _case(case: Case, run: Run) -> dict[str, Any]:
@@ -101,12 +127,28 @@ def _number(x: Any) -> str:
 # --- Readings of the data ---------------------------------------------------------------------------------------------
 
 
+def checked(run: dict[str, Any]) -> bool:
+    """Whether any case of a column was judged."""
+    return any(case["status"] in ("pass", "fail") for case in run["cases"])
+
+
 def passed(found: Results) -> bool:
-    """Whether every case that applies was run, and is right."""
-    return all(
-        not run["problem"] and all(case["status"] in ("pass", "not applicable") for case in run["cases"])
+    """Whether in every column cases apply, and each that does was run and is right."""
+    return bool(found["runs"]) and all(
+        not run["problem"]
+        and checked(run)
+        and all(case["status"] in ("pass", "not applicable") for case in run["cases"])
         for run in found["runs"]
     )
+
+
+def exit_code(found: Results) -> int:
+    """0 if it passed; 1 if an answer is wrong, or a framework is missing; 2 if nothing was checked in a column."""
+    if passed(found):
+        return 0
+    if any(case["status"] == "fail" for run in found["runs"] for case in run["cases"]):
+        return 1
+    return 2 if any(run["version"] and not checked(run) for run in found["runs"]) else 1
 
 
 def quantities(run: dict[str, Any]) -> list[str]:
@@ -145,6 +187,11 @@ def ulps(ulp: Any) -> str:
 # --- The terminal -----------------------------------------------------------------------------------------------------
 
 
+def console(width: int | None = None) -> Console:
+    """Prints texts as they are: brackets and colons in a name or an error are no markup."""
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
 def show(console: Console, found: Results) -> None:
     """Prints the table family × column, then for each flag the failure with the smallest input."""
     runs = found["runs"]
@@ -165,14 +212,15 @@ def show(console: Console, found: Results) -> None:
         failures = smallest_failures(run)
         for flag, case in list(failures.items())[: None if run["subject"] != "unilabel" else FAILURES_SHOWN]:
             _line(console, f"{run['title']}: {flag}: {case['id']}: {failure(case)}")
-            console.print(f"    {case['call']}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"    {case['call']}", soft_wrap=True)
             if flag in found["flags"]:
                 console.print(f"    {found['flags'][flag]}", style="dim", soft_wrap=True)
     for run in runs:
         counts = {status: sum(case["status"] == status for case in run["cases"]) for status in STATUSES}
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        console.print(f"{run['title']}: {said}", highlight=False)
+        console.print(f"{run['title']}: {said}", soft_wrap=True)
     verdict = "all match the oracle" if passed(found) else "NOT all match the oracle"
+    verdict = verdict if any(map(checked, runs)) else "nothing was checked"
     stopped = "interrupted: " if found["interrupted"] else ""
     console.print(
         f"{stopped}{len(runs[0]['cases'])} cases on {', '.join(run['title'] for run in runs)}: {verdict}",
@@ -190,7 +238,7 @@ STATUSES = ("pass", "fail", "not applicable", "not run")
 
 
 def _line(console: Console, text: str) -> None:
-    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(text.replace("\n", "\n    "), style="red", soft_wrap=True)
 
 
 def _cell(cases: list[dict[str, Any]]) -> Text:

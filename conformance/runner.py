@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
-from .cases import DTYPES, FAMILIES, LOSSES, Case
+from .cases import DTYPES, FAMILIES, FULL, LOSSES, Case
 from .modes import MODES, has
-from .oracle import expected
+from .oracle import Expected, expected
+from .processes import Ended, Processes
 from .subjects import OURS, claimed, named
 from .tolerances import Verdict, judge
 from .worker import selected
+
+CRASHES = 3  # of the processes of a column, in a dtype: after so many the rest is given up
 
 
 class Job(NamedTuple):
@@ -82,8 +83,9 @@ def installed() -> tuple[str, ...]:
 
 
 def is_installed(name: str) -> bool:
+    """Whether there is a module of that name, which has no dots: to look behind one would import what is before it."""
     try:
-        return importlib.util.find_spec(name) is not None
+        return "." not in name and importlib.util.find_spec(name) is not None
     except ValueError:  # no module can have that name, or something blocks its import
         return False
 
@@ -111,12 +113,17 @@ def wrong(job: Job) -> tuple[str, str] | None:
             return "--loss", f"{subject!r} has the name of no loss. Say which it is: one of {', '.join(LOSSES)}."
     for pattern in job.patterns:
         if not selected(job.dtypes, job.seed, [pattern], job.full):
-            return "--case", f"no case matches {pattern!r}. Families: {', '.join(FAMILIES)}."
+            families = [f"{name} (with --full)" if name in FULL and not job.full else name for name in FAMILIES]
+            return "--case", f"no case matches {pattern!r}. Families: {', '.join(families)}."
     for mode in job.modes:
         if mode not in MODES:
             return "--mode", f"{mode!r} is none of {', '.join(MODES)}."
         if not any(column.mode == mode for column in columns(job)):
             return "--mode", f"{', '.join(job.backends)} has no {mode} mode."
+    if not 0 < job.timeout < math.inf:  # NaN is neither
+        return "--timeout", f"expected a positive number of seconds, received {job.timeout:g}."
+    if job.jobs < 1:
+        return "--jobs", f"expected 1 or more processes, received {job.jobs}."
     return None
 
 
@@ -134,58 +141,98 @@ def columns(job: Job) -> list[Column]:
 
 def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
     """The cases, a Run for each column, and whether Ctrl-C interrupted it: then the Runs have what came before."""
-    chosen = selected(job.dtypes, job.seed, job.patterns, job.full)
-    exact = {case.id: expected(case) for case in chosen}
-    done = dict.fromkeys(columns(job), 0)
-    processes: set[subprocess.Popen[str]] = set()
-    stopped = threading.Event()
+    chosen: list[Case] = []
+    processes = Processes()
+    counts = {column: itertools.count() for column in columns(job)}
 
     def part(column: Column, dtype: str) -> Run:
-        backend = column.backend
-        cases = {case.id: case for case in chosen if case.dtype == dtype}
-        result = Run(column, "", "", {}, {}, "")
-        if stopped.is_set():
-            return result._replace(problem="not run: interrupted")
-        if backend in BUILT_IN and not is_installed(backend):
-            return result._replace(problem=f"not installed: pip install 'unilabel[{backend}]'")
-        order = {**job._asdict(), **column._asdict(), "dtypes": [dtype]}
-        for line in _process(order, dtype, job.timeout, processes):
-            if "id" in line:
-                identity = line.pop("id")
-                result.answers[identity] = line
-                if "numbers" in line:
-                    verdicts = judge(cases[identity], exact[identity], line["numbers"], backend)
-                    result.verdicts[identity] = verdicts
-                done[column] += 1
-                progress(column, done[column], len(chosen))
-            elif "version" in line:
-                result = result._replace(version=line["version"], device=line["device"])
-            elif stopped.is_set():
-                result = result._replace(problem="interrupted")
-            elif line["code"]:
-                result = result._replace(problem=f"{line['last']} (exit code {line['code']} before the end)")
+        cases = [case for case in chosen if case.dtype == dtype]
+        result, left, crashes = Run(column, "", "", {}, {}, ""), deque(cases), 0
+
+        def answered(answer: dict[str, Any]) -> None:
+            case = left.popleft()
+            answer, result.verdicts[case.id] = _judged(case, exact[case.id], answer, column.backend)
+            result.answers[case.id] = answer
+            progress(column, next(counts[column]), len(chosen))
+
+        if column.backend in BUILT_IN and not is_installed(column.backend):
+            return result._replace(problem=f"not installed: pip install 'unilabel[{column.backend}]'")
+        while left and not result.problem:
+            order = {**job._asdict(), **column._asdict(), "dtypes": [dtype], "first": len(cases) - len(left)}
+            ready = False
+            try:
+                with closing(processes.messages(order, dtype, job.timeout)) as messages:
+                    for message in messages:
+                        if "version" in message:
+                            result = result._replace(version=message["version"], device=message["device"])
+                        elif "problem" in message:
+                            raise Ended(message["problem"])
+                        elif "ready" in message:
+                            ready = True
+                        elif left and message.get("id") == left[0].id:
+                            answered(message)
+                        else:
+                            raise Ended(f"an answer to no case: {message.get('id')!r}")
+                if left:
+                    raise Ended("it is done, it says, before the last case")
+            except Ended as ended:
+                if processes.stopped or not (ready and left):
+                    whose = f"{column.subject} cannot be used: " if result.version and not ready else ""
+                    return result._replace(problem=f"{whose}{ended}")
+                crashes += 1
+                answered({"error": f"{ended}"})
+                if crashes == CRASHES and left:
+                    result = result._replace(problem=f"given up in {dtype} after {CRASHES} crashes, the last: {ended}")
+        while left and not processes.stopped:
+            answered({"error": result.problem})
         return result
 
-    for column in done:
-        progress(column, 0, len(chosen))
+    parts: dict[Column, list[Future[Run]]] = {column: [] for column in counts}
     with ThreadPoolExecutor(max_workers=job.jobs) as pool:
-        parts = {column: [pool.submit(part, column, dtype) for dtype in job.dtypes] for column in done}
         try:
+            chosen = selected(job.dtypes, job.seed, job.patterns, job.full)
+            exact = {case.id: expected(case) for case in chosen}
+            for column in counts:
+                progress(column, next(counts[column]), len(chosen))
+            dtypes = list(dict.fromkeys(case.dtype for case in chosen))
+            for column, futures in parts.items():
+                for dtype in dtypes:
+                    futures.append(pool.submit(part, column, dtype))
             for futures in parts.values():
                 for future in futures:
                     future.result()
         except KeyboardInterrupt:
-            stopped.set()
-            for process in list(processes):
-                process.kill()
-        runs = [_joined([future.result() for future in futures]) for futures in parts.values()]
-    return chosen, runs, stopped.is_set()
+            processes.stop()
+        runs = [
+            _joined([future.result() for future in futures] or [Run(column, "", "", {}, {}, "interrupted")])
+            for column, futures in parts.items()
+        ]
+    return chosen, runs, processes.stopped
+
+
+def _judged(
+    case: Case, exact: Expected, answer: dict[str, Any], backend: str
+) -> tuple[dict[str, Any], dict[str, Verdict]]:
+    """An answer and its verdicts: of one that has no value, or cannot be read, an error."""
+    if "error" in answer or "not applicable" in answer:
+        return answer, {}
+    try:
+        verdicts = judge(case, exact, answer["numbers"], backend)
+        if "value" in verdicts:
+            return answer, verdicts
+        return {"error": "no value"}, {}
+    except Exception as error:  # a worker wrote what it should not
+        return {"error": f"no numbers to compare: {type(error).__name__}: {error}"}, {}
 
 
 def describe(name: str) -> dict[str, Any]:
-    """The version and devices of a backend's framework, or its last line of output if it fails; in its own process."""
-    *said, end = _process({"backend": name, "describe": True}, "float32", 60.0, set())
-    return said[0] if said else {"version": "does not load", "devices": [end["last"]]}
+    """The version and devices of a backend's framework, or why it does not load; in its own process."""
+    try:
+        with closing(Processes().messages({"backend": name, "describe": True}, "float32", 60.0)) as messages:
+            found = next(messages)
+    except Ended as ended:
+        found = {"problem": str(ended)}
+    return {"version": "does not load", "devices": [found["problem"]]} if "problem" in found else found
 
 
 def _joined(parts: list[Run]) -> Run:
@@ -198,45 +245,3 @@ def _joined(parts: list[Run]) -> Run:
         verdicts |= part.verdicts
     problems = dict.fromkeys(part.problem for part in parts if part.problem)
     return first._replace(answers=answers, verdicts=verdicts, problem="; ".join(problems))
-
-
-def _process(
-    order: dict[str, Any], dtype: str, timeout: float, processes: set[subprocess.Popen[str]]
-) -> Iterator[dict[str, Any]]:
-    """What a worker writes, line by line, and then how it ended: a crash is one line of the report, not its end."""
-    # JAX has float64 only if this is set.
-    environment = os.environ | ({"JAX_ENABLE_X64": "1"} if dtype == "float64" else {})
-    # -P: import the installed unilabel, not one in the current folder.
-    command = [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(order)]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
-        processes.add(process)
-        assert process.stdout is not None
-        hung = threading.Event()
-
-        def give_up() -> None:
-            hung.set()
-            process.kill()
-
-        while True:
-            watch = threading.Timer(timeout, give_up)
-            watch.start()
-            line = process.stdout.readline()
-            watch.cancel()
-            if not line:
-                break
-            yield json.loads(line)
-        code = process.wait()
-        processes.discard(process)
-        errors.seek(0)
-        last = " ".join([line.strip() for line in errors if line.strip()][-1:])
-        yield {"code": code, "last": f"no answer for {timeout:g} s" if hung.is_set() else last}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from unilabel.conformance.cases import FLAGS
+from unilabel.conformance.processes import Signals
 from unilabel.conformance.pytest_plugin import job_of
 from unilabel.conformance.report import failure, results
 from unilabel.conformance.runner import Column, columns, run
@@ -36,15 +37,14 @@ def found(pytestconfig: pytest.Config) -> dict[Column, dict[str, Any]]:
     job = job_of(pytestconfig)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the workers import from where pytest does
-        chosen, runs, interrupted = run(job, lambda pair, done, total: None)
+        with Signals() as signals:
+            chosen, runs, interrupted = run(job, lambda pair, done, total: None)
     if interrupted:
-        raise KeyboardInterrupt
+        pytest.exit("interrupted", returncode=128 + signals.number)
+    found = results(job, chosen, runs)["runs"]
     return {
-        Column(run["subject"], run["backend"], run["mode"]): {
-            **run,
-            "cases": {case["id"]: case for case in run["cases"]},
-        }
-        for run in results(job, chosen, runs)["runs"]
+        ran.column: {**run, "cases": {case["id"]: case for case in run["cases"]}}
+        for ran, run in zip(runs, found, strict=True)
     }
 
 

@@ -50,6 +50,9 @@ def stale(folder: Path, right: dict[str, str]) -> dict[str, str]:
         except FileNotFoundError:
             found[name] = "is not there"
             continue
+        except (OSError, UnicodeDecodeError) as error:
+            found[name] = f"cannot be read: {error}"
+            continue
         difference = _difference(there, text)
         if difference:
             found[name] = difference

@@ -1,7 +1,8 @@
 """Computes one subject's answers on one backend, in its own process: python -m unilabel.conformance.worker.
 
-The argument says what to run, as JSON (see `runner`). The worker writes a line of JSON for each case to standard
-output; whatever the framework prints goes to standard error.
+The argument says what to run, as JSON (see `runner`). The worker writes lines of JSON to standard output: the version
+of the framework and the device; that the subject is "ready"; the answer to each case; and that this is the "end". Or, in
+place of the first two, the "problem". Whatever the framework or the subject prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -21,22 +22,46 @@ from unilabel.backend import Backend, backend_named, backend_of
 
 from .cases import Case, Tensor, cases
 from .modes import put
-from .subjects import NotApplicable, find
+from .subjects import OURS, NotApplicable, find, imported
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers, process = os.fdopen(os.dup(1), "w", buffering=1), os.getpid()
     os.dup2(2, 1)
-    job = json.loads(sys.argv[1])
+
+    def say(**message: Any) -> None:
+        if os.getpid() != process:  # a subject has forked, and this is its child
+            os._exit(0)
+        print(json.dumps(message), file=answers)
+
+    try:
+        _work(json.loads(sys.argv[1]), say)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        say(problem=_said(error))
+    say(end=True)
+
+
+def _work(job: dict[str, Any], say: Callable[..., None]) -> None:
     backend = backend_named(job["backend"])
     if "describe" in job:
-        print(json.dumps({"version": backend.version(), "devices": backend.devices()}), file=answers)
+        say(version=str(backend.version()), devices=backend.devices())
         return
     device = find_device(backend, job["device"])
-    print(json.dumps({"version": backend.version(), "device": device}), file=answers)
-    for case in selected(job["dtypes"], job["seed"], job["patterns"], job["full"]):
-        found = answer(backend, device, case, job["subject"], job["loss"], job["mode"])
-        print(json.dumps({"id": case.id, **found}), file=answers)
+    say(version=str(backend.version()), device=device)
+    if job["subject"] not in OURS:
+        imported(job["subject"])
+    say(ready=True)
+    for case in selected(job["dtypes"], job["seed"], job["patterns"], job["full"])[job["first"] :]:
+        say(id=case.id, **answer(backend, device, case, job["subject"], job["loss"], job["mode"]))
+
+
+def _said(error: BaseException) -> str:
+    """An error in words, even if it has none."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, which cannot be shown"
 
 
 def selected(dtypes: Sequence[str], seed: int, patterns: Sequence[str] = (), full: bool = False) -> list[Case]:
@@ -56,7 +81,7 @@ def find_device(backend: Backend, wanted: str | None) -> str:
     for device in devices:
         if wanted.lower().replace("gpu", "cuda") in device.lower().replace("gpu", "cuda"):
             return device
-    raise SystemExit(f"Expected a device of {backend.name}: {', '.join(devices)}. Received: {wanted}.")
+    raise ValueError(f"Expected a device of {backend.name}: {', '.join(devices)}. Received: {wanted}.")
 
 
 def answer(
@@ -70,22 +95,12 @@ def answer(
     """{"numbers": {quantity: {how: values}}}, or {"error": …}, or {"not applicable": …}."""
     try:
         call = find(subject, case.loss, claims, backend.name)
-        results = _computed(backend, device, case, call, subject == "unilabel", mode)
+        return {"numbers": _computed(backend, device, case, call, subject == "unilabel", mode)}
     except NotApplicable as reason:
         return {"not applicable": str(reason)}
-    except Exception as error:
+    except BaseException as error:  # sys.exit() in a loss is wrong, too
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}"}
-    for quantity, ways in results.items():
-        for how, result in ways.items():
-            problem = _wrong_kind(backend, device, case, result, quantity)
-            if problem:
-                return {"error": f"{quantity} by {how}: {problem}"}
-    return {
-        "numbers": {
-            quantity: {how: _hex(backend, result) for how, result in ways.items()} for quantity, ways in results.items()
-        }
-    }
+        return {"error": _said(error)}
 
 
 def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity: str) -> str:
@@ -98,8 +113,8 @@ def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity
 
 def _computed(
     backend: Backend, device: str, case: Case, loss: Callable[..., Any], ours: bool, mode: str
-) -> dict[str, dict[str, Any]]:
-    """Value, gradients and Hessian diagonal, each in every way of computing it."""
+) -> dict[str, dict[str, list[str]]]:
+    """Value, gradients and Hessian diagonal, each in every way of computing it: the results of all calls."""
 
     def array(tensor: Tensor, empty: str) -> Any:
         """Floats in the case's dtype, integers in 32 bits (some devices have no more)."""
@@ -122,27 +137,34 @@ def _computed(
     def called(x: Any, z: Any, arrays: dict[str, Any]) -> Any:
         return loss(x, z, **options, **arrays)
 
-    run = put(called, backend.name, mode)
-    value: dict[str, Any] = {}
-    gradient: dict[str, Any] = {}
-    hessian: dict[str, Any] = {}
-    target_gradient: dict[str, Any] = {}
-    if not ours:  # the vjp needs a result of the right kind
-        problem = _wrong_kind(backend, device, case, run(logits, targets, arrays), "value")
+    numbers: dict[str, dict[str, list[str]]] = {}
+
+    def take(quantity: str, how: str, result: Any) -> None:
+        """Keeps the numbers of a result, at once: a loss might write the next ones into the same array."""
+        problem = _wrong_kind(backend, device, case, result, quantity)
         if problem:
-            raise TypeError(problem)
+            raise TypeError(f"{quantity} by {how}: {problem}")
+        numbers.setdefault(quantity, {})[how] = _hex(backend, result)
+
+    run = put(called, backend.name, mode)
+    if not ours or not backend.autodiff:  # the vjp needs a result of the right kind
+        take("value", "the loss", run(logits, targets, arrays))
     if backend.autodiff:
         cotangent = array(case.cotangent, "float64")
-        value["the loss"], gradient["autodiff"] = backend.vjp(lambda x: run(x, targets, arrays), logits, cotangent)
+        value, gradient = backend.vjp(lambda x: run(x, targets, arrays), logits, cotangent)
+        take("value", "the loss" if ours else "the loss, differentiated", value)
+        take("gradient", "autodiff", gradient)
         if ours and all(isinstance(z, float) for z in case.targets.values) and case.targets.values:
-            _, target_gradient["autodiff"] = backend.vjp(lambda z: run(logits, z, arrays), targets, cotangent)
+            value, gradient = backend.vjp(lambda z: run(logits, z, arrays), targets, cotangent)
+            take("value", "the loss, differentiated by targets", value)
+            take("target_gradient", "autodiff", gradient)
         if unreduced and mode == "eager" and case.loss == "multilabel_logistic_loss":  # whose Hessian is diagonal
             ones = array(Tensor(case.logits.shape, [1.0] * len(case.logits.values)), "float64")
-            _, hessian["autodiff"] = backend.vjp(
+            gradient, hessian = backend.vjp(
                 lambda x: backend.vjp(lambda x: run(x, targets, arrays), x, ones)[1], logits, ones
             )
-    else:
-        value["the loss"] = run(logits, targets, arrays)
+            take("gradient", "autodiff, to be differentiated", gradient)
+            take("hessian", "autodiff", hessian)
     if ours:
         value_and_grad, grad_and_hess = unilabel.value_and_grad(loss), unilabel.grad_and_hess(loss)
 
@@ -150,12 +172,14 @@ def _computed(
             first = value_and_grad(x, z, **options, **arrays)
             return first + (grad_and_hess(x, z, **summed, **arrays) if unreduced else ())
 
-        forms = put(closed_forms, backend.name, mode)(logits, targets, arrays)
-        value["value_and_grad"], gradient["value_and_grad"] = forms[:2]
+        value, gradient, *more = put(closed_forms, backend.name, mode)(logits, targets, arrays)
+        take("value", "value_and_grad", value)
+        take("gradient", "value_and_grad", gradient)
         if unreduced:
-            gradient["grad_and_hess"], hessian["grad_and_hess"] = forms[2:]
-    results = {"value": value, "gradient": gradient, "hessian": hessian, "target_gradient": target_gradient}
-    return {quantity: ways for quantity, ways in results.items() if ways}
+            gradient, hessian = more
+            take("gradient", "grad_and_hess", gradient)
+            take("hessian", "grad_and_hess", hessian)
+    return numbers
 
 
 def _hex(backend: Backend, array: Any) -> list[str]:
