@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,43 @@ class Group(click.Group):
             return super().invoke(context)
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+class Output:
+    """Prints and writes what it can: a full disk, or a reader that has gone, ends nothing. `lost`: what it could not."""
+
+    def __init__(self) -> None:
+        self.lost: list[str] = []
+
+    def print(self, what: str | Table) -> None:
+        if isinstance(what, Table):
+            to = console()
+            with to.capture() as captured:
+                to.print(what)
+            what = captured.get()
+        try:
+            print(what.removesuffix("\n"), flush=True)
+        except (OSError, ValueError) as error:
+            if not isinstance(error, BrokenPipeError):
+                self.lost.append(f"cannot print: {error}")
+            with suppress(OSError, ValueError):  # what is left in the buffer would fail again at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def write(self, file: Path, text: str) -> None:
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            self.lost.append(f"cannot write {file}: {error}")
+
+    def progress(self, column: Column, done: int, total: int) -> None:
+        if done in (0, total):
+            self.print(f"{column}: {'started' if not done else 'done'}, {done} of {total} cases")
+
+    def exit(self, code: int) -> None:
+        for reason in self.lost:
+            with suppress(OSError):
+                click.echo(f"Error: {reason}", err=True)
+        sys.exit(code or bool(self.lost))
 
 
 @click.group(cls=Group)
@@ -143,36 +179,30 @@ def conformance(
     refused = wrong(job)
     if refused:
         raise click.BadParameter(refused[1], param_hint=refused[0])
-    texts: dict[Path | None, Callable[[Results], str]] = {
-        json_file: partial(json.dumps, indent=1),
-        junit_file: junit,
-        html_file: html,
-    }
-    reports = {file: text for file, text in texts.items() if file is not None}
-    if len({os.path.realpath(file) for file in reports}) < 3 - [json_file, junit_file, html_file].count(None):
+    texts: dict[Callable[[Results], str], Path | None] = {_json: json_file, junit: junit_file, html: html_file}
+    reports = {text: file for text, file in texts.items() if file is not None}
+    if len({os.path.realpath(file) for file in reports.values()}) < len(reports):
         raise click.UsageError("expected a file for each report; received the same one twice.")
-    out = console()
-    if not out.is_terminal:
-        out = console(width=40 + 26 * len(columns(job)))
-    _print(f"seed {seed}, {', '.join(job.dtypes)}")
+    output, to = Output(), console()
+    if not to.is_terminal:
+        to = console(width=40 + 26 * len(columns(job)))
+    output.print(f"seed {seed}, {', '.join(job.dtypes)}")
     with Signals() as signals:
-        ran = _with_bars(job, out) if out.is_terminal else run(job, _plain_progress)
+        ran = _with_bars(job, to) if to.is_terminal else run(job, output.progress)
         signals.raises = False  # from here on it is short
         found = results(job, *ran)
-        lost = [reason for file, text in reports.items() for reason in _written(file, text(found))]
-        with out.capture() as shown:
-            show(out, found)
-        lost += _print(shown.get())
-    for reason in lost:
-        with suppress(OSError):
-            click.echo(f"Error: {reason}", err=True)
-    sys.exit(128 + signals.number if signals.number else exit_code(found) or bool(lost))
+        for text, file in reports.items():
+            output.write(file, text(found))
+        with to.capture() as shown:
+            show(to, found)
+        output.print(shown.get())
+    output.exit(128 + signals.number if signals.number else exit_code(found))
 
 
-def _with_bars(job: Job, out: Console) -> Any:
+def _with_bars(job: Job, to: Console) -> Any:
     """Runs it, with a bar for each column. The terminal may go away meanwhile."""
     bars = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=out, transient=True
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=to, transient=True
     )
     tasks = {column: bars.add_task(str(column), total=None) for column in columns(job)}
     with suppress(OSError):
@@ -201,8 +231,9 @@ def compare(a: Path, b: Path, ulp: float) -> None:
     table = Table("a", "b", "cases in both", "missing in one", "largest difference, ULP", "in")
     for row in worst:
         table.add_row(row.a, row.b, str(row.cases), str(row.missing), f"{row.ulp:.4g}", row.where)
-    _print(table)
-    sys.exit(0 if worst and all(row.ulp <= ulp and row.cases and not row.missing for row in worst) else 1)
+    output = Output()
+    output.print(table)
+    output.exit(0 if worst and all(row.ulp <= ulp and row.cases and not row.missing for row in worst) else 1)
 
 
 @conformance.command()
@@ -216,16 +247,17 @@ def vectors(action: str | None, folder: Path) -> None:
     """
     if action is None:
         raise click.UsageError("expected --write or --check; received neither.")
+    output = Output()
     try:
         if action == "write":
-            _print("\n".join(f"written: {folder / name}" for name in write(folder)) or "nothing has changed")
-            return
+            output.print("\n".join(f"written: {folder / name}" for name in write(folder)) or "nothing has changed")
+            output.exit(0)
         wrong = stale(folder, files())
     except OSError as error:
         raise click.UsageError(f"{str(folder)!r} cannot be used: {error}") from error
     lines = [f"{name}: {why}" for name, why in wrong.items()]
-    _print("\n".join([*lines, f"{folder}: {'NOT all' if wrong else 'all'} as the cases and the oracle say"]))
-    sys.exit(bool(wrong))
+    output.print("\n".join([*lines, f"{folder}: {'NOT all' if wrong else 'all'} as the cases and the oracle say"]))
+    output.exit(bool(wrong))
 
 
 @main.command()
@@ -239,34 +271,10 @@ def backends() -> None:
             table.add_row(name, found["version"], ", ".join(found["devices"]), "")
         else:
             table.add_row(name, "not installed", "", f"pip install 'unilabel[{name}]'")
-    _print(table)
+    output = Output()
+    output.print(table)
+    output.exit(0)
 
 
-def _plain_progress(column: Column, done: int, total: int) -> None:
-    if done in (0, total):
-        _print(f"{column}: {'started' if not done else 'done'}, {done} of {total} cases")
-
-
-def _print(what: str | Table) -> list[str]:
-    """Prints, and returns why it could not: a full disk ends nothing, nor does a reader that has gone."""
-    if isinstance(what, Table):
-        out = console()
-        with out.capture() as captured:
-            out.print(what)
-        what = captured.get()
-    try:
-        print(what.removesuffix("\n"), flush=True)
-    except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):  # what is left in the buffer would fail again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return [] if isinstance(error, BrokenPipeError) else [f"cannot print: {error}"]
-    return []
-
-
-def _written(file: Path, text: str) -> list[str]:
-    """Writes a report, and returns why it could not."""
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        return [f"cannot write {file}: {error}"]
-    return []
+def _json(found: Results) -> str:
+    return json.dumps(found, indent=1)

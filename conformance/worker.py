@@ -1,8 +1,8 @@
 """Computes one subject's answers on one backend, in its own process: python -m unilabel.conformance.worker.
 
 The argument says what to run, as JSON (see `runner`). The worker writes lines of JSON to standard output: the version
-of the framework and the device; that the subject is "ready"; the answer to each case; and that this is the "end". Or, in
-place of the first two, the "problem". Whatever the framework or the subject prints goes to standard error.
+of the framework and the device; that the subject is "ready"; the answer to each case; and that this is the "end". In
+place of the first two it may have a "problem". Whatever the framework or the subject prints goes to standard error.
 """
 
 from __future__ import annotations
