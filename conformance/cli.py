@@ -41,7 +41,7 @@ class Group(click.Group):
 
 
 class Output:
-    """Prints and writes what it can: a full disk, or a reader that has gone, ends nothing. `lost`: what it could not."""
+    """Prints and writes what it can: a full disk, or a reader that has gone, ends nothing. `lost` has the reasons."""
 
     def __init__(self) -> None:
         self.lost: list[str] = []

@@ -141,16 +141,48 @@ def test_same_seed_same_cases():
     [
         (["--backend", "numbers_"], "'numbers_' is none of numpy, torch, jax, tensorflow, nor a module here"),
         (["--dtype", "float8"], "'float8' is not one of 'float16', 'bfloat16', 'float32', 'float64'"),
+        (["--backend", "numpy.linalg"], "'numpy.linalg' is none of numpy, torch, jax, tensorflow, nor a module here"),
+        (["--backend", "no_such.module"], "'no_such.module' is none of"),
+        (["--backend", ""], "'' is none of"),
+        (["--subject", "no_such:my_loss"], "nor a package.module:function here (no module named 'no_such')"),
+        (["--subject", ".m:f"], "nor a package.module:function here (expected package.module:function)"),
+        (["--subject", "json:"], "nor a package.module:function here (expected package.module:function)"),
+        (["--subject", "json:dumps"], "Say which it is: one of multilabel_logistic_loss, softmax_nll, "),
+        (["--loss", "softmax"], "'softmax' is none of multilabel_logistic_loss, softmax_nll, "),
         (["--case", "nonsense"], "no case matches 'nonsense'. Families: seed, "),
+        (["--case", "large"], "flat, large (with --full)."),
         (["--seed", "one"], "'one' is not a valid integer"),
+        *(
+            (["--timeout", x], f"expected a positive number of seconds, received {x}.")
+            for x in ("0", "-1", "nan", "inf")
+        ),
+        (["--jobs", "0"], "expected 1 or more processes, received 0"),
         (["--json", "no/such/folder/results.json"], "there is no folder"),
+        (["--json", ""], "cannot be written: Is a directory"),
+        (["--junit", "/proc/junit.xml"], "'/proc/junit.xml' cannot be written: "),
+        (["--html", f"{'long' * 99}.html"], "cannot be written: File name too long"),
+        (["--json", "same", "--html", "../tests/same"], "expected a file for each report; received the same one twice"),
         (["--quick"], "No such option"),
     ],
 )
-def test_wrong_call_exits_with_2(arguments, text):
+def test_wrong_call_exits_with_2(arguments, text, monkeypatch):
+    monkeypatch.chdir(ROOT / "tests")
+    before = set(os.listdir())
     result = CliRunner().invoke(main, ["conformance", *arguments], terminal_width=200)
     assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
     assert text in result.output
+    assert set(os.listdir()) == before
+
+
+def test_what_is_asked_for_twice_runs_once(tmp_path):
+    """And a report may be a pipe."""
+    twice = ["--backend=numpy", "--dtype=float32", "--case=float32/seed/1", "--subject=unilabel", "--mode=eager"] * 2
+    done = command("conformance", *twice, "--json", "/dev/stdout")
+    assert done.returncode == 0
+    assert "numpy: 1 pass" in done.stdout
+    found = json.loads("{" + done.stdout.partition("\n{")[2].partition("\n}")[0] + "}")
+    assert (found["dtypes"], len(found["runs"]), len(found["runs"][0]["cases"])) == (["float32"], 1, 1)
 
 
 def test_backend_asked_for_and_missing_is_a_failure(monkeypatch):
@@ -164,7 +196,7 @@ def test_backend_asked_for_and_missing_is_a_failure(monkeypatch):
 def test_device_that_is_not_there_is_a_failure():
     done = command("conformance", "--backend", "numpy", "--device", "cuda", "--case", "seed")
     assert done.returncode == 1
-    assert "numpy: Expected a device of numpy: cpu. Received: cuda." in done.stdout
+    assert "numpy: ValueError: Expected a device of numpy: cpu. Received: cuda." in done.stdout
 
 
 def test_a_backend_that_dies_is_a_line_in_the_report(tmp_path):

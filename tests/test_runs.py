@@ -348,7 +348,7 @@ def test_signals(tmp_path, number):
         time.sleep(0.1)
     process.send_signal(number)
     process.send_signal(number)  # an impatient user
-    output, errors = process.communicate(timeout=120)
+    output, errors = end_of(process)
     assert (process.returncode, errors) == (128 + number, b"")
     assert b"interrupted: 56 cases" in output
     reports = Reports(tmp_path)
@@ -371,7 +371,7 @@ def interrupted(*arguments):
 {name} = interrupted
 """
     process = listening(tmp_path, code, "--backend", "numpy", "--case", "float32/seed/1")
-    _, errors = process.communicate(timeout=120)
+    _, errors = end_of(process)
     assert (process.returncode, errors) == (130, b"")
     if where != "the cases":  # which are made first to see whether --case is right
         found = json.loads((tmp_path / "results.json").read_text())
@@ -379,8 +379,16 @@ def interrupted(*arguments):
         assert found["passed"] == (where == "the report")
 
 
+def end_of(process):
+    try:
+        return process.communicate(timeout=120)
+    finally:
+        process.kill()
+
+
 def listening(folder, code, *arguments):
-    """The command, listening to SIGINT."""
+    """The command, listening to signals, whatever this process does."""
+    code += "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     files = ["--json", "results.json", "--junit", "junit.xml", "--html", "page.html"]
     return subprocess.Popen(
         [sys.executable, "-c", code + LISTENING, "conformance", *arguments, *files],

@@ -1,6 +1,8 @@
 """Anybody's loss through the same cases: the frameworks' own, and a function named on the command line."""
 
+import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +10,9 @@ import time
 from xml.etree import ElementTree
 
 import pytest
+from click.testing import CliRunner
 from test_conformance import command
+from unilabel.conformance.cli import main
 
 OWN = """
 import unilabel
@@ -97,15 +101,15 @@ def test_somebodys_function(own):
     assert done.returncode == 0, done.stdout
     assert "not applicable" in done.stdout  # its other losses, and the options that it does not take
     done = command("conformance", "--subject", "own:plain", "--backend", "numpy", "--case", "seed", package=own)
-    assert "0 pass" not in done.stdout
-    assert "60 not applicable" in done.stdout or "30 not applicable" in done.stdout  # it claims to be no loss of ours
+    assert done.returncode == 2
+    assert "'own:plain' has the name of no loss" in " ".join(done.stderr.split())
     named = ["--subject", "own:plain", "--loss", "softmax_nll", "--backend", "numpy", "--case", "seed"]
     done = command("conformance", *named, package=own)
     assert done.returncode == 1
     assert "own:plain numpy: " in done.stdout
 
 
-@pytest.mark.parametrize("subject", ["nonsense", "own:missing", "no.such.module:f"])
+@pytest.mark.parametrize("subject", ["nonsense", "no.such.module:f"])
 def test_a_subject_that_is_not_there_is_a_wrong_call(own, subject):
     done = command("conformance", "--subject", subject, "--backend", "numpy", package=own)
     assert done.returncode == 2
@@ -116,7 +120,7 @@ def test_one_that_hangs_is_ended(own):
     hung = ["--subject", "own:slow", "--loss", "softmax_nll", "--backend", "numpy", "--case", "float32/seed/2"]
     done = command("conformance", *hung, "--timeout", "3", "--subject", "unilabel", package=own)
     assert done.returncode == 1
-    assert "own:slow numpy: no answer for 3 s" in done.stdout
+    assert "own:slow numpy: cotangent: float32/seed/2: no answer for 3 s" in done.stdout
     assert "numpy: 1 pass" in done.stdout
 
 
@@ -162,8 +166,116 @@ def test_saved_results_compare(own, tmp_path):
     assert same.returncode == 0, same.stdout
     apart = command("conformance", "compare", a, c, "--ulp", "2")
     assert apart.returncode == 1, apart.stdout
-    (tmp_path / "other.json").write_text("[]")
-    assert command("conformance", "compare", a, str(tmp_path / "other.json")).returncode == 2
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The results of NumPy in a few cases."""
+    file = tmp_path_factory.mktemp("saved") / "a.json"
+    command(
+        "conformance", "--backend", "numpy", "--case", "float32/seed/[1-4]", "--case=float64/seed/1", "--json", file
+    )
+    return json.loads(file.read_text())
+
+
+def compared(folder, a, b, *arguments):
+    files = [folder / "a.json", folder / "b.json"]
+    for file, data in zip(files, (a, b), strict=True):
+        file.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+    return CliRunner().invoke(main, ["conformance", "compare", *map(str, files), *arguments], terminal_width=200)
+
+
+def only_one_case(found):
+    found["runs"][0]["cases"] = found["runs"][0]["cases"][:1]
+
+
+def no_numbers(found):
+    found["runs"][0]["cases"][1]["numbers"] = {}
+
+
+def no_values(found):
+    found["runs"][0]["cases"][1]["numbers"]["value"]["the loss"] = []
+
+
+def one_value_less(found):
+    found["runs"][0]["cases"][0]["numbers"]["gradient"]["value_and_grad"].pop()
+
+
+def no_gradient(found):
+    del found["runs"][0]["cases"][1]["numbers"]["gradient"]
+
+
+def no_way(found):
+    del found["runs"][0]["cases"][1]["numbers"]["gradient"]["grad_and_hess"]
+
+
+def another_column(found):
+    found["runs"].append({**found["runs"][0], "title": "torch", "backend": "torch"})
+
+
+def another_number(found):
+    numbers = found["runs"][0]["cases"][0]["numbers"]["value"]["the loss"]
+    numbers[0] = (float.fromhex(numbers[0]) + 2**-24).hex()
+
+
+def not_run(found):
+    """As of a large case, whose numbers are not kept."""
+    found["runs"][0]["cases"][1] |= {"numbers": {}, "status": "not run"}
+
+
+DIFFERENCES = [
+    only_one_case, no_numbers, no_values, one_value_less, no_gradient, no_way, another_column, another_number, not_run,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", DIFFERENCES)
+def test_what_is_missing_is_a_difference(saved, tmp_path, change):
+    """On either side."""
+    other = copy.deepcopy(saved)
+    change(other)
+    assert compared(tmp_path, saved, saved).exit_code == 0
+    assert compared(tmp_path, other, other).exit_code == 0
+    missing = change is not another_number
+    for a, b in ((saved, other), (other, saved)):
+        result = compared(tmp_path, a, b, "--ulp", "1000" if missing else "0")
+        assert result.exit_code == 1
+        assert bool(re.search(r"│ [1-9]\d* +│ 0 +│", result.output)) == missing, result.output
+
+
+def test_missing_everywhere(saved, tmp_path):
+    """Nothing is compared, and so nothing is the same."""
+    for found in (saved | {"runs": []}, saved | {"runs": [saved["runs"][0] | {"cases": []}]}):
+        assert compared(tmp_path, found, found).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": 1}, "format 1, where this release has 2"),
+        ({"format": "2"}, "format '2', where this release has 2"),
+        ({"seed": 7}, "the seeds differ, and so do the cases: 0 and 7"),
+        ({"runs": 3}, "not iterable"),
+        ({"runs": [3]}, "expected two files that --json wrote"),
+        ({"runs": [{}]}, "expected two files that --json wrote; received: KeyError('title')"),
+        (b"", "JSONDecodeError"),
+        (b"[]", "not a file that --json wrote"),
+        (b"\xff", "UnicodeDecodeError"),
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"format": 2, "seed": 0, "runs": [{"title": "numpy", "cases": [[]]}]}', "expected two files"),
+    ],
+)
+def test_files_that_cannot_be_compared(saved, tmp_path, change, reason):
+    result = compared(tmp_path, saved, change if isinstance(change, bytes) else saved | change)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert reason in " ".join(result.output.split())
+
+
+def test_numbers_that_are_none(saved, tmp_path):
+    for number in ("x", "0x1p9999999", 1, None):
+        other = copy.deepcopy(saved)
+        other["runs"][0]["cases"][0]["numbers"]["value"]["the loss"][0] = number
+        assert compared(tmp_path, saved, other).exit_code == 2
 
 
 @pytest.mark.full
