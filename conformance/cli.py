@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -25,19 +25,20 @@ from .html import html
 from .junit import junit
 from .modes import MODES
 from .processes import Signals
-from .report import Results, console, exit_code, results, show
+from .report import Results, console, exit_code, results, show, visible
 from .runner import Column, Job, columns, describe, installed, run, wrong
 from .vectors import FOLDER, files, stale, write
 
 
 class Group(click.Group):
-    """Ctrl-C at any moment is exit code 130."""
+    """A group whose commands end with 128 + the number of a signal, at any moment. Its object says whether one came."""
 
     def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        with Signals() as context.obj:
+            try:
+                return super().invoke(context)
+            except KeyboardInterrupt:
+                sys.exit(128 + (context.obj.number or signal.SIGINT))
 
 
 class Output:
@@ -52,8 +53,14 @@ class Output:
             with to.capture() as captured:
                 to.print(what)
             what = captured.get()
+        with self.printing():
+            print(what.removesuffix("\n"))
+
+    @contextmanager
+    def printing(self) -> Iterator[None]:
         try:
-            print(what.removesuffix("\n"), flush=True)
+            yield
+            print(end="", flush=True)
         except (OSError, ValueError) as error:
             if not isinstance(error, BrokenPipeError):
                 self.lost.append(f"cannot print: {error}")
@@ -187,30 +194,29 @@ def conformance(
     if not to.is_terminal:
         to = console(width=40 + 26 * len(columns(job)))
     output.print(f"seed {seed}, {', '.join(job.dtypes)}")
-    with Signals() as signals:
-        ran = _with_bars(job, to) if to.is_terminal else run(job, output.progress)
-        signals.raises = False  # from here on it is short
-        found = results(job, *ran)
-        for text, file in reports.items():
-            output.write(file, text(found))
-        with to.capture() as shown:
-            show(to, found)
-        output.print(shown.get())
+    ran = _with_bars(job, output) if to.is_terminal else run(job, output.progress)
+    signals: Signals = context.obj
+    signals.raises = False  # from here on it is short
+    found = results(job, *ran)
+    for text, file in reports.items():
+        output.write(file, text(found))
+    with to.capture() as shown:
+        show(to, found)
+    output.print(shown.get())
     output.exit(128 + signals.number if signals.number else exit_code(found))
 
 
-def _with_bars(job: Job, to: Console) -> Any:
-    """Runs it, with a bar for each column. The terminal may go away meanwhile."""
-    bars = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), console=to, transient=True
-    )
+def _with_bars(job: Job, output: Output) -> Any:
+    """Runs it, with a bar for each column."""
+    shown = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    bars = Progress(*shown, console=console(), transient=True, redirect_stdout=False)
     tasks = {column: bars.add_task(str(column), total=None) for column in columns(job)}
-    with suppress(OSError):
+    with output.printing():
         bars.start()
     try:
         return run(job, lambda column, done, total: bars.update(tasks[column], completed=done, total=total))
     finally:
-        with suppress(OSError):
+        with output.printing():
             bars.stop()
 
 
@@ -267,7 +273,7 @@ def backends() -> None:
     here = installed()
     for name in BUILT_IN:
         if name in here:
-            found = describe(name)
+            found = visible(describe(name))
             table.add_row(name, found["version"], ", ".join(found["devices"]), "")
         else:
             table.add_row(name, "not installed", "", f"pip install 'unilabel[{name}]'")

@@ -1,7 +1,7 @@
 """Worker processes: what they say, and that none is left behind, whatever the losses in them do.
 
-A loss may crash, hang, write anything anywhere, and start processes of its own. So each worker has a process group,
-which is killed as a whole; and it counts as done only if it said so.
+A loss may crash, hang, write anything anywhere, and start processes of its own. So a worker is killed with all that it
+started, and counts as done only if it said so.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 POLL = 0.1  # seconds between two looks at a worker that says nothing
@@ -35,13 +37,13 @@ class Processes:
     def __init__(self) -> None:
         self.stopped = False
         self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: set[Worker] = set()
 
     def stop(self) -> None:
         with self._lock:
             self.stopped = True
             for process in self._running:
-                _kill(process)
+                process.end()
 
     def messages(self, order: dict[str, Any], dtype: str, timeout: float) -> Generator[dict[str, Any]]:
         """What a worker says, as it comes, until it says that it is done. Ended if it does not come so far."""
@@ -58,6 +60,7 @@ class Processes:
                     done = "end" in message
                     if done:
                         return
+                    words.clear()  # they were about this
                     yield message
             reader.join(LEAVE)
             said = _last(b"".join(words))
@@ -68,26 +71,46 @@ class Processes:
             if done:
                 with suppress(subprocess.TimeoutExpired):  # it may exit by itself
                     process.wait(LEAVE)
-            _kill(process)
+            process.end()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(LEAVE)
             with self._lock:
                 self._running.discard(process)
 
-    def _start(self, order: dict[str, Any], dtype: str) -> subprocess.Popen[bytes]:
-        # JAX has float64 only if this is set.
-        environment = os.environ | ({"JAX_ENABLE_X64": "1"} if dtype == "float64" else {})
-        # -P: import the installed unilabel, not one in the current folder.
-        command = [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(order)]
-        pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    def _start(self, order: dict[str, Any], dtype: str) -> Worker:
         with self._lock:
             if self.stopped:
                 raise Ended("interrupted")
-            process = subprocess.Popen(
-                command, stdin=none, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
-            )
+            try:
+                process = Worker(order, dtype)
+            except OSError as error:
+                raise Ended(f"no process can be started: {error}") from error
             self._running.add(process)
         return process
+
+
+class Worker(subprocess.Popen[bytes]):
+    """A worker's process, and all that it starts: the process group and, on Linux, what has left the group."""
+
+    def __init__(self, order: dict[str, Any], dtype: str) -> None:
+        self._mark = uuid.uuid4().hex  # in the environment, which children inherit
+        environment = os.environ | {"UNILABEL_WORKER": self._mark}
+        if dtype == "float64":
+            environment |= {"JAX_ENABLE_X64": "1"}  # without it, JAX has no float64
+        # -P: import the installed unilabel, not one in the current folder.
+        command = [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(order)]
+        pipe, none = subprocess.PIPE, subprocess.DEVNULL
+        super().__init__(command, stdin=none, stdout=pipe, stderr=pipe, env=environment, start_new_session=True)
+
+    def end(self) -> None:
+        if not hasattr(os, "killpg"):
+            return self.kill()
+        with suppress(ProcessLookupError, PermissionError):  # all have ended; macOS says the second
+            os.killpg(self.pid, signal.SIGKILL)
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has ended, or is not ours
+                if self._mark.encode() in environment.read_bytes():
+                    os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _follow(pipe: Any, read: Callable[[Any], bytes], put: Callable[[bytes], None]) -> threading.Thread:
@@ -104,7 +127,7 @@ def _follow(pipe: Any, read: Callable[[Any], bytes], put: Callable[[bytes], None
     return thread
 
 
-def _line(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes], timeout: float) -> bytes:
+def _line(process: Worker, lines: queue.SimpleQueue[bytes], timeout: float) -> bytes:
     """The next line, or b"" if the worker has exited. Ended if neither comes in time."""
     deadline, closed = time.monotonic() + timeout, False
     while time.monotonic() < deadline:
@@ -113,20 +136,11 @@ def _line(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes], tim
                 return line
             closed = True
         if process.poll() is not None:
-            _kill(process)  # who else holds the pipe open
+            process.end()  # who else holds the pipe open
             with suppress(queue.Empty):
                 return b"" if closed else lines.get(timeout=LEAVE)
             return b""
     raise Ended(f"no answer for {timeout:g} s")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a worker and what it started: its process group, where there are such."""
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError, PermissionError):  # all have ended; macOS says the second
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
 
 
 def _read(line: bytes) -> dict[str, Any]:

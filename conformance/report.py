@@ -87,7 +87,7 @@ def _case(case: Case, run: Run) -> dict[str, Any]:
         "size": len(case.logits.values),
         "call": call(case) if status == "fail" else "",
         "status": status,
-        "reason": answer.get("error", "") or answer.get("not applicable", ""),
+        "reason": str(answer.get("error", "") or answer.get("not applicable", "")),
         "verdicts": {name: _verdict(verdict) for name, verdict in run.verdicts.get(case.id, {}).items()},
         "numbers": {} if len(case.logits.values) > KEPT else answer.get("numbers", {}),
     }

@@ -163,10 +163,11 @@ def run(job: Job, progress: Progress) -> tuple[list[Case], list[Run], bool]:
             try:
                 with closing(processes.messages(order, dtype, job.timeout)) as messages:
                     for message in messages:
-                        if "version" in message:
-                            result = result._replace(version=message["version"], device=message["device"])
-                        elif "problem" in message:
+                        if "problem" in message:
                             raise Ended(message["problem"])
+                        if "version" in message and not ready:
+                            device = str(message.get("device"))
+                            result = result._replace(version=str(message["version"]), device=device)
                         elif "ready" in message:
                             ready = True
                         elif left and message.get("id") == left[0].id:

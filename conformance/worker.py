@@ -11,7 +11,6 @@ import fnmatch
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,6 @@ def main() -> None:
     try:
         _work(json.loads(sys.argv[1]), say)
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
         say(problem=_said(error))
     say(end=True)
 
@@ -99,7 +97,6 @@ def answer(
     except NotApplicable as reason:
         return {"not applicable": str(reason)}
     except BaseException as error:  # sys.exit() in a loss is wrong, too
-        traceback.print_exc()
         return {"error": _said(error)}
 
 

@@ -95,6 +95,8 @@ def test_a_backend_that_dies_fails(tmp_path):
         (["--backend", "no_such"], "--backend: 'no_such' is none of numpy, torch, jax, tensorflow, nor a module here"),
         (["--dtype", "float8"], "--dtype: 'float8' is none of float16, bfloat16, float32, float64"),
         (["--case", "nonsense"], "--case: no case matches 'nonsense'. Families: seed, "),
+        (["--timeout", "nan"], "--timeout: expected a positive number of seconds, received nan"),
+        (["--loss", "softmax"], "--loss: 'softmax' is none of multilabel_logistic_loss, softmax_nll, "),
         (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
         (["--quick"], "unrecognized arguments: --quick"),
     ],

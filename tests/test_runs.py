@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from html import unescape
 from pathlib import Path
 from xml.etree import ElementTree
@@ -64,6 +65,7 @@ HARMLESS = {{
     "babbles": babble,
     "changes the folder": lambda: os.chdir("/"),
     "has a child that sleeps": lambda: fork(sleep),
+    "has a child in a session of its own": lambda: fork(lambda: (os.setsid(), sleep())),
     "has a child that goes on": lambda: fork(lambda: None),
     "has a child that fails": lambda: fork(lambda: fail(ValueError())),
     "closes its streams": lambda: (sys.stdout.close(), os.close(0)),
@@ -94,6 +96,8 @@ CRASH = {{
     "closes every descriptor": lambda: os.closerange(3, 64),
     "forges": lambda: write_anywhere(b"[]\\n"),
     "forges half": lambda: (write_anywhere(b'{{"id": "x", '), os._exit(0)),
+    "forges a version": lambda: write_anywhere(b'{{"version": []}}\\n'),
+    "forges an answer": lambda: write_anywhere(b'{{"id": "float32/moderate/1", "numbers": {{}}}}\\n'),
     "forges an end": lambda: write_anywhere(b'{{"end": true}}\\n'),
 }}
 HANG = {{
@@ -140,6 +144,7 @@ class Reports:
 def subject(folder, plan=(), imported="", name="fuzzed"):
     """A module that does what is planned for each case, and where it and its children note their process ids."""
     by_logit = {case.logits.values[0]: does for case, does in plan}
+    (folder / "pids").touch()
     text = SUBJECT.format(pids=str(folder / "pids"), plan=by_logit, imported=imported)
     (folder / f"{name}.py").write_text(text)
 
@@ -209,10 +214,10 @@ def planned(rounds):
 # --- The fuzz ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.full) for number in (1, 2))])
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.full) for number in (1, 2, 3))])
 def test_fuzz(tmp_path, number):
     """Whatever it does in a case, that case alone is wrong, in every report, with a reason; the next one goes on."""
-    plan, expected = list(planned(3))[number]
+    plan, expected = list(planned(4))[number]
     subject(tmp_path, plan)
     done = run(tmp_path, *WHICH, timeout="10")
     reports = Reports(tmp_path)
@@ -223,7 +228,7 @@ def test_fuzz(tmp_path, number):
 
 @pytest.mark.full
 def test_fuzz_of_the_plugin(tmp_path):
-    plan, expected = next(planned(3))
+    plan, expected = next(planned(4))
     subject(tmp_path, plan)
     arguments = ["-o", "pythonpath=.", "--pyargs", "unilabel.conformance", *WHICH, "--timeout", "10"]
     done, *_ = run_pytest(tmp_path, *arguments, "-v")
@@ -343,7 +348,7 @@ def test_signals(tmp_path, number):
     """What there is by then is reported, and the workers and their children end."""
     subject(tmp_path, [(FIRST[2], "sleeps with a child")])
     process = listening(tmp_path, "", *WHICH, "--jobs", "1")
-    while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
+    while len((tmp_path / "pids").read_text().split()) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(number)
@@ -354,6 +359,30 @@ def test_signals(tmp_path, number):
     reports = Reports(tmp_path)
     assert reports.found["interrupted"]
     assert [reports.statuses[case.id] for case in FIRST[:4]] == ["pass", "pass", "not run", "not run"]
+    assert_none_is_left(tmp_path)
+
+
+@pytest.mark.full
+def test_terminal_that_goes_away(tmp_path):
+    """Nothing can be printed, in the middle of the bars."""
+    subject(tmp_path, [(FIRST[2], "sleeps with a child")])
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    process = listening(tmp_path, "", *WHICH, "--dtype", "float32", stdout=theirs)
+    os.close(theirs)
+    shown, deadline = b"", time.monotonic() + 120
+    while len((tmp_path / "pids").read_text().split()) < 2 or b"6/28" not in shown:
+        assert process.poll() is None
+        assert time.monotonic() < deadline, shown
+        with suppress(BlockingIOError):
+            shown += os.read(ours, 1 << 16)
+        time.sleep(0.1)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    _, errors = end_of(process)
+    assert process.returncode == 128 + signal.SIGHUP, errors.decode()
+    assert b"Traceback" not in errors
+    assert [Reports(tmp_path).statuses[case.id] for case in FIRST[:3]] == ["pass", "pass", "not run"]
     assert_none_is_left(tmp_path)
 
 
@@ -386,13 +415,13 @@ def end_of(process):
         process.kill()
 
 
-def listening(folder, code, *arguments):
+def listening(folder, code, *arguments, stdout=subprocess.PIPE):
     """The command, listening to signals, whatever this process does."""
     code += "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     files = ["--json", "results.json", "--junit", "junit.xml", "--html", "page.html"]
     return subprocess.Popen(
         [sys.executable, "-c", code + LISTENING, "conformance", *arguments, *files],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=folder, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(folder)},
     )  # fmt: skip
 
 
@@ -428,13 +457,21 @@ def test_brackets_in_a_name_are_no_markup(tmp_path):
     assert "[red]:softmax_nll numpy: nothing was checked, as" in done.stdout.decode()
 
 
-def test_the_first_call_is_judged(tmp_path):
-    """A loss that is wrong only the first time it is called in a case."""
-    (tmp_path / "first.py").write_text(
-        "import unilabel\ncalls = []\ndef softmax_nll(logits, targets, *, reduction='mean'):\n"
+def test_each_call_and_kind_of_tensor_is_judged(tmp_path):
+    """A loss that is wrong only the first time it is called in a case; and results that are no tensors of its kind."""
+    (tmp_path / "calls.py").write_text(
+        "import unilabel\n"
+        "calls = []\n"
+        "does = [lambda x: x * 2, lambda x: x, lambda x: x, lambda x: x,\n"
+        "        lambda x: x.to_sparse(), lambda x: x.detach().numpy()]\n"
+        "def softmax_nll(logits, targets, *, reduction='mean'):\n"
         "    calls.append(1)\n"
-        "    return unilabel.softmax_nll(logits, targets, reduction=reduction) * (2.0 if len(calls) == 1 else 1.0)\n"
+        "    return does[len(calls) - 1](unilabel.softmax_nll(logits, targets, reduction=reduction))\n"
     )
-    done = run(tmp_path, "--subject=first:softmax_nll", "--backend=torch", "--case=float32/seed/[23]")
+    done = run(tmp_path, "--subject=calls:softmax_nll", "--backend=torch", "--case=float32/seed/[2356]")
     assert done.returncode == 1
-    assert Reports(tmp_path).statuses == {"float32/seed/2": "fail", "float32/seed/3": "pass"}
+    cases = {case["id"]: case for case in Reports(tmp_path).run["cases"]}
+    assert [case["status"] for case in cases.values()] == ["fail", "pass", "fail", "fail"]
+    assert cases["float32/seed/2"]["verdicts"]["value"]["how"] == "the loss"
+    assert "ValueError: Expected values to read." in cases["float32/seed/5"]["reason"]
+    assert "Received: ('numpy', 'float32', (), 'cpu')" in cases["float32/seed/6"]["reason"]
