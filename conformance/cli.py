@@ -234,7 +234,8 @@ def compare(a: Path, b: Path, ulp: float) -> None:
         worst = differences(read(a), read(b))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise click.UsageError(f"expected two files that --json wrote; received: {error!r}") from error
-    table = Table("a", "b", "cases in both", "missing in one", "largest difference, ULP", "in")
+    table = Table("a", "b", "cases in both", "missing in one", "largest difference, ULP")
+    table.add_column("in", overflow="fold")
     for row in worst:
         table.add_row(row.a, row.b, str(row.cases), str(row.missing), f"{row.ulp:.4g}", row.where)
     output = Output()

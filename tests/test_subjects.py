@@ -239,7 +239,7 @@ def test_what_is_missing_is_a_difference(saved, tmp_path, change):
     for a, b in ((saved, other), (other, saved)):
         result = compared(tmp_path, a, b, "--ulp", "1000" if missing else "0")
         assert result.exit_code == 1
-        assert bool(re.search(r"│ [1-9]\d* +│ 0 +│", result.output)) == missing, result.output
+        assert bool(re.search(r"│ \d+ +│ [1-9]\d* +│ 0 +│", result.output)) == missing, result.output
 
 
 def test_missing_everywhere(saved, tmp_path):
