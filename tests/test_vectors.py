@@ -229,6 +229,19 @@ def test_files_too_few_and_too_many(folder, right):
     assert stale(folder, right).keys() == {"old.json"}
 
 
+def test_a_file_that_cannot_be_read(folder):
+    (folder / "seed.json").write_bytes(b"\xff")
+    (folder / "zero.json").unlink()
+    (folder / "zero.json").mkdir()
+    result = vectors_command("--check", "--to", folder)
+    assert result.exit_code == 1
+    assert "seed.json: cannot be read: 'utf-8' codec can't decode byte 0xff" in result.output
+    assert "zero.json: cannot be read: [Errno 21] Is a directory" in result.output
+    result = vectors_command("--write", "--to", folder / "tails.json" / "new")
+    assert result.exit_code == 2
+    assert "cannot be used: [Errno 20] Not a directory" in result.output
+
+
 def test_writes_only_what_changed(folder):
     """A second run writes nothing; and a new version of unilabel alone changes no file."""
     replace(folder / "zero.json", '"generator": "unilabel ', '"generator": "unilabel 9.')
