@@ -6,9 +6,15 @@ so a block is computed as if it were all there is; only the sums of the blocks a
 
 from __future__ import annotations
 
+import _thread
+import contextlib
+import functools
 import itertools
 import math
+import sys
+from collections import deque
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +26,89 @@ from ..formulas import Loss, Namespace, Operands, Options
 # The C library gives memory from 128 kB up back to the system when it is freed, and the system clears it each time that
 # it is taken again, which takes longer than to compute. Once an array of this size has been freed, glibc reuses it.
 np.empty(1 << 24, np.uint8)
+
+
+class Helpers:
+    """Threads that compute blocks for whoever calls.
+
+    They and their callers wait in C alone: where the handler of a signal raises, `threading` and `concurrent.futures`
+    may keep a lock for ever, or release it twice. They are daemons: the threads of `concurrent.futures` end with the
+    main one, but atexit handlers and other threads may still call.
+    """
+
+    def __init__(self, count: int, start: Callable[[], object] = lambda: None) -> None:
+        """`start` is called in each thread first."""
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.count = 0  # fewer if the system gives no more, as while the interpreter ends
+        started: SimpleQueue[object] = SimpleQueue()
+        with contextlib.suppress(RuntimeError):
+            while self.count < count:
+                _thread.start_new_thread(_serve, (self._jobs, start, started))
+                self.count += 1
+        for _ in range(self.count):
+            started.get()
+
+    def each(self, function: Callable[[Any], Any], rows: list[Any], with_caller: bool) -> Iterable[Any]:
+        """Each thread takes the next block, the caller's too if it is said; that begins before the others wake up."""
+        if not self.count or sys.is_finalizing():
+            return map(function, rows)
+        left, done = deque(enumerate(rows)), [None] * len(rows)
+
+        def work() -> None:
+            while left:
+                try:
+                    i, some = left.popleft()
+                except IndexError:  # another thread has taken the last
+                    return
+                try:
+                    done[i] = function(some)
+                except BaseException:
+                    left.clear()  # the call fails: no more of it is needed
+                    raise
+
+        # A helper takes a ticket to begin. What it finds in its queue later than that must not keep arrays in memory.
+        tickets = [work] * min(self.count, len(rows) - with_caller)
+        begun, ended = len(tickets), SimpleQueue[BaseException | None]()
+        try:
+            for _ in range(begun):
+                self._jobs.put(functools.partial(_help, tickets, ended))
+            if with_caller:
+                work()
+            else:
+                ended.put(ended.get())  # once one has ended, no block is left
+        finally:
+            left.clear()
+            with contextlib.suppress(IndexError):
+                while tickets.pop():
+                    begun -= 1
+            errors = [ended.get() for _ in range(begun)]
+        while errors:
+            error = errors.pop()
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback has this frame
+        return done
+
+
+def _serve(jobs: SimpleQueue[Callable[[], None]], start: Callable[[], object], started: SimpleQueue[object]) -> None:
+    started.put(start())
+    while True:
+        jobs.get()()
+
+
+def _help(tickets: list[Callable[[], None]], ended: SimpleQueue[BaseException | None]) -> None:
+    try:
+        work = tickets.pop()
+    except IndexError:  # too late
+        return
+    try:
+        work()
+    except BaseException as error:
+        ended.put(error)
+    else:
+        ended.put(None)
 
 
 class Block(NamedTuple):

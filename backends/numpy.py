@@ -6,8 +6,7 @@ import functools
 import math
 import os
 import sys
-from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,6 @@ from ..backend import Array, Backend
 from ..formulas import Loss, Namespace, Operands, Options
 from ..namespace import Extended, Finite
 from . import blocks
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
 
 
 class _Numpy(Extended):
@@ -110,13 +106,22 @@ class _Finite(Finite, _Numpy):
 xp: Namespace = _Numpy(np)
 
 
-@functools.cache
-def _helpers() -> tuple[ThreadPoolExecutor, int] | None:
-    """Threads beside the caller's for large arrays, and how many: UNILABEL_NUM_THREADS in all, or one for each core."""
-    from concurrent.futures import ThreadPoolExecutor
+def _number_of_threads() -> int:
+    """For large arrays, the caller's included: what UNILABEL_NUM_THREADS says, or one for each core."""
+    said = os.environ.get("UNILABEL_NUM_THREADS")
+    if said is None:
+        return os.cpu_count() or 1
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(f"Expected UNILABEL_NUM_THREADS to be a number of threads from 1 up. Received: {said!r}.")
+    return int(said)
 
-    count = int(os.environ.get("UNILABEL_NUM_THREADS", 0)) or (os.cpu_count() or 1)
-    return (ThreadPoolExecutor(count - 1, "unilabel"), count - 1) if count > 1 else None
+
+_number_of_threads()  # raises now, and not when the first large array comes
+
+
+@functools.cache
+def _helpers() -> blocks.Helpers:
+    return blocks.Helpers(_number_of_threads() - 1)
 
 
 if hasattr(os, "register_at_fork"):  # threads are not forked
@@ -124,45 +129,8 @@ if hasattr(os, "register_at_fork"):  # threads are not forked
 
 
 def _each(function: Any, rows: list[Any]) -> Any:
-    """Each thread takes the next block. The caller's begins at once; others take a while to wake up."""
-    helpers = _helpers()
-    if helpers is None:
-        return map(function, rows)
-    pool, count = helpers
-    left, done = deque(enumerate(rows)), [None] * len(rows)
-
-    def work() -> None:
-        with np.errstate(all="ignore"):  # which belongs to a thread
-            while left:
-                try:
-                    i, some = left.popleft()
-                except IndexError:  # another thread has taken the last
-                    return
-                try:
-                    done[i] = function(some)
-                except BaseException:
-                    left.clear()  # the call fails: no more of it is needed
-                    raise
-
-    # In a list: a cancelled job stays in the pool's queue for a while, and must not keep arrays in memory.
-    jobs = [work]
-    helping = [pool.submit(_do, jobs) for _ in range(min(count, len(rows) - 1))]
-    try:
-        work()
-    finally:
-        left.clear()
-        jobs.clear()
-        helping = [helper for helper in helping if not helper.cancel()]  # have begun
-        for helper in helping:
-            helper.exception()  # waits, and leaves the caller's own exception alone
-    for helper in helping:
-        helper.result()
-    return done
-
-
-def _do(jobs: list[Any]) -> None:
-    for job in list(jobs):
-        job()
+    # The state of floating-point errors belongs to a thread.
+    return _helpers().each(np.errstate(all="ignore")(function), rows, with_caller=True)
 
 
 blockwise = blocks.Blockwise(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,22 +34,19 @@ def _are_labels(z: Array) -> bool:
 
 
 @functools.cache
-def _threads(count: int) -> ThreadPoolExecutor | None:
+def _threads(count: int) -> blocks.Helpers | None:
     """Threads in which every operation of torch is computed by that thread alone; None where torch cannot do so."""
     if count == 1 or "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
-    pool, started = ThreadPoolExecutor(count, "unilabel"), threading.Barrier(count + 1)
 
     def start() -> None:
         torch.get_num_threads()  # the first call in a thread sets its number
         torch.set_num_threads(1)
-        started.wait()
 
-    for _ in range(count):
-        pool.submit(start)
-    started.wait()
-    torch.set_num_threads(count)  # again: threads that start later begin with the number that was set last
-    return pool
+    try:
+        return blocks.Helpers(count, start)
+    finally:
+        torch.set_num_threads(count)  # again: threads that start later begin with the number that was set last
 
 
 if hasattr(os, "register_at_fork"):  # threads are not forked
@@ -67,7 +62,7 @@ def _each(function: Any, rows: list[Any]) -> Any:
     if pool is None:
         return map(function, rows)
     mode = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()  # each thread has its own
-    return pool.map(mode(function), rows)
+    return pool.each(mode(function), rows, with_caller=False)
 
 
 blockwise = blocks.Blockwise(

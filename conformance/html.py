@@ -303,9 +303,11 @@ caption span { position: sticky; left: 0; display: block; max-width: calc(100vw 
 th { font-weight: 600; text-align: left } thead th { color: var(--dim); font-weight: 400 }
 .plain th, .plain td { padding: .35rem 1.25rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
 .plain .number { text-align: right }
+.sides .plain :is([scope=row], thead th) { white-space: normal; vertical-align: bottom }
+.sides .plain [scope=row] { min-width: 6.5rem; overflow-wrap: anywhere }
 .map { width: 100% }
 .map thead th { padding: .2rem .4rem; text-align: center; vertical-align: bottom }
-.map th[scope=colgroup] { color: var(--text); font-weight: 600 }
+.map th[scope=colgroup] { color: var(--text); font-weight: 600; overflow-wrap: anywhere }
 .map th:is([rowspan], [scope=row]) { position: sticky; left: 0; background: var(--bg); text-align: left;
   padding: 0 .6rem 0 0 }
 .map td { min-width: 4.4rem; padding: 1px; text-align: center; line-height: 1.2 }
@@ -338,7 +340,8 @@ select, button { font: inherit; font-size: 1rem; min-height: 2.5rem; width: 100%
   font-size: .85rem }
 .block samp { color: var(--text) } .block dd b { color: var(--bad); text-decoration: underline }
 @media (max-width: 48rem) { body { padding: 1.5rem 1rem 4rem } .group, .sides { grid-template-columns: minmax(0, 1fr) }
-  .about { position: static } .filters { grid-template-columns: 1fr 1fr } }
+  .sides .plain :is(th, td) { padding-right: .75rem } .about { position: static }
+  .filters { grid-template-columns: 1fr 1fr } }
 """
 
 SCRIPT = """

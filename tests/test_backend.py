@@ -1,10 +1,14 @@
 """How a tensor finds its backend, and what is no array of one."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from shared import LOGITS, TARGETS, pattern
 
 import unilabel as ul
+import unilabel.backend
 
 
 @pytest.mark.parametrize("logits", [LOGITS, 1.0, None, "logits", {"a": 1}])
@@ -80,3 +84,17 @@ def test_frameworks_do_not_mix(framework):
     targets = backend_named(other).asarray(np.array(TARGETS))
     with pytest.raises(TypeError, match=pattern(f"Received: {framework.name} logits with a {other} array")):
         ul.multilabel_logistic_loss(framework.array(LOGITS), targets)
+
+
+def test_types_are_not_kept_for_ever(monkeypatch):
+    """Those that a program makes as it runs; arrays are still found."""
+    monkeypatch.setattr(unilabel.backend, "MOST_TYPES", 8)
+    made = weakref.WeakSet()
+    for i in range(20):
+        made.add(kind := type(f"Logits{i}", (), {}))
+        with pytest.raises(TypeError, match=f"Received: Logits{i}"):
+            ul.softmax_nll(kind(), [0, 1])
+    del kind
+    gc.collect()
+    assert len(made) <= 8
+    assert ul.softmax_nll(np.zeros((1, 1)), [0]) == 0

@@ -3,6 +3,7 @@
 import importlib
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -165,7 +166,7 @@ def test_odd_rows_among_many(framework):
 def test_threads_change_no_number(monkeypatch):
     data = large()
     with_threads = results(*data)
-    monkeypatch.setattr(numpy_backend, "_helpers", lambda: None)
+    monkeypatch.setattr(numpy_backend, "_helpers", lambda: numpy_backend.blocks.Helpers(0))
     for a, b in zip(with_threads, results(*data), strict=True):
         assert (a == b).all()
 
@@ -226,10 +227,100 @@ def set_threads(monkeypatch):
 
 
 def test_number_of_threads(set_threads):
-    for given, others in ((3, 2), (1, None)):
+    for given, others in ((3, 2), (1, 0)):
         set_threads(given)
-        helpers = numpy_backend._helpers()
-        assert (helpers and helpers[1]) == others
+        assert numpy_backend._helpers().count == others
+
+
+@pytest.mark.parametrize("given", ["abc", "", "0", "-1", "1.5"])
+def test_what_is_no_number_of_threads(given, monkeypatch):
+    """Is refused at the first call, of however small an array."""
+    monkeypatch.setenv("UNILABEL_NUM_THREADS", given)
+    monkeypatch.delitem(sys.modules, "unilabel.backends.numpy")
+    with pytest.raises(ValueError, match=f"UNILABEL_NUM_THREADS to be .* from 1 up. Received: '{given}'"):
+        importlib.import_module("unilabel.backends.numpy")
+
+
+AT_THE_END = """
+import atexit, sys, threading
+import numpy as np
+import unilabel as ul
+
+x = np.zeros((4096, 1024), "float32")
+if sys.argv[1] == "torch":
+    import torch
+
+    torch.set_num_threads(2)
+    x = torch.from_numpy(x)
+
+def call():
+    print(round(float(ul.softmax_nll(x, [7] * 4096)), 5), flush=True)
+
+def after_the_main_thread():
+    threading.main_thread().join()
+    call()
+
+atexit.register(call)
+threading.Thread(target=after_the_main_thread).start()
+"""
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_while_the_interpreter_ends(name, request):
+    """In a thread that outlives the main one, and in an atexit handler."""
+    asked_for(name, request)
+    environment = os.environ | {"UNILABEL_NUM_THREADS": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END, name], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.stdout.split(), done.stderr) == ([str(round(math.log(1024), 5))] * 2, "")
+
+
+INTERRUPTED = """
+import faulthandler, sys, threading
+from unilabel.backends import numpy
+
+class Stopped(Exception):
+    pass
+
+def stop_at(count):
+    def trace(frame, event, argument):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count -= 1
+            if count == 0:
+                sys.settrace(None)
+                raise Stopped
+        return trace
+    return trace
+
+faulthandler.dump_traceback_later(120, exit=True)
+meeting = threading.Barrier(4)
+numpy._each(lambda row: meeting.wait(), range(4))
+count, stopped = 0, True
+while stopped:
+    count, stopped = count + 1, False
+    sys.settrace(stop_at(count))
+    try:
+        numpy._each(lambda row: row, range(4))
+    except Stopped:
+        stopped = True
+    finally:
+        sys.settrace(None)
+assert count > 100, count
+numpy._each(lambda row: meeting.wait(), range(4))
+"""
+
+
+def test_the_exception_of_a_signals_handler(tmp_path):
+    """Wherever it is raised in the caller, it is what comes, and each thread still answers.
+
+    It is raised before each instruction in turn; a handler runs between some of them.
+    """
+    environment = os.environ | {"UNILABEL_NUM_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_callers_own_exception_comes_first(set_threads):

@@ -395,6 +395,19 @@ def test_phone_table_scrolls_inside(browser, found, tmp_path):
     assert browser.run("Math.min(...[...document.querySelectorAll('.map a')].map(cell => cell.offsetHeight))") >= 40
 
 
+def test_counts_stay_in_view(browser, found, tmp_path):
+    """On a small phone, whatever the subject is called."""
+    found = copy.deepcopy(found)
+    found["runs"][0]["title"] = "a_package.losses.functional:binary_cross_entropy_with_logits numpy"
+    file = tmp_path / "page.html"
+    file.write_text(page_of(found), encoding="utf-8")
+    browser.open(file, (360, 640))
+    ends = browser.run("[...document.querySelectorAll('.sides td.number')].map(n => n.getBoundingClientRect().right)")
+    assert len(ends) == 4 * len(found["runs"])
+    assert max(ends) <= 360
+    assert browser.run("document.documentElement.scrollWidth <= 360")
+
+
 def test_without_script(browser, page):
     """All is there to read, and no filter that would not work."""
     browser.open(page, script=False)

@@ -217,6 +217,7 @@ def backend_named(name: str) -> Backend:
 
 
 _names: dict[type, str] = {}  # which attribute of _loaded is the backend of a type
+MOST_TYPES = 256  # in _names: they would be kept for ever, and programs make types as they run
 _loaded: Any = types.SimpleNamespace(none=None)
 
 
@@ -233,6 +234,8 @@ def _name_of(kind: type) -> str:
         backend = _search(kind)
         name = "none" if backend is None else backend.name
         setattr(_loaded, name, backend)
+        if len(_names) >= MOST_TYPES:
+            _names.clear()
         _names[kind] = name  # last: another thread that finds it here looks into _loaded
     return name
 
