@@ -19,6 +19,7 @@ from rich.table import Table
 import unilabel
 from unilabel.backend import BUILT_IN
 
+from .calls import KINDS, RETURNED, Way
 from .cases import DTYPES
 from .compare_runs import differences, read
 from .html import html
@@ -131,6 +132,23 @@ READ = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--loss", metavar="NAME", help="The loss that package.module:function claims to be. Default: its name.")
 @click.option(
+    "--call",
+    metavar="CALL",
+    help="How package.module:function is called: 'f(targets, logits, weight=weight)'. Default: as unilabel's losses.",
+)
+@click.option(
+    "--reduction",
+    type=click.Choice(RETURNED),
+    help="What it returns, if it takes no reduction: none is a loss for each example or element.",
+)
+@click.option(
+    "--targets",
+    multiple=True,
+    type=click.Choice(KINDS),
+    help="What targets it takes: integers as int64; floats; class indices as one-hot rows. Repeatable. Default: all.",
+)
+@click.option("--axis", type=int, help="Its class axis, if it takes no axis. Default: the last.")
+@click.option(
     "--mode",
     "modes",
     multiple=True,
@@ -153,6 +171,10 @@ def conformance(
     seed: int,
     subjects: tuple[str, ...],
     loss: str | None,
+    call: str | None,
+    reduction: str | None,
+    targets: tuple[str, ...],
+    axis: int | None,
     modes: tuple[str, ...],
     full: bool,
     jobs: int,
@@ -182,6 +204,7 @@ def conformance(
         full=full,
         jobs=jobs,
         timeout=timeout,
+        way=Way(call, reduction, targets, axis),
     )
     refused = wrong(job)
     if refused:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
+from . import calls
 from .cases import DTYPES, FAMILIES, FULL, LOSSES, Case
 from .modes import MODES, has
 from .oracle import Expected, expected
@@ -39,6 +40,7 @@ class Job(NamedTuple):
     full: bool = False
     jobs: int = 2
     timeout: float = 300.0  # seconds to wait for an answer
+    way: calls.Way = calls.Way()  # how a package.module:function is called
 
 
 class Column(NamedTuple):
@@ -111,6 +113,11 @@ def wrong(job: Job) -> tuple[str, str] | None:
             return "--subject", f"{known} (no module named {root!r})."
         if claimed(subject, job.loss) not in LOSSES:
             return "--loss", f"{subject!r} has the name of no loss. Say which it is: one of {', '.join(LOSSES)}."
+        refused = calls.wrong(job.way, claimed(subject, job.loss))
+        if refused:
+            return refused
+    if job.way != calls.Way() and not any(":" in subject for subject in job.subjects):
+        return "--subject", "expected a package.module:function beside --call, --reduction, --targets and --axis."
     for pattern in job.patterns:
         if not selected(job.dtypes, job.seed, [pattern], job.full):
             families = [f"{name} (with --full)" if name in FULL and not job.full else name for name in FAMILIES]

@@ -1,7 +1,8 @@
 """Whose losses are run: unilabel's, a framework's own ("native", "keras"), or yours ("package.module:function").
 
-For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)`. Where
-it does not take an option, it raises NotApplicable: the case is reported as not applicable, never as passed.
+For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)`, or one
+that is called in another way (see `calls`). Where it does not take an option, it raises NotApplicable: the case is
+reported as not applicable, never as passed.
 """
 
 from __future__ import annotations
@@ -12,23 +13,32 @@ from collections.abc import Callable
 from typing import Any
 
 import unilabel
+from unilabel.backend import Backend
 
-Array = Any
-LossFunction = Callable[..., Array]
+from .calls import Array, LossFunction, NotApplicable, Way, adapted
+from .cases import Case
+
 OURS = ("unilabel", "native", "keras")  # any other subject is package.module:function
 
 
-class NotApplicable(Exception):
-    """The subject does not have this loss, or does not take these options."""
+def find(subject: str, case: Case, claims: str | None, backend: Backend, way: Way) -> tuple[Case, LossFunction]:
+    """The function to run for a case, and the case as it takes it.
+
+    `claims` names the loss that a package.module:function claims to be, and `way` says how it is called.
+    """
+    if ":" not in subject:
+        return case, _ours(subject, case.loss, backend.name)
+    loss = claimed(subject, claims)
+    if case.loss != loss:
+        raise NotApplicable(f"{subject} claims to be {loss}")
+    function = imported(subject)
+    return (case, _only_options(function)) if way == Way() else adapted(way, function, case, backend)
 
 
-def find(subject: str, loss: str, claims: str | None, backend: str) -> LossFunction:
-    """The function to run for a loss. `claims` names the loss that a package.module:function claims to be."""
+def _ours(subject: str, loss: str, backend: str) -> LossFunction:
     if subject == "unilabel":
         found: LossFunction = getattr(unilabel, loss)
         return found
-    if ":" in subject:
-        return _theirs(subject, loss, claims)
     table = _keras() if subject == "keras" else NATIVE.get(backend, dict)()
     if loss not in table:
         raise NotApplicable(f"{subject} on {backend} has no {loss}")
@@ -58,12 +68,6 @@ def imported(subject: str) -> LossFunction:
 def claimed(subject: str, claims: str | None) -> str:
     """The loss that package.module:function claims to be: that of --loss, or the one of its name."""
     return claims or named(subject)[1][-1]
-
-
-def _theirs(subject: str, loss: str, claims: str | None) -> LossFunction:
-    if loss != claimed(subject, claims):
-        raise NotApplicable(f"{subject} claims to be {claimed(subject, claims)}")
-    return _only_options(imported(subject))
 
 
 def _only_options(function: LossFunction) -> LossFunction:

@@ -19,6 +19,7 @@ import numpy as np
 import unilabel
 from unilabel.backend import Backend, backend_named, backend_of
 
+from .calls import Way
 from .cases import Case, Tensor, cases
 from .modes import put
 from .subjects import OURS, NotApplicable, find, imported
@@ -46,12 +47,14 @@ def _work(job: dict[str, Any], say: Callable[..., None]) -> None:
         say(version=str(backend.version()), devices=backend.devices())
         return
     device = find_device(backend, job["device"])
+    call, reduction, targets, axis = job["way"]
+    way = Way(call, reduction, tuple(targets), axis)
     say(version=str(backend.version()), device=device)
     if job["subject"] not in OURS:
         imported(job["subject"])
     say(ready=True)
     for case in selected(job["dtypes"], job["seed"], job["patterns"], job["full"])[job["first"] :]:
-        say(id=case.id, **answer(backend, device, case, job["subject"], job["loss"], job["mode"]))
+        say(id=case.id, **answer(backend, device, case, job["subject"], job["loss"], job["mode"], way))
 
 
 def _said(error: BaseException) -> str:
@@ -89,10 +92,11 @@ def answer(
     subject: str = "unilabel",
     claims: str | None = None,
     mode: str = "eager",
+    way: Way = Way(),  # noqa: B008  # it is a tuple
 ) -> dict[str, Any]:
     """{"numbers": {quantity: {how: values}}}, or {"error": …}, or {"not applicable": …}."""
     try:
-        call = find(subject, case.loss, claims, backend.name)
+        case, call = find(subject, case, claims, backend, way)
         return {"numbers": _computed(backend, device, case, call, subject == "unilabel", mode)}
     except NotApplicable as reason:
         return {"not applicable": str(reason)}
