@@ -181,14 +181,14 @@ def _check_axis(way: Way, case: Case, axes: list[int]) -> None:
 
 def _check_reduction(case: Case, returned: str, wanted: str) -> None:
     """That what the case asks for can be had from what the function returns."""
-    if wanted not in {"none": REDUCTIONS, "classmean": REDUCTIONS[1:], "sum": ("batchmean",)}.get(returned, ()):
+    if wanted == "none":
         raise NotApplicable(f"returns the {returned}, not {wanted}")
     if case.dtype in ("float16", "bfloat16"):
         raise NotApplicable(f"in {case.dtype} the losses would be rounded before they are added up")
     if returned == "classmean" and "where" in case.options:
         raise NotApplicable("returns the classmean, of masked classes too")
     weighted = {"weight", "sample_weight"} & case.options.keys()
-    if wanted == "mean" and weighted and LOSSES[case.loss].per_example:
+    if "mean" in (wanted, returned) and weighted and LOSSES[case.loss].per_example:
         raise NotApplicable("does not divide by weights")
 
 
@@ -233,16 +233,19 @@ def _reduced(backend: Backend, case: Case, axes: list[int], result: Array, retur
     """The reduction that the case asks for."""
     shape = case.logits.shape
     batch = tuple(n for i, n in enumerate(shape) if i not in axes)
+    reduced = returned not in ("none", "classmean")
     whole = shape if returned == "none" and not LOSSES[case.loss].per_example else batch
-    right, received = () if returned == "sum" else whole, tuple(getattr(result, "shape", ()))
+    right, received = () if reduced else whole, tuple(getattr(result, "shape", ()))
     if received != right:
-        kind = {"none": "losses, not reduced", "classmean": "the means over the classes"}.get(returned, "the sum")
-        raise TypeError(f"Expected {kind}, of shape {right}. Received: {type(result).__name__} of shape {received}.")
-    total = result if returned == "sum" else backend.namespace(result).sum(result)
-    if returned == "classmean":
-        total = total * shape[axes[0]]
-    divisors = {"mean": _taking_part(case, axes), "batchmean": math.prod(batch)}
-    total = total / max(divisors.get(wanted, 1), 1)
+        kinds = {"none": "losses, not reduced", "classmean": "the means over the classes"}
+        said = f"{kinds.get(returned, f'the {returned}')}, of shape {right}"
+        raise TypeError(f"Expected {said}. Received: {type(result).__name__} of shape {received}.")
+    classes = math.prod(shape[i] for i in axes) if shape else 1
+    counts = {"mean": _taking_part(case, axes), "batchmean": math.prod(batch), "classmean": classes}
+    total = result if reduced else backend.namespace(result).sum(result)
+    if returned in counts:
+        total = total * counts[returned]
+    total = total / max(counts.get(wanted, 1), 1)
     return backend.cast(total, case.dtype) if backend.name == "numpy" else total  # else a sum of NumPy's is no array
 
 

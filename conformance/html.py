@@ -8,7 +8,7 @@ from typing import Any
 
 from .cases import DTYPES, FAMILIES
 from .modes import MODES
-from .report import QUANTITIES, STATUSES, Results, quantities, ulps
+from .report import QUANTITIES, STATUSES, Results, left_out, only_values, quantities, ulps
 
 Case = dict[str, Any]
 FIRST = ("", ' class="first"')  # a gap between the columns of results
@@ -77,11 +77,13 @@ def _headline(found: Results) -> str:
     missing = [f"<strong>{escape(run['title'])}</strong>: {escape(run['problem'])}" for run in runs if run["problem"]]
     if found["interrupted"]:
         missing.insert(0, "<strong>Interrupted</strong>: this is what there was by then.")
-    if total["not applicable"]:
-        missing.append(
-            f"{total['not applicable']:,} answers are not applicable: the subject has no such loss, or it "
-            "takes no such argument. Each one's reason is in the table at the end."
-        )
+    for run, count in zip(runs, counts, strict=True):
+        title = f"<strong>{escape(run['title'])}</strong>"
+        if reasons := "".join(f"<li>{n:,}: {escape(reason)}</li>" for reason, n in left_out(run)):
+            summary = f"{title}: {count['not applicable']:,} answers are not applicable"
+            missing.append(f"<details><summary>{summary}</summary><ul>{reasons}</ul></details>")
+        if only_values(run):
+            missing.append(f"{title}: gradients, as there are none. Only values were compared.")
     if found["patterns"]:
         missing.append(f"Cases that match none of <code>{escape(' '.join(found['patterns']))}</code>.")
     unasked = [dtype for dtype in DTYPES if dtype not in found["dtypes"]]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from .report import Results, failure
+from .report import Results, failure, left_out
 
 
 def junit(found: Results) -> str:
     root = ElementTree.Element("testsuites", name="unilabel conformance")
     for run in found["runs"]:
         failed = sum(case["status"] == "fail" for case in run["cases"])
-        left_out = sum(case["status"] in ("not applicable", "not run") for case in run["cases"])
+        skipped = sum(case["status"] in ("not applicable", "not run") for case in run["cases"])
         suite = ElementTree.SubElement(
             root,
             "testsuite",
@@ -19,8 +19,13 @@ def junit(found: Results) -> str:
             tests=str(len(run["cases"]) + bool(run["problem"])),
             failures=str(failed),
             errors=str(int(bool(run["problem"]))),
-            skipped=str(left_out),
+            skipped=str(skipped),
         )
+        if reasons := left_out(run):
+            properties = ElementTree.SubElement(suite, "properties")
+            for reason, count in reasons:
+                name = _legal(f"not applicable: {reason}")
+                ElementTree.SubElement(properties, "property", name=name, value=str(count))
         for case in run["cases"]:
             test = ElementTree.SubElement(
                 suite, "testcase", classname=f"{run['title']}.{case['family']}", name=case["id"]

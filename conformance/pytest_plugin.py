@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--device": {"metavar": "NAME", "help": "'cpu', 'cuda', or a name that `unilabel backends` lists"},
     "--seed": {"type": int, "default": 0, "metavar": "N", "help": "seed of the random cases; default: 0"},
     "--loss": {"metavar": "NAME", "help": "the loss that package.module:function claims to be; default: its name"},
+    "--call": {"metavar": "CALL", "help": "how that is called: 'f(targets, logits, weight=weight)'"},
+    "--reduction": {"metavar": "NAME", "help": "what that returns, if it takes no reduction: none, mean, …"},
+    "--targets": REPEATABLE | {"metavar": "KIND", "help": "what targets that takes: int64, float, onehot; repeatable"},
+    "--axis": {"type": int, "metavar": "N", "help": "its class axis, if it takes no axis; default: the last"},
     "--mode": REPEATABLE | {"help": "eager (default), graph, compiled; repeatable"},
     "--timeout": {"type": float, "metavar": "SECONDS", "help": "to wait for an answer of a process; default: 300"},
     "--full": {"action": "store_true", "help": "the large cases too, and all modes"},
@@ -59,6 +63,7 @@ def _named(arguments: list[str]) -> bool:
 def job_of(config: pytest.Config) -> Job:
     """What the options ask for."""
     try:
+        from .calls import Way
         from .modes import MODES
         from .runner import Job, installed, wrong
     except ModuleNotFoundError as missing:
@@ -83,6 +88,12 @@ def job_of(config: pytest.Config) -> Job:
         full=full,
         jobs=os.cpu_count() or 1,
         timeout=300.0 if timeout is None else float(timeout),
+        way=Way(
+            config.getoption("--call", None),
+            config.getoption("--reduction", None),
+            given("--targets"),
+            config.getoption("--axis", None),
+        ),
     )
     refused = wrong(job)
     if refused:

@@ -151,6 +151,16 @@ def exit_code(found: Results) -> int:
     return 2 if any(run["version"] and not checked(run) for run in found["runs"]) else 1
 
 
+def left_out(run: dict[str, Any]) -> list[tuple[str, int]]:
+    """Why cases of a column are not applicable, and how many, the most frequent reason first."""
+    return Counter(case["reason"] for case in run["cases"] if case["status"] == "not applicable").most_common()
+
+
+def only_values(run: dict[str, Any]) -> bool:
+    """Whether no derivative was compared, as the framework has none."""
+    return quantities(run) == ["value"] and any("value" in case["verdicts"] for case in run["cases"])
+
+
 def quantities(run: dict[str, Any]) -> list[str]:
     """The quantities that a column computed for any case."""
     return [name for name in QUANTITIES if name == "value" or any(name in case["verdicts"] for case in run["cases"])]
@@ -218,7 +228,11 @@ def show(console: Console, found: Results) -> None:
     for run in runs:
         counts = {status: sum(case["status"] == status for case in run["cases"]) for status in STATUSES}
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        console.print(f"{run['title']}: {said}", soft_wrap=True)
+        only = " (values only: there is no gradient)" if only_values(run) else ""
+        console.print(f"{run['title']}: {said}{only}", soft_wrap=True)
+        for reason, count in left_out(run):
+            text = f"    {count} not applicable: {reason}"
+            console.print(text, style="dim", soft_wrap=True)
     verdict = "all match the oracle" if passed(found) else "NOT all match the oracle"
     verdict = verdict if any(map(checked, runs)) else "nothing was checked"
     stopped = "interrupted: " if found["interrupted"] else ""

@@ -1,24 +1,17 @@
 """Functions of other projects as they are: their own order and names, targets and reductions."""
 
-import json
 import re
 import shlex
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pytest
-from click.testing import CliRunner
-from shared import asked_for
-from unilabel.conformance.calls import Way, adapted, template
+from unilabel.conformance.calls import Way
 from unilabel.conformance.cases import cases
 from unilabel.conformance.cli import main
 from unilabel.conformance.oracle import expected
-from unilabel.conformance.subjects import NotApplicable
 from unilabel.conformance.tolerances import judge
 from unilabel.conformance.worker import answer
 
-import unilabel as ul
 from unilabel.backend import backend_named
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "conformance.md").read_text()
@@ -50,22 +43,38 @@ KNOWN = {
     "sklearn.metrics:log_loss": {"nan logit"},
 }
 if __name__ == "__main__":
-    import sys, time
+    import sys
+    import time
+
     for name, command in documented().items():
-        if not any(a in name for a in sys.argv[1:]): continue
+        if not any(a in name for a in sys.argv[1:]):
+            continue
         backend, subject, loss, way = parsed(command)
         backend = backend_named(backend)
         start = time.time()
         status, flags, reasons = Counter(), Counter(), Counter()
         for case in cases(("float32",), 0):
-            if case.family not in FAMILIES or case.loss != loss or len(case.logits.values) > 200: continue
+            if case.family not in FAMILIES or case.loss != loss or len(case.logits.values) > 200:
+                continue
             found = answer(backend, backend.devices()[0], case, subject, loss, "eager", way)
             if "not applicable" in found:
-                status["na"] += 1; reasons[found["not applicable"]] += 1
-            elif "error" in found or any(v.failed for v in judge(case, expected(case), found["numbers"], backend.name).values()):
+                status["na"] += 1
+                reasons[found["not applicable"]] += 1
+            elif "error" in found or any(
+                v.failed for v in judge(case, expected(case), found["numbers"], backend.name).values()
+            ):
                 status["fail"] += 1
-                for f in case.flags or ("other",): flags[f] += 1
-                if "error" in found or not case.flags or case.flags == ("cotangent",): print(case.id, found.get("error", judge(case, expected(case), found["numbers"], backend.name) if "error" not in found else ""), case.options.keys())
+                for f in case.flags or ("other",):
+                    flags[f] += 1
+                if "error" in found or not case.flags or case.flags == ("cotangent",):
+                    print(
+                        case.id,
+                        found.get(
+                            "error",
+                            judge(case, expected(case), found["numbers"], backend.name) if "error" not in found else "",
+                        ),
+                        case.options.keys(),
+                    )
             else:
                 status["pass"] += 1
-        print(name, dict(status), dict(flags), dict(reasons), round(time.time()-start,1))
+        print(name, dict(status), dict(flags), dict(reasons), round(time.time() - start, 1))
