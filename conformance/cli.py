@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import unilabel
-from unilabel.backend import BUILT_IN
+from unilabel.backend import BUILT_IN, ENTRY_POINTS
 
 from .calls import KINDS, RETURNED, Way
 from .cases import DTYPES
@@ -292,13 +293,16 @@ def vectors(action: str | None, folder: Path) -> None:
 
 @main.command()
 def backends() -> None:
-    """List the frameworks, their versions and devices, and how to install what is missing."""
+    """List the frameworks, their versions and devices, and how to install what is missing.
+
+    Backends that packages register as entry points are listed too.
+    """
     table = Table("backend", "version", "devices", "install with")
-    here = installed()
-    for name in BUILT_IN:
-        if name in here:
+    here, registered = installed(), sorted({entry.name for entry in entry_points(group=ENTRY_POINTS)})
+    for name in dict.fromkeys([*BUILT_IN, *registered]):
+        if name in here or name in registered:
             found = visible(describe(name))
-            table.add_row(name, found["version"], ", ".join(found["devices"]), "")
+            table.add_row(name, found["version"], ", ".join(map(str, found["devices"])), "")
         else:
             table.add_row(name, "not installed", "", f"pip install 'unilabel[{name}]'")
     output = Output()

@@ -24,7 +24,7 @@ def junit(found: Results) -> str:
         if reasons := left_out(run):
             properties = ElementTree.SubElement(suite, "properties")
             for reason, count in reasons:
-                name = _legal(f"not applicable: {reason}")
+                name = f"not applicable: {reason}"
                 ElementTree.SubElement(properties, "property", name=name, value=str(count))
         for case in run["cases"]:
             test = ElementTree.SubElement(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import itertools
 import math
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +94,11 @@ def is_installed(name: str) -> bool:
         return False
 
 
+def _is_here(name: str) -> bool:
+    """Whether there is a module of that name, installed or in the working directory, where workers look last."""
+    return is_installed(name) or importlib.machinery.PathFinder.find_spec(name, [os.getcwd()]) is not None
+
+
 def wrong(job: Job) -> tuple[str, str] | None:
     """A wrong option of a job and what is wrong with it, or None. A missing framework is a failure instead."""
     for dtype in set(job.dtypes) - set(DTYPES):
@@ -109,8 +116,8 @@ def wrong(job: Job) -> tuple[str, str] | None:
             (root, *_), _ = named(subject)
         except ValueError as error:
             return "--subject", f"{known} ({error})."
-        if not is_installed(root):  # to know more, one would have to import it
-            return "--subject", f"{known} (no module named {root!r})."
+        if not _is_here(root):  # to know more, one would have to import it
+            return "--subject", f"{known} (no module named {root!r}, installed or in {os.getcwd()})."
         if claimed(subject, job.loss) not in LOSSES:
             return "--loss", f"{subject!r} has the name of no loss. Say which it is: one of {', '.join(LOSSES)}."
         refused = calls.wrong(job.way, claimed(subject, job.loss))
