@@ -216,6 +216,34 @@ def test_backends_lists_what_is_here_and_how_to_get_the_rest(monkeypatch):
     assert "pip install 'unilabel[jax]'" in result.output
 
 
+def test_backends_lists_registered_ones(monkeypatch, tmp_path):
+    """One that does not load is a line, and not the end."""
+    (tmp_path / "theirs-1.dist-info").mkdir()
+    (tmp_path / "theirs-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    registered = (
+        "[unilabel.backends]\nbroken_one = broken_module\nmissing_one = no_such_module\ntheir_one = their_module\n"
+    )
+    (tmp_path / "theirs-1.dist-info" / "entry_points.txt").write_text(registered)
+    (tmp_path / "broken_module.py").write_text("import sys\nsys.exit('I am broken')\n")
+    (tmp_path / "their_module.py").write_text(
+        "from unilabel.backend import Backend\n"
+        "class Theirs(Backend):\n    version = lambda self: '7.8.9'\n    devices = lambda self: ['their device']\n"
+        "backend = Theirs()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(runner, "is_installed", lambda name: name == "numpy")
+    result = CliRunner().invoke(main, ["backends"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[1]: line for line in result.output.splitlines() if line.startswith("│")}
+    assert "does not load" in lines["broken_one"]
+    assert "I am broken" in lines["broken_one"]
+    assert "No module named 'no_such_module'" in lines["missing_one"]
+    assert "7.8.9" in lines["their_one"]
+    assert "their device" in lines["their_one"]
+    assert "not installed" in lines["torch"]
+
+
 def test_command_without_its_needs_says_what_to_install(tmp_path):
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module named rich', name='rich')")
     done = command("backends", package=tmp_path)

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -30,6 +32,7 @@ def slow(logits, targets, *, reduction="mean"):
 
 # The command, but listening to SIGINT: a shell's background jobs, and so what they start, ignore it.
 LISTENING = """
+import os
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from unilabel.conformance import main
@@ -114,6 +117,30 @@ def test_a_subject_that_is_not_there_is_a_wrong_call(own, subject):
     done = command("conformance", "--subject", subject, "--backend", "numpy", package=own)
     assert done.returncode == 2
     assert "is none of unilabel, native, keras, nor a package.module:function" in " ".join(done.stderr.split())
+
+
+HERE = ["--subject=own:softmax_nll", "--backend=numpy", "--dtype=float32", "--case=*/seed/2"]
+WAYS = {
+    "command": [str(Path(sys.executable).parent / "unilabel"), "conformance"],
+    "module": [sys.executable, "-m", "unilabel.conformance", "conformance"],
+    "pytest": [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "--pyargs", "unilabel.conformance"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_in_the_working_directory_is_found(way, own):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*WAYS[way], *HERE], cwd=own, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("2 passed" if way == "pytest" else "own:softmax_nll numpy: 1 pass") in done.stdout
+
+
+def test_what_lies_in_the_working_directory_takes_no_place_of_what_is_installed(own):
+    (own / "click.py").write_text("raise ImportError('not that one')")
+    (own / "own.py").write_text("import click\n" + OWN)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*WAYS["command"], *HERE], cwd=own, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_one_that_hangs_is_ended(own):
