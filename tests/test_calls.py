@@ -21,7 +21,7 @@ from unilabel.conformance.worker import answer
 
 import unilabel as ul
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "conformance.md").read_text()
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "conformance.md").read_text(encoding="utf-8")
 
 
 def documented():
@@ -70,6 +70,17 @@ def applies(name, case):
     return bool(kind) and options <= THEIRS[name][0]
 
 
+def one_of_each_kind(loss):
+    """A case of each kind, and all that are confident."""
+    kinds = {}
+    for case in cases(("float32",), 0):
+        if case.family in FAMILIES and case.loss == loss:
+            shapes = case.logits.shape, case.targets.shape, *map(type, case.targets.values[:1])
+            other = case.id if case.family == "confident" else case.flags
+            kinds[other, shapes, *case.options, case.options.get("reduction")] = case
+    return kinds.values()
+
+
 def test_each_is_documented():
     assert documented().keys() == THEIRS.keys()
 
@@ -84,9 +95,7 @@ def test_functions_of_other_projects(name, request):
     (backend_name, subject, loss, way) = parsed(documented()[name])
     backend = asked_for(backend_name, request)
     ran, applied, flags = set(), set(), set()
-    for case in cases(("float32",), 0):
-        if case.family not in FAMILIES or case.loss != loss or len(case.logits.values) > 300:
-            continue
+    for case in one_of_each_kind(loss):
         if applies(name, case):
             applied.add(case.id)
         found = answer(backend, backend.devices()[0], case, subject, loss, "eager", way)
@@ -297,3 +306,19 @@ def test_each_report_counts_what_is_not_applicable(tmp_path):
         assert f"    {count} not applicable: {reason}" in result.output
         assert listed[f"not applicable: {reason}"] == count
         assert f"<li>{count}: {reason}</li>" in page
+
+
+def test_the_example_of_a_workflow(tmp_path, monkeypatch):
+    """Another project's loss, from the working directory, by the command of the documentation."""
+    code, workflow = re.search(
+        r"`mylib/losses.py`.*?```python\n(.*?)```.*?```yaml\n(.*?)```", DOCUMENT, re.DOTALL
+    ).groups()
+    command = shlex.split(re.search(r"unilabel (conformance .*?)\n- ", workflow, re.DOTALL)[1])
+    (tmp_path / "mylib").mkdir()
+    (tmp_path / "mylib" / "losses.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "conformance.xml").exists()
+    (tmp_path / "mylib" / "losses.py").write_text(code.replace("losses.mean()", "losses.sum()"))
+    assert CliRunner().invoke(main, command).exit_code == 1
