@@ -79,7 +79,8 @@ class Helpers:
         finally:
             left.clear()
             with contextlib.suppress(IndexError):
-                while tickets.pop():
+                while True:
+                    tickets.pop()
                     begun -= 1
             errors = [ended.get() for _ in range(begun)]
         while errors:

@@ -253,7 +253,7 @@ def _taking_part(case: Case, axes: list[int]) -> int:
     """How many elements, or examples, a mean is over."""
     where = case.options.get("where", True)
     mask = np.asarray(where.values, bool).reshape(where.shape) if isinstance(where, Tensor) else np.asarray(where)
-    keep = np.broadcast_to(mask, case.logits.shape)
+    keep: Any = np.broadcast_to(mask, case.logits.shape)
     if not LOSSES[case.loss].per_example:
         return int(keep.sum())
     keep = keep.any(axis=tuple(axes))

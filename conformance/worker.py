@@ -19,10 +19,10 @@ import numpy as np
 import unilabel
 from unilabel.backend import Backend, backend_named, backend_of
 
-from .calls import Way
+from .calls import NotApplicable, Way
 from .cases import Case, Tensor, cases
 from .modes import put
-from .subjects import OURS, NotApplicable, find, imported
+from .subjects import OURS, find, imported
 
 
 def main() -> None:

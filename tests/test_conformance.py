@@ -144,7 +144,7 @@ def test_same_seed_same_cases():
         (["--backend", "numpy.linalg"], "'numpy.linalg' is none of numpy, torch, jax, tensorflow, nor a module here"),
         (["--backend", "no_such.module"], "'no_such.module' is none of"),
         (["--backend", ""], "'' is none of"),
-        (["--subject", "no_such:my_loss"], "nor a package.module:function here (no module named 'no_such')"),
+        (["--subject", "no_such:my_loss"], "nor a package.module:function here (no module named 'no_such', "),
         (["--subject", ".m:f"], "nor a package.module:function here (expected package.module:function)"),
         (["--subject", "json:"], "nor a package.module:function here (expected package.module:function)"),
         (["--subject", "json:dumps"], "Say which it is: one of multilabel_logistic_loss, softmax_nll, "),
