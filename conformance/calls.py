@@ -79,7 +79,7 @@ def template(text: str, loss: str) -> Template:
         raise refuse("it is no call of f")
     keywords = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
     if len(keywords) < len(call.keywords):
-        raise refuse("it has a **")
+        raise refuse("it has a **, or a keyword twice")
     found = Template(call.args, keywords)
     for node in [*found.arguments, *keywords.values()]:
         if isinstance(node, ast.Name):
@@ -174,7 +174,7 @@ def _check_axis(way: Way, case: Case, axes: list[int]) -> None:
     """That the function's class axis is the case's. Of logits with one axis, it is that one."""
     own, count = -1 if way.axis is None else way.axis, len(case.logits.shape)
     if not count:
-        raise NotApplicable("has a class axis")
+        raise NotApplicable("has a class axis, where these logits have none")
     if axes != [0 if count == 1 else own + count if own < 0 else own]:
         raise NotApplicable(f"has its class axis at {own}")
 

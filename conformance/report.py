@@ -33,6 +33,7 @@ def results(job: Job, chosen: list[Case], runs: list[Run], interrupted: bool = F
         "dtypes": list(job.dtypes),
         "patterns": list(job.patterns),
         "modes": list(job.modes),
+        "way": job.way._asdict(),
         "full": job.full,
         "interrupted": interrupted,
         "flags": FLAGS,

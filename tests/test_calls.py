@@ -259,7 +259,7 @@ LOG_LOSS = ["--subject", "sklearn.metrics:log_loss", "--loss", "cross_entropy"]
             "\"__import__('os')\" is neither a name of these nor a literal",
         ),
         (["--call", "f(probs, targets, weight)"], "weight is no keyword, so that it could not be left out"),
-        (["--call", "f(probs, **targets)"], "it has a **"),
+        (["--call", "f(probs, **targets)"], "it has a **, or"),
         (["--call", "f(probs)"], "it has no targets"),
         (["--call", "f(probs, targets, reduction=reduction)", "--reduction", "none"], "expected one of both"),
         (["--call", "f(probs, targets, axis=axis)", "--axis", "1"], "expected one of both"),
