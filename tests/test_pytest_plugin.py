@@ -78,6 +78,23 @@ def test_in_the_tests_of_a_project(tmp_path):
     assert (passed > 5, failed, skipped > 10) == (True, 1, True)
 
 
+def test_a_function_as_it_is(tmp_path):
+    """In the working directory, with an order of its own, and no reduction."""
+    (tmp_path / "theirs.py").write_text(
+        "import numpy\n\ndef loss(labels, scores):\n"
+        "    return (labels * numpy.logaddexp(0, -scores) + (1 - labels) * numpy.logaddexp(0, scores)).mean()\n"
+    )
+    way = ["--call", "f(targets, logits)", "--targets", "float", "--reduction", "mean"]
+    named = ["--subject", "theirs:loss", "--loss", "multilabel_logistic_loss", "--case", "seed", "-rs"]
+    done, passed, failed, skipped = run_pytest(tmp_path, *SUITE, *named, *way)
+    assert done.returncode == 0, done.stdout
+    assert (passed, failed, skipped) == (5, 0, 11)  # one of which says that it ran to its end
+    assert "returns the mean, not none" in done.stdout
+    done, *_ = run_pytest(tmp_path, *SUITE, *named, "--call", "f(targets)")
+    assert done.returncode == 4
+    assert "--call: expected a call such as" in done.stderr
+
+
 def test_a_backend_that_dies_fails(tmp_path):
     (tmp_path / "mortal.py").write_text("import os, signal\n__version__ = '1'\nos.kill(os.getpid(), signal.SIGKILL)\n")
     arguments = ["-o", "pythonpath=.", "--pyargs", "unilabel.conformance", "--case", "seed", "--backend", "mortal"]
