@@ -273,7 +273,7 @@ def test_while_the_interpreter_ends(name, request):
     done = subprocess.run(
         [sys.executable, "-c", AT_THE_END, name], env=environment, capture_output=True, text=True, timeout=300
     )
-    assert (done.stdout.split(), done.stderr) == ([str(round(math.log(1024), 5))] * 2, "")
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [str(round(math.log(1024), 5))] * 2, "")
 
 
 INTERRUPTED = """
