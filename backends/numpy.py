@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import formulas
 from ..backend import Array, Backend
-from ..formulas import Loss, Namespace, Operands, Options
+from ..formulas import Linear, Loss, Namespace, Operands, Options
 from ..namespace import Extended, Finite
 from . import blocks
 
@@ -58,6 +58,13 @@ class _Numpy(Extended):
 
     def scale(self, x: Array, factor: Any) -> Array:
         return np.multiply(x, factor, out=x) if x.ndim else x * factor
+
+    def linear(self, features: Array, weight: Array, bias: Array | None) -> Array:
+        x = features @ weight.T
+        return x if bias is None else np.add(x, bias, out=x)
+
+    def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
+        return x.T @ y if total is None else np.add(total, x.T @ y, out=total)
 
     def position(self, x: Array, index: Array, axis: int) -> tuple[Any, ...]:
         if index.size and index.min() < 0:
@@ -190,6 +197,16 @@ class NumpyBackend(Backend):
         with np.errstate(all="ignore"):
             first, second = blocks.run(blockwise, formula, loss, options, np.asarray(x), operands)[0]
             return np.asarray(first, x.dtype), np.asarray(second, x.dtype)
+
+    def linear_closed_form(
+        self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
+    ) -> tuple[Array, Linear]:
+        def run(formula: Any, *call: Any) -> Any:
+            return blocks.run(blockwise, formula, *call)[0]
+
+        with np.errstate(all="ignore"):
+            value, gradients = formulas.in_blocks(xp, run, loss, options, inputs, operands, needed)
+            return np.asarray(value), formulas.rounded(xp, gradients, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

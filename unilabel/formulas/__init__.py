@@ -7,10 +7,12 @@ Each family of losses has a module: logistic.py, softmax.py, probabilities.py. E
     terms                      what value, gradient and Hessian have in common (the exponentials)
     value, gradient, hessian   closed forms, which reduce.py reduces
 
+linear.py computes a loss of the logits that the last linear layer makes, a block of them at a time.
 A loss has several forms of these (types.py): for any namespace, for autodiff, with a framework's native functions.
 """
 
 from ..namespace import Array, Namespace
+from .linear import Linear, Parts, Rows, Shared, Totals, block, contracted, cut, in_blocks, reduced, rounded, rows_of_blocks, whole
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
     activation,
@@ -34,27 +36,40 @@ from .types import Form, Loss, Operands, Options, Reduction
 __all__ = [
     "Array",
     "Form",
+    "Linear",
     "Loss",
     "Namespace",
     "Operands",
     "Options",
+    "Parts",
     "Reduction",
+    "Rows",
+    "Shared",
+    "Totals",
     "activation",
+    "block",
+    "contracted",
     "counted",
     "counts",
+    "cut",
     "form_of",
     "gradient",
     "gradient_and_hessian",
     "gradient_of",
+    "in_blocks",
     "jvp",
     "log_sigmoid",
     "log_softmax",
     "or_infinity",
     "prepare",
+    "reduced",
+    "rounded",
+    "rows_of_blocks",
     "sigmoid",
     "softmax",
     "unreduced_gradient",
     "value",
     "value_and_gradient",
     "value_of",
+    "whole",
 ]
