@@ -242,7 +242,9 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
         return xp.reshape(losses, batch if loss.per_example else whole)
 
     inputs = inputs._replace(features=rows(features))
-    return CanonicalLinear(backend, loss, options, inputs, operands, restore, finish if given.reduction == "none" else as_it_is)
+    return CanonicalLinear(
+        backend, loss, options, inputs, operands, restore, finish if given.reduction == "none" else as_it_is
+    )
 
 
 TAKES = dict.fromkeys(Operands._fields, NUMBERS) | {"where": ("bool",), "label_smoothing": (*INTEGERS, *FLOATS)}

@@ -12,7 +12,21 @@ A loss has several forms of these (types.py): for any namespace, for autodiff, w
 """
 
 from ..namespace import Array, Namespace
-from .linear import Linear, Parts, Rows, Shared, Totals, block, contracted, cut, in_blocks, reduced, rounded, rows_of_blocks, whole
+from .linear import (
+    Linear,
+    Parts,
+    Rows,
+    Shared,
+    Totals,
+    block,
+    contracted,
+    cut,
+    in_blocks,
+    reduced,
+    rounded,
+    rows_of_blocks,
+    whole,
+)
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
     activation,

@@ -214,8 +214,9 @@ def _blocks(rows: Rows, length: int | None) -> Iterator[Rows]:
         yield rows
         return
     features, operands, cotangent = rows
-    for start in range(0, features.shape[0], length):
-        part = slice(start, start + length)
+    n = features.shape[0]
+    for start in range(0, n, length):
+        part = slice(start, min(start + length, n))
         yield Rows(
             features[part, ...],
             Operands(*(None if a is None else a[part, ...] for a in operands)),
