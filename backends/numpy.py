@@ -204,8 +204,9 @@ class NumpyBackend(Backend):
         def run(formula: Any, *call: Any) -> Any:
             return blocks.run(blockwise, formula, *call)[0]
 
+        rows = formulas.rows_of_blocks(inputs)
         with np.errstate(all="ignore"):
-            value, gradients = formulas.in_blocks(xp, run, loss, options, inputs, operands, needed)
+            value, gradients = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
             return np.asarray(value), formulas.rounded(xp, gradients, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:

@@ -142,7 +142,8 @@ class Backend:
         def run(formula: Any, *call: Any) -> Any:
             return formula(xp, *call)
 
-        value, gradients = formulas.in_blocks(xp, run, loss, options, inputs, operands, needed)
+        rows = formulas.rows_of_blocks(inputs)
+        value, gradients = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
         return value, formulas.rounded(xp, gradients, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
@@ -160,7 +161,9 @@ def _extended(library: Any) -> Namespace:
 
 
 def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
-    """The backend of the logits, or of what else is named. TypeError if they are of no known framework, or if others are of another one.
+    """The backend of the logits, or of what `label` names instead.
+
+    TypeError if they are of no known framework, or if others are of another one.
 
     The others, targets first, may be plain data as well: NumPy arrays, Python scalars, lists, None, pandas' Series and
     DataFrames.

@@ -7,7 +7,7 @@ from itertools import repeat
 from typing import Any, Concatenate, ParamSpec, Protocol, overload
 
 from . import formulas
-from .canonical import Canonical, CanonicalLinear, Given, canonical, canonical_linear
+from .canonical import Canonical, Given, canonical, canonical_linear
 from .compilers import as_it_is_in_autograph
 from .formulas import Linear, Operands
 from .linear import LINEAR

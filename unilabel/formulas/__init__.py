@@ -19,13 +19,13 @@ from .linear import (
     Shared,
     Totals,
     block,
-    contracted,
     cut,
+    expression,
+    gradients,
     in_blocks,
     reduced,
     rounded,
     rows_of_blocks,
-    whole,
 )
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
@@ -62,14 +62,15 @@ __all__ = [
     "Totals",
     "activation",
     "block",
-    "contracted",
     "counted",
     "counts",
     "cut",
+    "expression",
     "form_of",
     "gradient",
     "gradient_and_hessian",
     "gradient_of",
+    "gradients",
     "in_blocks",
     "jvp",
     "log_sigmoid",
@@ -85,5 +86,4 @@ __all__ = [
     "value",
     "value_and_gradient",
     "value_of",
-    "whole",
 ]

@@ -1,4 +1,4 @@
-"""A loss of the logits that the last linear layer makes, `x = features · weightᵀ + bias`, a block of examples at a time.
+"""A loss of the last linear layer's logits, `x = features · weightᵀ + bias`, a block of examples at a time.
 
 The formulas never look across examples, so the logits of a block are all that is ever in memory. With g = dL/dx:
 
@@ -155,18 +155,21 @@ def reduced(
 ) -> tuple[Array | None, Linear]:
     """The reduced loss, and the gradients in the compute dtype, of all blocks."""
     value, dtype = parts.values, inputs.features.dtype
-    weight, bias = totals
-    bias = None if bias is None else xp.squeeze(bias, axis=-1)
-    gradients = Linear(parts.features, weight, bias)
+    found = _of_inputs(xp, totals, parts.features)
     if options.reduction == "none":
-        return value, gradients
+        return value, found
     assert value is not None
     divisor = _divisor(xp, loss, options, inputs, parts.counts)
     value = xp.sum(value)
     if divisor is not None:
         value = value / divisor
-        gradients = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in gradients))
-    return xp.astype(value, dtype, copy=False), gradients
+        found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))
+    return xp.astype(value, dtype, copy=False), found
+
+
+def _of_inputs(xp: Namespace, totals: Totals, features: Array | None) -> Linear:
+    weight, bias = totals
+    return Linear(features, weight, None if bias is None else xp.squeeze(bias, axis=-1))
 
 
 def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts: Array | None) -> Any:
@@ -179,15 +182,16 @@ def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts
     return n * lengths.count(xp, inputs.linear_weight, (0,)) if per_element else n
 
 
-def rounded(xp: Namespace, gradients: Linear, inputs: Linear) -> Linear:
+def rounded(xp: Namespace, found: Linear, inputs: Linear) -> Linear:
     """The gradients, each in the dtype of its input."""
-    pairs = zip(gradients, inputs, strict=True)
+    pairs = zip(found, inputs, strict=True)
     return Linear(*(None if a is None else xp.astype(a, b.dtype, copy=False) for a, b in pairs))
 
 
 def in_blocks(
     xp: Namespace,
     run: Run,
+    length: int | None,
     loss: Loss,
     options: Options,
     inputs: Linear,
@@ -195,10 +199,10 @@ def in_blocks(
     needed: Linear,
     cotangent: Array | None = None,
 ) -> tuple[Array | None, Linear]:
-    """The reduced loss and its gradients in the compute dtype, by a loop in Python."""
+    """The reduced loss and its gradients in the compute dtype, by a loop in Python over blocks of that length."""
     rows, shared = cut(xp, options, inputs, operands)
     totals, each = Totals(), []
-    for some in _blocks(rows._replace(cotangent=cotangent), rows_of_blocks(inputs)):
+    for some in _blocks(rows._replace(cotangent=cotangent), length):
         totals, parts = block(xp, run, loss, options, needed, shared, totals, some)
         each.append(parts)
     joined = (_joined(xp, arrays) for arrays in zip(*each, strict=True))
@@ -222,3 +226,22 @@ def _blocks(rows: Rows, length: int | None) -> Iterator[Rows]:
             Operands(*(None if a is None else a[part, ...] for a in operands)),
             None if cotangent is None else cotangent[part, ...],
         )
+
+
+# All at once, as an expression that a framework transforms, exports or differentiates: with all logits in memory.
+
+
+def expression(xp: Namespace, run: Run, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+    """The reduced loss."""
+    _, x, operands = whole(xp, loss, options, *cut(xp, options, inputs, operands))
+    return xp.astype(run(loss, options._replace(half=False), x, operands), inputs.features.dtype, copy=False)
+
+
+def gradients(
+    xp: Namespace, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array
+) -> Linear:
+    """The cotangent of the reduced loss times its derivatives, each in the dtype of its input."""
+    wide, x, operands = whole(xp, loss, options, *cut(xp, options, inputs, operands))
+    cotangent = xp.astype(cotangent, x.dtype, copy=False)
+    gradient = reduce.gradient(xp, loss, options._replace(half=False), x, operands, cotangent)
+    return rounded(xp, _of_inputs(xp, *contracted(xp, gradient, wide, needed, Totals())), inputs)
