@@ -13,11 +13,11 @@ import torch
 from .. import formulas
 from ..backend import Array, Backend
 from ..compilers import constant_in_dynamo
-from ..formulas import Linear, Loss, Namespace, Operands, Options
+from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
 from ..losses import FORMULAS
 from . import blocks
 from .torch_internals import internals
-from .torch_linear import NOTHING, LinearLoss, as_autocast, is_autocast, without_autocast
+from .torch_linear import LinearLoss, as_autocast, is_autocast, without_autocast
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 from .torch_replay import replayed
 

@@ -10,11 +10,9 @@ import torch
 
 from .. import formulas
 from ..backend import Array
-from ..formulas import Linear, Operands
+from ..formulas import NOTHING, Linear, Operands
 from .torch_internals import internals
 from .torch_namespaces import differentiable, eager, standard
-
-NOTHING = Linear(False, False, False)
 
 
 class LinearLoss(torch.autograd.Function):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from . import formulas
 from .compilers import constant_in_dynamo
-from .formulas import Linear, Loss, Operands, Options
+from .formulas import NOTHING, Linear, Loss, Operands, Options
 from .namespace import Extended, Namespace
 
 Array = Any  # of any framework: what it has besides what the formulas ask, its own backend knows
@@ -131,7 +131,7 @@ class Backend:
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
         """The reduced loss of the logits of the last linear layer, differentiable if the framework has autodiff."""
-        return self.linear_closed_form(loss, options, inputs, operands, Linear(False, False, False))[0]
+        return self.linear_closed_form(loss, options, inputs, operands, NOTHING)[0]
 
     def linear_closed_form(
         self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear

@@ -13,6 +13,7 @@ A loss has several forms of these (types.py): for any namespace, for autodiff, w
 
 from ..namespace import Array, Namespace
 from .linear import (
+    NOTHING,
     Linear,
     Parts,
     Rows,
@@ -43,11 +44,13 @@ from .reduce import (
     value,
     value_and_gradient,
     value_of,
+    working,
 )
 from .softmax import log_softmax, softmax
 from .types import Form, Loss, Operands, Options, Reduction
 
 __all__ = [
+    "NOTHING",
     "Array",
     "Form",
     "Linear",
@@ -86,4 +89,5 @@ __all__ = [
     "value",
     "value_and_gradient",
     "value_of",
+    "working",
 ]

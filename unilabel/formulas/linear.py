@@ -30,6 +30,9 @@ class Linear(NamedTuple):
     linear_bias: Any = None  # (C,)
 
 
+NOTHING = Linear(False, False, False)  # of which gradients are needed
+
+
 class Rows(NamedTuple):
     """What is cut into blocks of examples."""
 
