@@ -70,16 +70,18 @@ Run = Callable[..., Any]  # of a formula of reduce.py, and its arguments after t
 def rows_of_blocks(inputs: Linear) -> int | None:
     """The number of examples in a block; None: all at once, as they are few or their number is not known.
 
-    A block is no larger than the weight, or holds `BLOCK` logits. If it can be, all blocks are equally long: the rest
-    would be copied by some compilers.
+    If they can be, all blocks are equally long: some compilers copy what is over.
     """
-    n, (classes, length) = inputs.features.shape[0], inputs.linear_weight.shape
-    if not lengths.are_known(n, classes, length):
-        return None
-    rows = max(BLOCK // classes, min(length, ROWS), 1)
-    if n <= rows:
+    n, rows = inputs.features.shape[0], most_rows(inputs)
+    if rows is None or not lengths.are_known(n) or n <= rows:
         return None
     return next((size for size in range(rows, rows // 2, -1) if n % size == 0), rows)
+
+
+def most_rows(inputs: Linear) -> int | None:
+    """The number of examples of a block that is no larger than the weight, or holds `BLOCK` logits; None: not known."""
+    classes, length = inputs.linear_weight.shape
+    return max(BLOCK // classes, min(length, ROWS), 1) if lengths.are_known(classes, length) else None
 
 
 def cut(xp: Namespace, options: Options, inputs: Linear, operands: Operands) -> tuple[Rows, Shared]:
