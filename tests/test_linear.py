@@ -297,9 +297,10 @@ def test_garbage_where_masked_or_ignored(small, framework):
 
 
 @EACH_LOSS
-def test_numpy_has_no_array_of_the_logits_size(loss):
+def test_numpy_has_no_array_of_the_logits_size(loss, monkeypatch):
     """Value and gradients take what they return and a few blocks."""
-    n, length, classes = 1 << 13, 8, 1 << 13
+    monkeypatch.setattr(LINEAR, "BLOCK", 1 << 16)
+    n, length, classes = 1 << 11, 8, 1 << 11
     layer = Layer((2,), 2, 2)
     rng = np.random.default_rng(SEED)
     features, weight = (rng.standard_normal(shape, dtype="float32") for shape in ((n, length), (classes, length)))
@@ -311,22 +312,22 @@ def test_numpy_has_no_array_of_the_logits_size(loss):
     call(features, weight, targets)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < n * classes * 4 / 1.5  # logits and gradient would be twice as much
+    assert peak < n * classes * 4 / 4  # the logits' bytes over 4
 
 
 # --- Wrong calls ------------------------------------------------------------------------------------------------------
 
 X, W, B = np.ones((4, 3)), np.ones((5, 3)), np.ones(5)
 WRONG: list[Any] = [
-    ((X, W.T, [0] * 4), {}, ValueError, "shape (C, 3), as the features have (4, 3). Received: (3, 5) (is it transposed?"),
+    ((X, W.T, [0] * 4), {}, ValueError, "shape (C, 3), .*(4, 3). Received: (3, 5) (is it transposed?"),
     ((X, W[:, :2], [0] * 4), {}, ValueError, "linear_weight: shape (C, 3).*Received: (5, 2)"),
     ((X, W[0], [0] * 4), {}, ValueError, "linear_weight: shape (C, 3).*Received: (3,)"),
     ((X, W[:0], [0] * 4), {}, ValueError, "linear_weight: at least one class. Received: shape (0, 3)"),
     ((X[:, :0], W[:, :0], [0] * 4), {}, ValueError, "features: .*at least one feature. Received: (4, 0)"),
     ((np.ones(()), W, 0), {}, ValueError, "features: shape (..., D)"),
-    ((X, W, [0] * 4), {"linear_bias": B[:4]}, ValueError, "linear_bias: one number for each of 5 classes. Received: .*(4,)"),
+    ((X, W, [0] * 4), {"linear_bias": B[:4]}, ValueError, "linear_bias: .*5 classes. Received: .*(4,)"),
     ((X, W.astype("float32"), [0] * 4), {}, TypeError, "linear_weight: .*the features, float64. Received: float32"),
-    ((X, W, [0] * 4), {"linear_bias": B.astype("float32")}, TypeError, "linear_bias: .*features, float64. Received: float32"),
+    ((X, W, [0] * 4), {"linear_bias": B.astype("float32")}, TypeError, "linear_bias: .*float64. Received: float32"),
     ((X.astype(int), W, [0] * 4), {}, TypeError, "features: dtype float16, .*Received: int64"),
     ((X, W.astype(int), [0] * 4), {}, TypeError, "linear_weight: dtype float16, .*Received: int64"),
     ((X.tolist(), W, [0] * 4), {}, TypeError, "Received: list"),
@@ -338,7 +339,7 @@ WRONG: list[Any] = [
     ((X, W, [0] * 4), {"reduction": "max"}, ValueError, "'none', 'sum', 'mean' or 'batchmean'. Received: 'max'"),
     ((X, W, [0, 1, 5, 2]), {"validate": True}, ValueError, "targets: class indices from 0 to 4. Received: 5 at (2,)"),
     ((X * math.nan, W, [0] * 4), {"validate": True}, ValueError, "features: no NaN. Received: nan at (0, 0)"),
-    ((X, W, [0] * 4), {"linear_bias": B * math.nan, "validate": True}, ValueError, "linear_bias: no NaN. Received: nan"),
+    ((X, W, [0] * 4), {"linear_bias": B * math.nan, "validate": True}, ValueError, "linear_bias: no NaN"),
 ]  # fmt: skip
 
 
