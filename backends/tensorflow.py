@@ -85,7 +85,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     return run(x, *floating.values())
 
 
-def _is_eager(x: Array, operands: Operands) -> bool:
+def _is_eager(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether all have values, no ForwardAccumulator watches them, and tapes can be kept from recording."""
     arrays = [x, *(array for array in operands if array is not None)]
     return (

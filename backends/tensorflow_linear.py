@@ -19,8 +19,8 @@ def fitted(
     fit: Callable[[Array, Any], Array], loss: Loss, options: Options, inputs: Linear, operands: Operands
 ) -> Operands:
     """Operands whose shapes `fit` checks when it runs if they were not known before."""
-    known = all(a is None or a.shape.is_fully_defined() for a in (*inputs, *operands))
-    if known:
+    arrays: list[Any] = [*inputs, *operands]
+    if all(array is None or array.shape.is_fully_defined() for array in arrays):
         return operands
     n, classes = tf.shape(inputs.features)[0], tf.shape(inputs.linear_weight)[0]
     wanted = {"targets": [n] if options.indices else [n, classes], "sample_weight": [n]}
@@ -53,7 +53,7 @@ def in_loop(
     n = tf.shape(inputs.features)[0] if n is None else n
     count = tf.maximum(n - 1, 0) // length if tf.is_tensor(n) else (n - 1) // length
     totals, last = body(Totals(), _cut(rows, count * length, n - count * length))
-    sizes = Parts(length if options.reduction == "none" else 1, 1, length)
+    sizes = (length if options.reduction == "none" else 1, 1, length)  # of Parts, from a whole block
     held = [
         tf.TensorArray(a.dtype, count, element_shape=[size, *a.shape[1:]])
         for a, size in zip(last, sizes, strict=True)
@@ -91,7 +91,7 @@ def _there(arrays: Any) -> list[Array]:
 
 
 def _cut(rows: Rows, start: Any, size: Any) -> Rows:
-    def cut(array: Array | None) -> Array | None:
+    def cut(array: Any) -> Any:
         if array is None:
             return None
         lengths = [standard.extent(array, axis) for axis in range(1, array.shape.rank)]

@@ -110,14 +110,12 @@ def test_torch_frozen(request, monkeypatch, frozen, reduction):
     asked_for("torch", request)
     import torch
 
-    namespace, products = sys.modules["unilabel.backends.torch_namespaces"], []
-    kind = type(namespace.eager)
-    monkeypatch.setattr(kind, "matmul", lambda self, x, y: products.append("features") or x @ y, raising=False)
-    add = kind.add_product
-    monkeypatch.setattr(kind, "add_product", lambda self, *arrays: products.append("weight") or add(self, *arrays))
+    eager, products = sys.modules["unilabel.backends.torch_namespaces"].eager, []
+    add = eager.add_product
+    monkeypatch.setattr(eager, "matmul", lambda x, y: products.append("features") or x @ y)
+    monkeypatch.setattr(eager, "add_product", lambda *arrays: products.append("weight") or add(*arrays))
     case = Torch(ul.softmax_nll, reduction)
-    leaves = [array if i in frozen else array.requires_grad_() for i, array in enumerate(case.leaves())]
-    leaves = [array.detach() if i in frozen else array for i, array in enumerate(leaves)]
+    leaves = [array.detach() if i in frozen else array for i, array in enumerate(case.leaves())]
     wanted = [array for array in leaves if array.requires_grad]
     found = torch.autograd.grad(case.both[0](*leaves), wanted)
     assert ("features" in products) == (0 not in frozen)
