@@ -17,7 +17,7 @@ from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
 from ..losses import FORMULAS
 from . import blocks
 from .torch_internals import internals
-from .torch_linear import LinearLoss, as_autocast, is_autocast, without_autocast
+from .torch_linear import LinearLoss, as_autocast, in_expression, is_autocast, without_autocast
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 from .torch_replay import replayed
 
@@ -180,10 +180,6 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
     return replayed(formula, eager, loss, options, x, operands), eager
 
 
-def _in_expression(formula: Any, *call: Any) -> Any:
-    return formula(standard, *call)
-
-
 def _in_block(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *cotangent: Array) -> Any:
     """The formula's result of a block of the last linear layer's logits."""
     if not cotangent:
@@ -310,7 +306,7 @@ class TorchBackend(Backend):
     def linear_closed_form(
         self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
     ) -> tuple[Array, Linear]:
-        xp, run, rows = standard, _in_expression, None
+        xp, run, rows = standard, in_expression, None
         if not torch.compiler.is_compiling() and _is_ordinary_layer(inputs, operands):
             xp, run, rows = eager, _in_block, formulas.rows_of_blocks(inputs)
         with torch.no_grad(), without_autocast(inputs.features):

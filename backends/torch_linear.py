@@ -60,6 +60,10 @@ def _is_finite(cotangent: Array) -> bool:
     return cotangent.ndim > 0 or cotangent.device.type != "cpu" or math.isfinite(cotangent.item())
 
 
+def in_expression(formula: Any, *call: Any) -> Any:
+    return formula(standard, *call)
+
+
 def as_autocast(inputs: Linear) -> Linear:
     """Under autocast: rounded to its dtype, as `torch.nn.functional.linear` has them, but multiplied in float32."""
     if not is_autocast(inputs.features):

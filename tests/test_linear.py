@@ -116,28 +116,31 @@ def calls():
 
 
 CALLS = list(calls())
-QUICK = [pytest.param(i, marks=() if i % 6 == 0 else pytest.mark.full) for i in range(len(CALLS))]
+
+# In a quick run few calls, of two reductions: compilers take a second for each.
+QUICK = [pytest.param(i, marks=() if i % 10 == 0 else pytest.mark.full) for i in range(len(CALLS))]
+EACH_REDUCTION = pytest.mark.parametrize(
+    "reduction", [pytest.param(r, marks=() if r in ("none", "mean") else pytest.mark.full) for r in REDUCTIONS]
+)
 
 
 @pytest.mark.parametrize("call", QUICK)
-def test_every_option_is_as_on_logits(small, framework, call):
+@EACH_REDUCTION
+def test_every_option_is_as_on_logits(small, framework, call, reduction):
     loss, targets, options = CALLS[call]
     layer = Layer()
-    for reduction in REDUCTIONS:
-        value, gradient = ul.value_and_grad(loss)(layer.logits, targets, reduction=reduction, **options)
-        got, gradients = closed(framework, loss, layer, targets, reduction=reduction, **options)
-        close(got, value)
-        for array, right in zip(gradients, layer.through(gradient), strict=True):
-            close(array, right)
-        features, weight, bias = (framework.array(array, "float64") for array in layer.inputs)
-        again = OF[loss](features, weight, targets, linear_bias=bias, reduction=reduction, **options)
-        close(framework.numpy(again), value)
+    value, gradient = ul.value_and_grad(loss)(layer.logits, targets, reduction=reduction, **options)
+    got, gradients = closed(framework, loss, layer, targets, reduction=reduction, **options)
+    close(got, value)
+    for array, right in zip(gradients, layer.through(gradient), strict=True):
+        close(array, right)
+    features, weight, bias = (framework.array(array, "float64") for array in layer.inputs)
+    again = OF[loss](features, weight, targets, linear_bias=bias, reduction=reduction, **options)
+    close(framework.numpy(again), value)
 
 
-@pytest.mark.parametrize("call", [i for i in range(len(CALLS)) if i % 6 == 1])
-@pytest.mark.parametrize(
-    "reduction", [pytest.param(r, marks=() if r in ("none", "mean") else pytest.mark.full) for r in REDUCTIONS]
-)
+@pytest.mark.parametrize("call", QUICK[::2])
+@EACH_REDUCTION
 def test_autodiff_is_as_on_logits(small, recorder, call, reduction):
     """With a cotangent for each loss."""
     loss, targets, options = CALLS[call]
@@ -154,22 +157,27 @@ def test_autodiff_is_as_on_logits(small, recorder, call, reduction):
         close(array, right)
 
 
-SHAPES = [((), 4, 3), ((1,), 1, 1), ((0,), 4, 3), ((2, 0), 4, 3), ((4, 3), 2, 2), ((2, 3, 2), 5, 3), ((6,), 1, 2)]
+# One example without an axis, no examples, one class, one feature, several axes, blocks that fit and do not.
+SHAPES = [
+    ((), 4, 3),
+    ((0,), 4, 3),
+    ((4, 3), 1, 2),
+    *(pytest.param(*shape, marks=pytest.mark.full) for shape in (((1,), 1, 1), ((2, 0), 4, 3), ((2, 3, 2), 5, 3))),
+]
 
 
 @EACH_LOSS
 @pytest.mark.parametrize(("batch", "classes", "length"), SHAPES)
-def test_every_shape(small, framework, loss, batch, classes, length):
-    """One example without an axis, no examples, one class, one feature, several axes, blocks that fit and do not."""
+@EACH_REDUCTION
+def test_every_shape(small, framework, loss, batch, classes, length, reduction):
     layer = Layer(batch, classes, length)
     options: dict[str, Any] = {"where": np.ones((*[1] * (len(batch) - 1), *batch[-1:], 1), bool)} if batch else {}
-    for reduction in REDUCTIONS:
-        targets = layer.targets(loss)
-        value, gradient = ul.value_and_grad(loss)(layer.logits, targets, reduction=reduction, **options)
-        got, gradients = closed(framework, loss, layer, targets, reduction=reduction, **options)
-        close(got, value)
-        for array, right in zip(gradients, layer.through(gradient), strict=True):
-            close(array, right)
+    targets = layer.targets(loss)
+    value, gradient = ul.value_and_grad(loss)(layer.logits, targets, reduction=reduction, **options)
+    got, gradients = closed(framework, loss, layer, targets, reduction=reduction, **options)
+    close(got, value)
+    for array, right in zip(gradients, layer.through(gradient), strict=True):
+        close(array, right)
 
 
 @EACH_LOSS
@@ -254,7 +262,7 @@ def test_a_common_offset_changes_nothing(small, framework):
     close(closed(framework, ul.softmax_nll, layer, layer.indices, "float64", reduction="none")[0], right, atol=0)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@EACH_REDUCTION
 def test_nothing_takes_part(small, framework, reduction):
     """All ignored, or masked: 0, with gradients of 0."""
     layer = Layer()
