@@ -64,7 +64,12 @@ class _Numpy(Extended):
         return x if bias is None else np.add(x, bias, out=x)
 
     def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
-        return x.T @ y if total is None else np.add(total, x.T @ y, out=total)
+        if total is None:
+            return x.T @ y
+        step = max(1, (1 << 20) // y.shape[1])  # a product that stays in the cache: new memory takes longer
+        for start in range(0, len(total), step):
+            total[start : start + step] += x[:, start : start + step].T @ y
+        return total
 
     def position(self, x: Array, index: Array, axis: int) -> tuple[Any, ...]:
         if index.size and index.min() < 0:

@@ -14,6 +14,15 @@ EACH_LOSS = pytest.mark.parametrize("loss", list(OF))
 REDUCTIONS = pytest.mark.parametrize(
     "reduction", ["none", "mean", *(pytest.param(name, marks=pytest.mark.full) for name in ("sum", "batchmean"))]
 )
+QUICK = (ul.softmax_nll, "none"), (ul.multilabel_logistic_loss, "batchmean")
+CASES = pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [
+        pytest.param(loss, reduction, marks=() if (loss, reduction) in QUICK else pytest.mark.full)
+        for loss in OF
+        for reduction in ("none", "sum", "mean", "batchmean")
+    ],
+)
 OPTIONS = {"label_smoothing": 0.1, "where": [True, True, True, False, True]}
 
 
@@ -69,8 +78,7 @@ def torch_close(got, right):
     torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-13)
 
 
-@EACH_LOSS
-@REDUCTIONS
+@CASES
 def test_torch_transforms(request, loss, reduction):
     """Double backward, and torch.func's grad, jvp and hessian."""
     asked_for("torch", request)
@@ -149,8 +157,7 @@ def test_torch_gradients_per_example(request):
     torch_close(rows, torch.autograd.grad(values, leaf, units, is_grads_batched=True)[0])
 
 
-@EACH_LOSS
-@REDUCTIONS
+@CASES
 def test_torch_compiled(request, loss, reduction):
     asked_for("torch", request)
     import torch
@@ -242,8 +249,7 @@ def jax_close(got, right):
     jax.tree.map(close, got, right)
 
 
-@EACH_LOSS
-@REDUCTIONS
+@CASES
 def test_jax_transforms(request, loss, reduction):
     """grad, jvp and hessian, of the layer's inputs and of what smooths the targets."""
     asked_for("jax", request)
@@ -351,8 +357,7 @@ def tensorflow_close(got, right):
         close(array.numpy(), expected.numpy())
 
 
-@EACH_LOSS
-@REDUCTIONS
+@CASES
 def test_tensorflow_transforms(request, loss, reduction):
     """Tapes, nested tapes, a tape outside of a graph, one in it, XLA, forward mode."""
     asked_for("tensorflow", request)
@@ -368,7 +373,7 @@ def test_tensorflow_transforms(request, loss, reduction):
     tensorflow_close(compiled(*inputs), right)
     found = []
     for function in (linear, on_logits):
-        with tf.autodiff.ForwardAccumulator(inputs, [tf.ones_like(array) for array in inputs]) as accumulator:
+        with tf.autodiff.ForwardAccumulator(inputs, tuple(map(tf.ones_like, inputs))) as accumulator:
             value = function(*inputs)
         found.append([value, accumulator.jvp(value)])
     tensorflow_close(*found)
