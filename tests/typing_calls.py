@@ -75,7 +75,6 @@ def losses_of_a_linear_layer(x: Floats, t: torch.Tensor) -> None:
     assert_type(gradients.features, Any)
     ul.linear_softmax_nll(x, [0, 1])  # error: "targets"
     ul.linear_softmax_nll(x, x, [0, 1], axis=1)  # error: "axis"
-    ul.value_and_grad(ul.linear_softmax_nll)(t, t, [0, 1], pos_weight=2.0)  # error: "pos_weight"
 
 
 def modules(t: torch.Tensor) -> None:
