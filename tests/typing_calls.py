@@ -63,7 +63,7 @@ def options_of_a_derivative(x: Floats, t: torch.Tensor, anything: Any) -> None:
     value_and_grad(x)  # error: "targets"
     value_and_grad([[0.5, 1.0]], [0])  # error: list[list[float]]
     ul.grad_and_hess(ul.multilabel_logistic_loss)(x, x, ignore_index=0)  # error: "ignore_index"
-    ul.value_and_grad(0.5)  # error: float
+    ul.value_and_grad(0.5)  # error: value_and_grad
     _, _, _ = ul.grad_and_hess(ul.softmax_nll)(x, [0, 1])  # error: 3
 
 
