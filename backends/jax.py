@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -12,84 +11,8 @@ import numpy as np
 
 from .. import formulas
 from ..backend import Array, Backend
-from ..formulas import Loss, Namespace, Operands, Options
-from ..namespace import Extended
-
-
-class _Standard(Extended):
-    """Where nothing is differentiated."""
-
-    groups: tuple[str, ...] = ("indexing",)
-    longest = staticmethod(jax.core.max_dim)
-    ones_like = staticmethod(jax.jit(jnp.ones_like, static_argnames="dtype"))  # else 1 is a transfer to the device
-
-    def where(self, condition: Array, a: Any, b: Any) -> Array:
-        if a is math.nan or b is math.nan:  # on purpose: outside of jit, jax_debug_nans would raise
-            with jax.debug_nans(False):
-                a, b = (jnp.full_like(b, a), b) if a is math.nan else (a, jnp.full_like(a, b))
-        return jnp.where(condition, a, b)
-
-    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
-        """Also along axes of length 1: if one stays, XLA's CPU compiler makes a sum of products a dot product.
-
-        The error of that grows with its length.
-        """
-        ones = [] if axis is None else [i for i, n in enumerate(x.shape) if n == 1 and not _is_sharded(x, i)]
-        if not ones:
-            return jnp.sum(x, axis=axis, keepdims=keepdims)
-        total = jnp.sum(x, axis=tuple({axis % x.ndim, *ones}), keepdims=True)
-        return total if keepdims else jnp.squeeze(total, axis)
-
-    def as_index(self, targets: Array, like: Array) -> Array:
-        return targets.astype(jax.dtypes.canonicalize_dtype(np.int64))
-
-    def take(self, weight: Array, index: Array) -> Array:
-        if _is_sharded(weight, -1):
-            return super().take(weight, index)
-        place = jax.typeof(index).sharding  # JAX asks for the result's, if the indices are sharded explicitly
-        options = {"out_sharding": place} if any(_is_sharded(index, i) for i in range(index.ndim)) else {}
-        return weight.at[index].get(mode="promise_in_bounds", **options)
-
-    def position(self, x: Array, index: Array, axis: int) -> tuple[Array, Array]:
-        """An index to gather with, and a mask, as a scatter takes longer."""
-        return index, jax.lax.broadcasted_iota(index.dtype, x.shape, x.ndim + axis) == index
-
-    def take_along_axis(self, x: Array, position: tuple[Array, Array], axis: int) -> Array:
-        # JAX gathers nothing along a sharded axis, nor from what may be empty (an exporter's length of n - 1).
-        if _is_sharded(x, axis) or any(jax.core.max_dim(n, 1) != n for n in x.shape):
-            return jnp.sum(jnp.where(position[1], x, 0), axis=axis, keepdims=True)
-        return jnp.take_along_axis(x, position[0], axis, mode="promise_in_bounds")
-
-    def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
-        return jnp.where(position[1], values, x)
-
-
-def _is_sharded(x: Array, axis: int) -> bool:
-    """Whether an axis is explicitly sharded over devices."""
-    return jax.typeof(x).sharding.spec[axis] is not None
-
-
-class _Differentiable(_Standard):
-    groups = ("autodiff",)
-    stop_gradient = staticmethod(jax.lax.stop_gradient)
-
-
-class _Summing(_Standard):
-    """For full sums: XLA's CPU compiler fuses arithmetic into the sum, but writes the result of a select to memory."""
-
-    def heaviside(self, x: Array) -> Array:
-        return jnp.maximum(jnp.sign(x), 0)
-
-    def weigh(self, weight: Array, size: Array) -> Array:
-        # `abs` keeps compilers from multiplying the two constants, which makes infinity, and that times 0 is NaN.
-        large = float(jnp.finfo(size.dtype).max)
-        most = jnp.abs(weight * large) * large
-        return jnp.maximum(jnp.minimum(size, most), -most) * weight
-
-
-standard: Namespace = _Standard(jnp)
-differentiable: Namespace = _Differentiable(jnp)
-summing: Namespace = _Summing(jnp)
+from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
+from .jax_namespaces import differentiable, standard, summing
 
 
 def _broadcasting(function: Any) -> Any:
@@ -197,6 +120,140 @@ def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands:
     return formula(standard, loss, options, x, operands)
 
 
+# --- The last linear layer's inputs: a scan over blocks of examples ---------------------------------------------------
+
+
+def _scanned(body: Any, length: int | None, totals: Any, rows: Any) -> tuple[Any, Any]:
+    """The totals, and what the body leaves behind, of all blocks of that length and then of the rest."""
+    if length is None:
+        return body(totals, rows)
+    n = rows.features.shape[0]
+    end = n - n % length
+    totals, parts = jax.lax.scan(body, totals, jax.tree.map(lambda a: a[:end].reshape(-1, length, *a.shape[1:]), rows))
+    parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
+    if end < n:
+        totals, rest = body(totals, jax.tree.map(lambda a: a[end:], rows))
+        parts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts, rest)
+    return totals, parts
+
+
+@_broadcasting
+def _linear(
+    loss: Loss, options: Options, length: int | None, needed: Linear, inputs: Linear, operands: Operands
+) -> tuple[Array, Linear]:
+    """The reduced loss, and its gradients in the compute dtype, in closed form."""
+
+    def run(formula: Any, *call: Any) -> Any:
+        return formula(standard, *call)
+
+    rows, shared = formulas.cut(standard, options, inputs, operands)
+    weight = shared.linear_weight
+    of_weight = jnp.zeros_like(weight) if needed.linear_weight else None
+    of_bias = jnp.zeros_like(weight[:, :1]) if needed.linear_bias else None
+    body = functools.partial(formulas.block, standard, run, loss, options, needed, shared)
+    totals, parts = _scanned(body, length, formulas.Totals(of_weight, of_bias), rows)
+    return formulas.reduced(standard, loss, options, inputs, totals, parts)
+
+
+@_broadcasting
+def _linear_by_autodiff(loss: Loss, options: Options, length: int | None, inputs: Linear, operands: Operands) -> Array:
+    """The reduced loss as an expression: backward makes the logits of each block again."""
+
+    def run(_: Any, *call: Any) -> Array:
+        return _value(*call)
+
+    rows, shared = formulas.cut(differentiable, options, inputs, operands)
+    body = functools.partial(formulas.block, differentiable, run, loss, options, NOTHING)
+    if length is not None:
+        body = jax.checkpoint(body, prevent_cse=False)
+    totals, parts = _scanned(functools.partial(body, shared), length, formulas.Totals(), rows)
+    return formulas.reduced(differentiable, loss, options, inputs, totals, parts)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _linear_value(loss: Loss, options: Options, length: int | None, inputs: Linear, operands: Operands) -> Array:
+    return _linear(loss, options, length, NOTHING, inputs, operands)[0]
+
+
+def _linear_value_jvp(
+    loss: Loss, options: Options, length: int | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    (inputs, operands), dots = primals, tangents[0]
+    needed = Linear(*(dot is not None and not _is_zero(dot) for dot in dots))
+    change = None
+    if any(needed):
+        value, found = _linear_gradients(loss, options, length, needed, inputs, operands)
+        pairs = zip(found, dots, strict=True)
+        change = sum(jnp.sum(a * dot.astype(a.dtype)) for a, dot in pairs if a is not None).astype(value.dtype)
+    else:
+        value = _linear_value(loss, options, length, inputs, operands)
+    by_operands = functools.partial(_linear_by_autodiff, loss, options, length, inputs)
+    more = _jvp_where_moved(by_operands, (operands,), tangents[1:])
+    if more is not None:
+        change = more[1] if change is None else change + more[1]
+    return value, jnp.zeros_like(value) if change is None else change
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _linear_gradients(
+    loss: Loss, options: Options, length: int | None, needed: Linear, inputs: Linear, operands: Operands
+) -> tuple[Array, Linear]:
+    return _linear(loss, options, length, needed, inputs, operands)
+
+
+def _linear_gradients_jvp(
+    loss: Loss, options: Options, length: int | None, needed: Linear, primals: Any, tangents: Any
+) -> Any:
+    def again(inputs: Linear, operands: Operands) -> tuple[Array, Linear]:
+        wide = Linear(*(None if a is None else formulas.working(standard, options, a) for a in inputs))
+        chosen = {name: array for name, array in wide._asdict().items() if getattr(needed, name)}
+
+        def value(chosen: dict[str, Array]) -> Array:
+            return _linear_by_autodiff(loss, options, length, wide._replace(**chosen), operands)
+
+        found, pullback = jax.vjp(value, chosen)
+        gradients = dict.fromkeys(Linear._fields) | pullback(jnp.ones_like(found))[0]
+        return found.astype(inputs.features.dtype), Linear(**gradients)
+
+    found = _jvp_where_moved(again, primals, tangents)
+    if found is None:
+        result = _linear_gradients(loss, options, length, needed, *primals)
+        return result, jax.tree.map(jnp.zeros_like, result)
+    return found
+
+
+def _jvp_where_moved(function: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """The function and its derivative along those tangents that are not zero; None if there are none."""
+    arrays, tree = jax.tree.flatten(primals)
+    dots = tree.flatten_up_to(tangents)
+    moved = [i for i, dot in enumerate(dots) if not _is_zero(dot)]
+
+    def run(some: list[Array]) -> Any:
+        every = dict(enumerate(arrays)) | dict(zip(moved, some, strict=True))
+        return function(*tree.unflatten(every.values()))
+
+    return jax.jvp(run, ([arrays[i] for i in moved],), ([dots[i] for i in moved],)) if moved else None
+
+
+_linear_value.defjvp(_linear_value_jvp, symbolic_zeros=True)
+_linear_gradients.defjvp(_linear_gradients_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _linear_loss(loss: Loss, options: Options, length: int | None, inputs: Linear, operands: Operands) -> Array:
+    # With "none" the gradients depend on all cotangents.
+    run = _linear_by_autodiff if options.reduction == "none" else _linear_value
+    return run(loss, options, length, inputs, operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _linear_closed_form(
+    loss: Loss, options: Options, length: int | None, needed: Linear, inputs: Linear, operands: Operands
+) -> tuple[Array, Linear]:
+    value, found = _linear(loss, options, length, needed, inputs, operands)
+    return value, formulas.rounded(standard, found, inputs)
+
+
 def _jit_arguments(options: Options, x: Array, operands: Operands) -> tuple[Options, Array, Operands]:
     """Arguments for the jitted functions. Smoothing is an array, so that a schedule does not compile again."""
     smoothing = options.label_smoothing
@@ -260,6 +317,16 @@ class JaxBackend(Backend):
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
         return _closed_form(formula, loss, *_jit_arguments(options, x, operands))
+
+    def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+        options, _, operands = _jit_arguments(options, inputs.features, operands)
+        return _linear_loss(loss, options, formulas.rows_of_blocks(inputs), inputs, operands)
+
+    def linear_closed_form(
+        self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
+    ) -> tuple[Array, Linear]:
+        options, _, operands = _jit_arguments(options, inputs.features, operands)
+        return _linear_closed_form(loss, options, formulas.rows_of_blocks(inputs), needed, inputs, operands)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return _activation(function, x, half)

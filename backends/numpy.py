@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import formulas
 from ..backend import Array, Backend
-from ..formulas import Loss, Namespace, Operands, Options
+from ..formulas import Linear, Loss, Namespace, Operands, Options
 from ..namespace import Extended, Finite
 from . import blocks
 
@@ -58,6 +58,18 @@ class _Numpy(Extended):
 
     def scale(self, x: Array, factor: Any) -> Array:
         return np.multiply(x, factor, out=x) if x.ndim else x * factor
+
+    def linear(self, features: Array, weight: Array, bias: Array | None) -> Array:
+        x = features @ weight.T
+        return x if bias is None else np.add(x, bias, out=x)
+
+    def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
+        if total is None:
+            return x.T @ y
+        step = max(1, (1 << 20) // y.shape[1])  # a product that stays in the cache: new memory takes longer
+        for start in range(0, len(total), step):
+            total[start : start + step] += x[:, start : start + step].T @ y
+        return total
 
     def position(self, x: Array, index: Array, axis: int) -> tuple[Any, ...]:
         if index.size and index.min() < 0:
@@ -190,6 +202,17 @@ class NumpyBackend(Backend):
         with np.errstate(all="ignore"):
             first, second = blocks.run(blockwise, formula, loss, options, np.asarray(x), operands)[0]
             return np.asarray(first, x.dtype), np.asarray(second, x.dtype)
+
+    def linear_closed_form(
+        self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
+    ) -> tuple[Array, Linear]:
+        def run(formula: Any, *call: Any) -> Any:
+            return blocks.run(blockwise, formula, *call)[0]
+
+        rows = formulas.rows_of_blocks(inputs)
+        with np.errstate(all="ignore"):
+            value, gradients = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
+            return np.asarray(value), formulas.rounded(xp, gradients, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from .. import formulas
 from ..backend import Array, Backend
-from ..formulas import Loss, Namespace, Operands, Options
+from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
+from . import tensorflow_linear
 from .tensorflow_internals import internals
 from .tensorflow_namespaces import differentiable, forward, on_device_of, standard
 
@@ -84,7 +85,7 @@ def _recorded_loss(loss: Loss, options: Options, x: Array, operands: Operands) -
     return run(x, *floating.values())
 
 
-def _is_eager(x: Array, operands: Operands) -> bool:
+def _is_eager(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether all have values, no ForwardAccumulator watches them, and tapes can be kept from recording."""
     arrays = [x, *(array for array in operands if array is not None)]
     return (
@@ -125,7 +126,7 @@ def _compile_if_repeated(
             return found
         if len(_programs) >= 1000:  # shapes that never come again
             _programs.clear()
-        if found < REPEATED and arrays[0].shape.num_elements() < LARGE:
+        if found < REPEATED and max(array.shape.num_elements() for array in arrays) < LARGE:
             _programs[key] = found + 1
             return None
 
@@ -136,6 +137,20 @@ def _compile_if_repeated(
 
         _programs[key] = program = internals.program(run.get_concrete_function(*arrays))
         return program
+
+
+def _linear(
+    loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array | None = None
+) -> tuple[Array | None, Linear]:
+    """The reduced loss of the last linear layer's logits, and gradients in the compute dtype; not for tapes to see."""
+    if not _is_eager(inputs.features, (*operands, *inputs[1:], cotangent)):
+        return tensorflow_linear.in_loop(loss, options, inputs, operands, needed, cotangent)
+    names = tuple(name for name, array in (*inputs._asdict().items(), ("cotangent", cotangent)) if array is not None)
+    formula = tensorflow_linear.formula(names, needed, formulas.most_rows(inputs))
+    more = (array for array in (*inputs[1:], cotangent) if array is not None)
+    found = iter(_run_cached(formula, loss, options, inputs.features, operands, *more))
+    value = next(found) if cotangent is None else None
+    return value, Linear(*(next(found) if need else None for need in needed))
 
 
 SMALL = 1 << 20  # elements
@@ -261,6 +276,29 @@ class TensorflowBackend(Backend):
         operands = Operands(*(None if a is None else tf.stop_gradient(a) for a in operands))
         with on_device_of(x):
             return super().closed_form(formula, loss, options, x, _fitted(loss, options, x, operands))
+
+    def linear_inputs(self, inputs: Linear) -> Linear:
+        return Linear(*(None if array is None else tf.convert_to_tensor(array) for array in inputs))
+
+    def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+        with on_device_of(inputs.features):
+            operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
+            arrays = [array for array in (*inputs, *operands) if array is not None and array.dtype.is_floating]
+            if internals.has_tangents(arrays):  # a ForwardAccumulator sees no custom gradients
+                return formulas.expression(differentiable, _recorded_loss, loss, options, inputs, operands)
+            if not internals.is_recording() and tf.executing_eagerly():
+                return _linear(loss, options, inputs, operands, NOTHING)[0]
+            return tensorflow_linear.recorded(_linear, loss, options, inputs, operands)
+
+    def linear_closed_form(
+        self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
+    ) -> tuple[Array, Linear]:
+        inputs = Linear(*(None if a is None else tf.stop_gradient(a) for a in inputs))
+        operands = Operands(*(None if a is None else tf.stop_gradient(a) for a in operands))
+        with on_device_of(inputs.features):
+            operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
+            value, found = _linear(loss, options, inputs, operands, needed)
+            return value, formulas.rounded(standard, found, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         x = tf.convert_to_tensor(x)

@@ -60,6 +60,7 @@ STANDARD = SimpleNamespace(
     abs=tf.abs,
     any=tf.reduce_any,
     bool=tf.bool,
+    broadcast_to=tf.broadcast_to,
     exp=tf.exp,
     expand_dims=tf.expand_dims,
     float32=tf.float32,
@@ -68,6 +69,7 @@ STANDARD = SimpleNamespace(
     log1p=tf.math.log1p,
     logical_and=tf.logical_and,
     logical_or=tf.logical_or,
+    matmul=tf.matmul,
     max=tf.reduce_max,
     maximum=tf.maximum,
     multiply=tf.multiply,
@@ -94,6 +96,14 @@ class _Standard(Extended):
     def extent(self, x: Array, axis: int) -> Array:
         n = x.shape[axis]
         return tf.shape(x, out_type=tf.int64)[axis] if n is None else n
+
+    def linear(self, features: Array, weight: Array, bias: Array | None) -> Array:
+        x = tf.matmul(features, weight, transpose_b=True)
+        return x if bias is None else x + bias
+
+    def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
+        product = tf.matmul(x, y, transpose_a=True)
+        return product if total is None else total + product
 
     def permute_dims(self, x: Array, axes: tuple[int, ...]) -> Array:
         order = sorted(range(len(axes)), key=axes.__getitem__)

@@ -13,10 +13,11 @@ import torch
 from .. import formulas
 from ..backend import Array, Backend
 from ..compilers import constant_in_dynamo
-from ..formulas import Loss, Namespace, Operands, Options
+from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
 from ..losses import FORMULAS
 from . import blocks
 from .torch_internals import internals
+from .torch_linear import LinearLoss, as_autocast, in_expression, is_autocast, without_autocast
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 from .torch_replay import replayed
 
@@ -179,6 +180,15 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
     return replayed(formula, eager, loss, options, x, operands), eager
 
 
+def _in_block(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *cotangent: Array) -> Any:
+    """The formula's result of a block of the last linear layer's logits."""
+    if not cotangent:
+        return _run(formula, loss, options, x, operands)[0]
+    if _on_cpu(x):
+        return blocks.gradient(blockwise, eager, loss, options, x, operands, *cotangent)
+    return formula(eager, loss, options, x, operands, *cotangent)
+
+
 def _on_cpu(x: Array) -> bool:
     """Whether blocks are faster, and reading a value does not wait for a device. (A DTensor may be on a CPU, too.)"""
     return x.device.type == "cpu" and not _is_sharded(x)
@@ -282,6 +292,27 @@ class TorchBackend(Backend):
                 return _run(formula, loss, options, x, operands)[0]
             return super().closed_form(formula, loss, options, x, operands)
 
+    def linear_inputs(self, inputs: Linear) -> Linear:
+        return as_autocast(inputs)
+
+    def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+        with without_autocast(inputs.features):
+            if torch.compiler.is_compiling() or not _is_ordinary_layer(inputs, operands):
+                return formulas.expression(standard, self.loss, loss, options, inputs, operands)
+            if torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in inputs):
+                return LinearLoss.apply((_in_block, loss, options, operands), *inputs)
+            return self.linear_closed_form(loss, options, inputs, operands, NOTHING)[0]
+
+    def linear_closed_form(
+        self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
+    ) -> tuple[Array, Linear]:
+        xp, run, rows = standard, in_expression, None
+        if not torch.compiler.is_compiling() and _is_ordinary_layer(inputs, operands):
+            xp, run, rows = eager, _in_block, formulas.rows_of_blocks(inputs)
+        with torch.no_grad(), without_autocast(inputs.features):
+            value, found = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
+            return value, formulas.rounded(xp, found, inputs)
+
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         nested = x.requires_grad  # then the gradient will be differentiated again
         x = x if nested else x.detach().requires_grad_()
@@ -300,6 +331,11 @@ def _is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
         if array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array))):
             return False
     return True
+
+
+def _is_ordinary_layer(inputs: Linear, operands: Operands) -> bool:
+    """The same of the last linear layer's inputs, each of which may need a gradient."""
+    return _is_ordinary(inputs.features, operands) and all(a is None or type(a) in ORDINARY for a in inputs)
 
 
 def _is_only_compiled(x: Array, operands: tuple[Any, ...]) -> bool:
@@ -335,8 +371,7 @@ def _is_transformed() -> bool:
 
 def _autocast(x: Array, options: Options) -> tuple[Array, Options]:
     """Half-precision logits in float32 under autocast, as PyTorch's own losses, whose result is float32 there."""
-    device = x.device.type
-    if options.half and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not: "meta"
+    if options.half and is_autocast(x):
         return x.to(torch.float32), options._replace(half=False)
     return x, options
 

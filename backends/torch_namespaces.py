@@ -69,6 +69,10 @@ class _Eager(Extended):
     argmax = staticmethod(torch.argmax)
     multiply = staticmethod(torch.mul)
     take = staticmethod(torch.take)
+    linear = staticmethod(torch.nn.functional.linear)
+
+    def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
+        return torch.mm(x.t(), y) if total is None else total.addmm_(x.t(), y)
 
     def asarray(self, x: Any, dtype: Any) -> Array:
         return torch.asarray(x, dtype=dtype, device="cpu")  # for blocks, whatever the default device is

@@ -104,7 +104,7 @@ def test_the_tests_of_a_module_have_its_name():
     for name in names:
         folder, _, file = name.rpartition("/")
         test = TESTED_IN.get(file, file) if folder == "backends" else folder or name
-        test = "namespace" if test.endswith("_namespaces") else test
+        test = "namespace" if test.endswith("_namespaces") else "linear" if test.endswith("_linear") else test
         assert test == "backends" or (ROOT / "tests" / f"test_{test}.py").exists(), name
 
 

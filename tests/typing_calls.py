@@ -63,8 +63,18 @@ def options_of_a_derivative(x: Floats, t: torch.Tensor, anything: Any) -> None:
     value_and_grad(x)  # error: "targets"
     value_and_grad([[0.5, 1.0]], [0])  # error: list[list[float]]
     ul.grad_and_hess(ul.multilabel_logistic_loss)(x, x, ignore_index=0)  # error: "ignore_index"
-    ul.value_and_grad(0.5)  # error: float
+    ul.value_and_grad(0.5)  # error: value_and_grad
     _, _, _ = ul.grad_and_hess(ul.softmax_nll)(x, [0, 1])  # error: 3
+
+
+def losses_of_a_linear_layer(x: Floats, t: torch.Tensor) -> None:
+    assert_type(ul.linear_softmax_nll(x, x, [0, 1], linear_bias=[0.0, 1.0], ignore_index=-1), Floats)
+    assert_type(ul.linear_multilabel_logistic_loss(t, t, t, reduction="none"), torch.Tensor)
+    value, gradients = ul.value_and_grad(ul.linear_softmax_nll)(t, t, [0, 1], linear_bias=t)
+    assert_type(value, torch.Tensor)
+    assert_type(gradients.features, Any)
+    ul.linear_softmax_nll(x, [0, 1])  # error: "targets"
+    ul.linear_softmax_nll(x, x, [0, 1], axis=1)  # error: "axis"
 
 
 def modules(t: torch.Tensor) -> None:

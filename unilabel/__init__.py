@@ -2,12 +2,15 @@
 
 from .activations import log_sigmoid, log_softmax, sigmoid, softmax
 from .derivatives import grad_and_hess, value_and_grad
+from .linear import linear_multilabel_logistic_loss, linear_softmax_nll
 from .losses import binary_cross_entropy, cross_entropy, multilabel_logistic_loss, nll, softmax_nll
 
 __all__ = [
     "binary_cross_entropy",
     "cross_entropy",
     "grad_and_hess",
+    "linear_multilabel_logistic_loss",
+    "linear_softmax_nll",
     "log_sigmoid",
     "log_softmax",
     "multilabel_logistic_loss",

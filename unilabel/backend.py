@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from . import formulas
 from .compilers import constant_in_dynamo
-from .formulas import Loss, Operands, Options
+from .formulas import NOTHING, Linear, Loss, Operands, Options
 from .namespace import Extended, Namespace
 
 Array = Any  # of any framework: what it has besides what the formulas ask, its own backend knows
@@ -125,6 +125,27 @@ class Backend:
         """`formulas.value_and_gradient` or `gradient_and_hessian`; nothing is recorded for autodiff."""
         return formula(self.namespace(x), loss, options, x, operands)
 
+    def linear_inputs(self, inputs: Linear) -> Linear:
+        """The last linear layer's inputs as the framework's own layer would take them here."""
+        return inputs
+
+    def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+        """The reduced loss of the logits of the last linear layer, differentiable if the framework has autodiff."""
+        return self.linear_closed_form(loss, options, inputs, operands, NOTHING)[0]
+
+    def linear_closed_form(
+        self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
+    ) -> tuple[Array, Linear]:
+        """The reduced loss, and the needed gradients of its sum; nothing is recorded for autodiff."""
+        xp = self.namespace(inputs.features)
+
+        def run(formula: Any, *call: Any) -> Any:
+            return formula(xp, *call)
+
+        rows = formulas.rows_of_blocks(inputs)
+        value, gradients = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
+        return value, formulas.rounded(xp, gradients, inputs)
+
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         """One of the activations of `formulas`, differentiable by the framework's autodiff if it has one."""
         return formulas.activation(self.namespace(x), function, x, half)
@@ -139,8 +160,10 @@ def _extended(library: Any) -> Namespace:
     return Extended(library)
 
 
-def backend_of(logits: Any, *others: Any) -> Backend:
-    """The backend of the logits. TypeError if they are of no known framework, or if others are of another one.
+def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
+    """The backend of the logits, or of what `label` names instead.
+
+    TypeError if they are of no known framework, or if others are of another one.
 
     The others, targets first, may be plain data as well: NumPy arrays, Python scalars, lists, None, pandas' Series and
     DataFrames.
@@ -159,8 +182,8 @@ def backend_of(logits: Any, *others: Any) -> Backend:
         if found is not backend and (found is None or found.name != "numpy"):
             exchanged = EXCHANGED if found and backend.name == "numpy" and other is others[0] else ""
             raise TypeError(
-                f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the logits. Received: "
-                f"{backend.name} logits with {f'a {found.name} array' if found else type(other).__name__}{exchanged}."
+                f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the {label}. Received: "
+                f"{backend.name} {label} with {f'a {found.name} array' if found else type(other).__name__}{exchanged}."
             )
     return backend
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import checks, lengths
 from .backend import Array, Backend, backend_of, is_number
 from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, fail
-from .formulas import Loss, Operands, Options, Reduction
+from .formulas import Linear, Loss, Operands, Options, Reduction
 from .lengths import Shape
 from .namespace import Namespace
 
@@ -50,9 +50,7 @@ def as_it_is(array: Array) -> Array:
 
 def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
     """Check a call of a loss and bring it into canonical form."""
-    # A number is an option; an array, traced or to be learned, is an operand.
-    if not is_number(given.label_smoothing):
-        operands, given = operands._replace(label_smoothing=given.label_smoothing), given._replace(label_smoothing=0.0)
+    operands, given = _apart(operands, given)
     backend = backend_of(logits, *operands)
     key = _key(backend, loss, logits, operands, given)
     found = None if key is None else _checked.get(key)
@@ -65,6 +63,13 @@ def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Ca
             _checked.clear()
         _checked[key] = call.options
     return call
+
+
+def _apart(operands: Operands, given: Given) -> tuple[Operands, Given]:
+    """Label smoothing as what it is: a number is an option, an array, traced or to be learned, an operand."""
+    if is_number(given.label_smoothing):
+        return operands, given
+    return operands._replace(label_smoothing=given.label_smoothing), given._replace(label_smoothing=0.0)
 
 
 _checked: dict[Any, Options] = {}  # options of calls that passed all checks and needed no conversion
@@ -97,33 +102,13 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
         logits, operands, restore, finish = backend.rows(loss.per_example, logits, operands)
         call = _canonical(backend, loss, logits, operands._replace(label_smoothing=smoothing), given)
         return call._replace(restore=restore, finish=finish if given.reduction == "none" else None)
-    reduction, axis, label_smoothing, ignore_index, eps, validate = given  # raises if one is forgotten here
     shape: Shape = tuple(logits.shape)
-    axes = checks.class_axes(axis, len(shape), loss.takes, loss.per_example)
-    checks.check_reduction(reduction)
-    options = Options(
-        reduction=reduction,
-        axes=axes if not loss.per_example or _stays(backend, axes, logits) else (-1,),
-        label_smoothing=checks.fraction("label_smoothing", label_smoothing, 1.0) or None,
-        eps=EPSILON[name] if eps is None else checks.fraction("eps", eps, 0.5),
-        half=name in HALVES,
-    )
-    if 0 < options.eps < (2.0**-1022 if name == "float64" else 2.0**-126):
-        fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(eps))
-    dtypes = {}
-    for label, data in operands._asdict().items():
-        if data is not None:
-            array, dtypes[label] = checks.operand(backend, label, data, TAKES[label], logits, name)
-            operands = operands._replace(**{label: array})
-    checks.has_no_axis("label_smoothing", operands.label_smoothing)
-    checks.broadcasts("where", operands.where, shape, loss.takes)
-    if not loss.per_example:
-        checks.elementwise_shapes(loss, shape, operands)
-        options = options._replace(binary=dtypes["targets"] not in FLOATS)
-    else:
-        options = checks.per_example_shapes(loss, shape, axes, operands, dtypes["targets"], options, axis, ignore_index)
-    if validate:
-        checks.values(backend, loss, logits, operands, options, axes, dtypes["targets"])
+    axes = checks.class_axes(given.axis, len(shape), loss.takes, loss.per_example)
+    options, operands, dtype = _checked_operands(backend, loss, name, logits, shape, axes, operands, given)
+    if loss.per_example and not _stays(backend, axes, logits):
+        options = options._replace(axes=(-1,))
+    if given.validate:
+        checks.values(backend, loss, logits, operands, options, axes, dtype)
     if not loss.per_example:
         return Canonical(backend, loss, options, logits, operands, as_it_is)
 
@@ -143,6 +128,46 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
     return Canonical(backend, loss, options, last(logits), operands, restore)
 
 
+def _checked_operands(
+    backend: Backend,
+    loss: Loss,
+    name: str,
+    like: Array,
+    shape: Shape,
+    axes: tuple[int, ...],
+    operands: Operands,
+    given: Given,
+) -> tuple[Options, Operands, str]:
+    """Options and operands of a call whose logits have this shape and a dtype of this name, and the targets' own dtype.
+
+    The operands are arrays beside `like`.
+    """
+    reduction, axis, label_smoothing, ignore_index, eps, _ = given  # raises if one is forgotten here
+    checks.check_reduction(reduction)
+    options = Options(
+        reduction=reduction,
+        axes=axes,
+        label_smoothing=checks.fraction("label_smoothing", label_smoothing, 1.0) or None,
+        eps=EPSILON[name] if eps is None else checks.fraction("eps", eps, 0.5),
+        half=name in HALVES,
+    )
+    if 0 < options.eps < (2.0**-1022 if name == "float64" else 2.0**-126):
+        fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(eps))
+    dtypes = {}
+    for label, data in operands._asdict().items():
+        if data is not None:
+            array, dtypes[label] = checks.operand(backend, label, data, TAKES[label], like, name)
+            operands = operands._replace(**{label: array})
+    checks.has_no_axis("label_smoothing", operands.label_smoothing)
+    checks.broadcasts("where", operands.where, shape, loss.takes)
+    if not loss.per_example:
+        checks.elementwise_shapes(loss, shape, operands)
+        options = options._replace(binary=dtypes["targets"] not in FLOATS)
+    else:
+        options = checks.per_example_shapes(loss, shape, axes, operands, dtypes["targets"], options, axis, ignore_index)
+    return options, operands, dtypes["targets"]
+
+
 def _is_full(array: Array, shape: Shape) -> bool:
     """Whether it is known to be of this shape."""
     return all(n is not None for n in (*array.shape, *shape)) and lengths.same(array.shape, shape)
@@ -150,6 +175,76 @@ def _is_full(array: Array, shape: Shape) -> bool:
 
 def _stays(backend: Backend, axes: tuple[int, ...], logits: Array) -> bool:
     return axes == (-1,) or (len(axes) == 1 and backend.keeps_axis(logits))
+
+
+class CanonicalLinear(NamedTuple):
+    """A call of a loss on the last linear layer's inputs, ready to run, its examples along one axis.
+
+    `restore` brings the features' gradient into their own shape, `finish` the losses of reduction="none" into that of
+    the caller's logits, less the class axis if they are per example.
+    """
+
+    backend: Backend
+    loss: Loss
+    options: Options
+    inputs: Linear
+    operands: Operands
+    restore: Callable[[Array], Array] = as_it_is
+    finish: Callable[[Array], Array] = as_it_is
+
+
+def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Given) -> CanonicalLinear:
+    """Check a call of a loss on the last linear layer's inputs and bring it into canonical form."""
+    operands, given = _apart(operands, given)
+    backend = backend_of(inputs.features, *operands, *inputs[1:], label="features")
+    if operands.targets is None:
+        fail(TypeError, "targets", "an array", "None")
+    inputs, name = checks.linear_inputs(backend, inputs)
+    features, weight, _ = inputs
+    shape: Shape = (*features.shape[:-1], weight.shape[0])
+    options, operands, dtype = _checked_operands(backend, loss, name, features, shape, (-1,), operands, given)
+    if given.validate:
+        checks.target_values(backend, loss, shape, name, operands, options, (-1,), dtype)
+        checks.linear_values(backend, inputs)
+    if len(shape) == 2:
+        return CanonicalLinear(backend, loss, options, inputs, operands)
+
+    xp = backend.namespace(features)
+    batch = tuple(xp.extent(features, i) for i in range(len(shape) - 1))
+    whole, own = (*batch, xp.extent(weight, 0)), (*batch, xp.extent(features, -1))
+
+    def rows(array: Array) -> Array:
+        return xp.reshape(array, (-1, xp.extent(array, -1)))
+
+    def rows_if_any(array: Array | None) -> Array | None:
+        """Of what broadcasts to the logits: as it is if it is the same for all examples."""
+        if array is None or len(array.shape) < 2:
+            return array
+        if any(n != 1 for n in array.shape[:-1]):
+            array = xp.broadcast_to(array, (*batch, xp.extent(array, -1)))
+        return rows(array)
+
+    def each(array: Array | None) -> Array | None:
+        return None if array is None else xp.reshape(array, (-1,))
+
+    operands = operands._replace(
+        targets=each(operands.targets) if options.indices else rows(operands.targets),
+        weight=operands.weight if loss.per_example else rows_if_any(operands.weight),
+        pos_weight=rows_if_any(operands.pos_weight),
+        sample_weight=each(operands.sample_weight),
+        where=rows_if_any(operands.where),
+    )
+
+    def restore(gradient: Array) -> Array:
+        return xp.reshape(gradient, own)
+
+    def finish(losses: Array) -> Array:
+        return xp.reshape(losses, batch if loss.per_example else whole)
+
+    inputs = inputs._replace(features=rows(features))
+    return CanonicalLinear(
+        backend, loss, options, inputs, operands, restore, finish if given.reduction == "none" else as_it_is
+    )
 
 
 TAKES = dict.fromkeys(Operands._fields, NUMBERS) | {"where": ("bool",), "label_smoothing": (*INTEGERS, *FLOATS)}

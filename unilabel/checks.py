@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_args
 
 from .backend import EXCHANGED, Array, Backend, backend_of, is_of_pandas, is_plain_data
-from .formulas import Loss, Operands, Options, Reduction
+from .formulas import Linear, Loss, Operands, Options, Reduction
 from .lengths import Shape, product, same
 
 HALVES = ("float16", "bfloat16")
@@ -104,17 +104,7 @@ def operand(
     """
     import numpy
 
-    if not is_plain_data(data):
-        own = backend_of(data)
-        problem = own.problem(data, logits if own is backend else None)
-        if problem is not None:
-            fail(TypeError, label, "a plain array", problem)
-    try:
-        array = backend.read(data)
-    except Exception as error:  # whatever the objects in a list raise
-        fail(TypeError, label, "an array", f"a {type(data).__name__} that NumPy cannot convert ({error})")
-    plain = isinstance(array, numpy.ndarray)
-    dtype = array.dtype.name if plain else backend.dtype(array)
+    array, dtype, plain = _read(backend, label, data, logits)
     if isinstance(data, (list, tuple, range)) and 0 in array.shape:
         dtype = dtypes[0]  # an empty list fits any dtype
         array = array.astype(dtype) if plain else backend.cast(array, dtype)
@@ -125,6 +115,65 @@ def operand(
         with numpy.errstate(all="ignore"):  # a masked label may be any number
             array = array.astype("float32" if name in HALVES else name, copy=False)
     return backend.asarray(array, like=logits), dtype
+
+
+def _read(backend: Backend, label: str, data: Any, logits: Array) -> tuple[Array, str, bool]:
+    """An operand as an array, its dtype, and whether the array is NumPy's."""
+    import numpy
+
+    if not is_plain_data(data):
+        own = backend_of(data)
+        problem = own.problem(data, logits if own is backend else None)
+        if problem is not None:
+            fail(TypeError, label, "a plain array", problem)
+    try:
+        array = backend.read(data)
+    except Exception as error:  # whatever the objects in a list raise
+        fail(TypeError, label, "an array", f"a {type(data).__name__} that NumPy cannot convert ({error})")
+    plain = isinstance(array, numpy.ndarray)
+    return array, array.dtype.name if plain else backend.dtype(array), plain
+
+
+def linear_inputs(backend: Backend, inputs: Linear) -> tuple[Linear, str]:
+    """The last linear layer's inputs as arrays of the features' framework, and the name of their dtype."""
+    features, weight, bias = inputs
+    if backend.rankless(features):
+        fail(ValueError, "features", "a known number of dimensions (tf.ensure_shape sets it)", "an unknown one")
+    if weight is None:
+        fail(TypeError, "linear_weight", "an array", "None")
+    problem = backend.problem(features)
+    if problem is not None:
+        fail(TypeError, "features", f"a plain array of {backend.name}", problem)
+    weight = _layer_array(backend, "linear_weight", weight, features)
+    bias = None if bias is None else _layer_array(backend, "linear_bias", bias, features)
+    inputs = backend.linear_inputs(Linear(features, weight, bias))
+    name = check_array(backend, inputs.features, "features")
+    for label, array in inputs._asdict().items():
+        if array is not None and backend.dtype(array) != name:
+            fail(TypeError, label, f"the dtype of the features, {name}", backend.dtype(array))
+
+    features, weight, bias = inputs
+    if len(features.shape) == 0 or features.shape[-1] == 0:
+        fail(ValueError, "features", "shape (..., D), with at least one feature", shape_text(features.shape))
+    length = features.shape[-1:]
+    if len(weight.shape) != 2 or not same(weight.shape[1:], length):
+        turned = len(weight.shape) == 2 and same(weight.shape[:1], length)
+        hint = " (is it transposed? one row for each class, as torch.nn.Linear has it)" if turned else ""
+        expected = f"shape (C, {shape_text(length)[1:-2]}), as the features have {shape_text(features.shape)}"
+        fail(ValueError, "linear_weight", expected, shape_text(weight.shape) + hint)
+    classes = class_count("linear_weight", weight.shape, (0,), 0)
+    has_shape("linear_bias", bias, weight.shape[:1], lambda: f"one number for each of {classes} classes")
+    return inputs, name
+
+
+def _layer_array(backend: Backend, label: str, data: Any, features: Array) -> Array:
+    """An array of the linear layer beside the features. Lists come in their dtype; arrays have to have it."""
+    array, dtype, _ = _read(backend, label, data, features)
+    if is_plain_data(data) and dtype in NUMBERS:
+        return backend.cast(backend.asarray(array, like=features), backend.dtype(features))
+    if dtype not in FLOATS:
+        fail(TypeError, label, "dtype " + choices(FLOATS), dtype)
+    return backend.asarray(array, like=features)
 
 
 def has_shape(
@@ -248,13 +297,42 @@ def values(
 
     what = loss.takes
     x = np.asarray(backend.to_numpy(logits), dtype="float64")
+    keep = target_values(backend, loss, x.shape, backend.dtype(logits), operands, options, axes, dtype)
+    valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]
+    expected = {"logits": "no NaN", "probs": "values from 0 to 1", "log_probs": "values of at most 0"}[what]
+    _first(x, keep & ~valid, what, expected)
+
+
+def linear_values(backend: Backend, inputs: Linear) -> None:
+    """The same of the last linear layer's inputs."""
+    import numpy as np
+
+    for label, array in inputs._asdict().items():
+        if array is not None:
+            values = np.asarray(backend.to_numpy(array), dtype="float64")
+            _first(values, np.isnan(values), label, "no NaN")
+
+
+def target_values(
+    backend: Backend,
+    loss: Loss,
+    shape: Shape,
+    name: str,
+    operands: Operands,
+    options: Options,
+    axes: tuple[int, ...],
+    dtype: str,
+) -> Any:
+    """The same of the operands, for logits of this shape and dtype: where elements of the logits take part."""
+    import numpy as np
+
     if operands.label_smoothing is not None:
         smoothing = np.asarray(backend.to_numpy(operands.label_smoothing), dtype="float64")
         _first(smoothing, ~((smoothing >= 0) & (smoothing <= 1)), "label_smoothing", "a number from 0 to 1")
     z = backend.to_numpy(operands.targets)
-    keep = np.broadcast_to(True if operands.where is None else backend.to_numpy(operands.where), x.shape)
+    keep = np.broadcast_to(True if operands.where is None else backend.to_numpy(operands.where), shape)
     if options.indices:
-        classes = math.prod(x.shape[i] for i in axes)
+        classes = math.prod(shape[i] for i in axes)
         kept = np.moveaxis(keep, axes, range(-len(axes), 0)).reshape(*z.shape, classes)
         inside = (z >= 0) & (z < classes)
         index_kept = np.take_along_axis(kept, np.where(inside, z, 0).astype("int64")[..., None], axis=-1)[..., 0]
@@ -265,18 +343,15 @@ def values(
             expected += f", or ignore_index={options.ignore_index}"
         _first(z, taken & ~inside, "targets", expected)
         _first(z, taken & inside & ~index_kept, "targets", "class indices where `where` is True")
-        keep = keep & np.expand_dims(taken, tuple(axes))
-    else:
-        z = np.asarray(z, dtype="float64")
-        _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
-        if loss.per_example:  # to half the digits of the dtype that they came in or that is computed in
-            working = "float32" if options.half else backend.dtype(logits)
-            total, tolerance = np.where(keep, z, 0).sum(axis=axes), max(EPSILON.get(dtype, 0), EPSILON[working]) ** 0.5
-            wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))
-            _first(total, wrong, "targets", "distributions that sum to 1")
-    valid = {"logits": ~np.isnan(x), "probs": (x >= 0) & (x <= 1), "log_probs": x <= 0}[what]
-    expected = {"logits": "no NaN", "probs": "values from 0 to 1", "log_probs": "values of at most 0"}[what]
-    _first(x, keep & ~valid, what, expected)
+        return keep & np.expand_dims(taken, tuple(axes))
+    z = np.asarray(z, dtype="float64")
+    _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
+    if loss.per_example:  # to half the digits of the dtype that they came in or that is computed in
+        working = "float32" if options.half else name
+        total, tolerance = np.where(keep, z, 0).sum(axis=axes), max(EPSILON.get(dtype, 0), EPSILON[working]) ** 0.5
+        wrong = (total > 1 + tolerance) | (keep.all(axis=axes) & (total < 1 - tolerance))
+        _first(total, wrong, "targets", "distributions that sum to 1")
+    return keep
 
 
 def _first(values: Any, wrong: Any, label: str, expected: str) -> None:

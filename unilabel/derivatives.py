@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import repeat
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, overload
 
 from . import formulas
-from .canonical import Canonical, Given, canonical
+from .canonical import Canonical, Given, canonical, canonical_linear
 from .compilers import as_it_is_in_autograph
-from .formulas import Operands
+from .formulas import Linear, Operands
+from .linear import LINEAR
 from .losses import FORMULAS, Array
 
 Options = ParamSpec("Options")
@@ -25,8 +26,20 @@ class LikeLoss(Protocol[Options]):
     ) -> tuple[Array, Array]: ...
 
 
+class LikeLinearLoss(Protocol[Options]):
+    """The same for a loss on the last linear layer's inputs."""
+
+    __name__: str
+
+    def __call__(
+        self, features: Array, linear_weight: Any, targets: Any, *args: Options.args, **options: Options.kwargs
+    ) -> tuple[Array, Linear]: ...
+
+
 class Derivative:
     """A function that is called like a loss: `(logits, targets, **options)`."""
+
+    first = "logits"  # the name of the first argument
 
     def __init__(self, maker: Callable[..., Any], loss: Callable[..., Any], returns: str, **fixed: Any) -> None:
         self.maker, self.loss, self.fixed = maker, loss, fixed
@@ -41,7 +54,7 @@ class Derivative:
 
         first, *others = signature(self.loss).parameters.values()
         others = [other.replace(default=self.defaults.get(other.name, other.default)) for other in others]
-        return Signature([first.replace(name="logits"), *others])
+        return Signature([first.replace(name=self.first), *others])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.maker, (self.loss,)
@@ -50,6 +63,10 @@ class Derivative:
         return self.__name__
 
     def __call__(self, logits: Any, targets: Any, **options: Any) -> tuple[Any, Any]:
+        return self.run(canonical(FORMULAS[self.loss], logits, *self.read(targets, options)))
+
+    def read(self, targets: Any, options: dict[str, Any]) -> tuple[Operands, Given]:
+        """The operands and options of a call."""
         if not options.keys() <= self.defaults.keys():
             choices, unknown = ", ".join(self.defaults), ", ".join(sorted(options.keys() - self.defaults.keys()))
             raise TypeError(f"Expected options of {self.loss.__name__}: {choices}. Received: {unknown}.")
@@ -58,8 +75,8 @@ class Derivative:
                 name = self.maker.__name__
                 raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
         options = self.defaults | options
-        operands = Operands(targets, *map(options.pop, OPERANDS, repeat(None)))
-        return self.run(canonical(FORMULAS[self.loss], logits, operands, Given(**options)))
+        options.pop("linear_bias", None)  # no option of a loss on logits
+        return Operands(targets, *map(options.pop, OPERANDS, repeat(None))), Given(**options)
 
     def run(self, call: Canonical) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -76,6 +93,23 @@ class ValueAndGradient(Derivative):
         return value if finish is None else finish(value), restore(gradient)
 
 
+class LinearValueAndGradients(Derivative):
+    """The same of a loss on the last linear layer's inputs: `(features, linear_weight, targets, **options)`."""
+
+    first = "features"
+
+    def __call__(  # type: ignore[override]  # it takes one array more
+        self, features: Any, linear_weight: Any, targets: Any, **options: Any
+    ) -> tuple[Any, Linear]:
+        bias = options.pop("linear_bias", None)
+        inputs = Linear(features, linear_weight, bias)
+        call = canonical_linear(LINEAR[self.loss], inputs, *self.read(targets, options))
+        backend, loss, options_of_loss, inputs, operands, restore, finish = call
+        needed = Linear(True, True, inputs.linear_bias is not None)
+        value, gradients = backend.linear_closed_form(loss, options_of_loss, inputs, operands, needed)
+        return finish(value), gradients._replace(features=restore(gradients.features))
+
+
 class GradientAndHessian(Derivative):
     def run(self, call: Canonical) -> tuple[Any, Any]:
         backend, loss, options, x, operands, restore, _ = call
@@ -83,17 +117,23 @@ class GradientAndHessian(Derivative):
         return restore(gradient), restore(hessian)
 
 
-def value_and_grad(loss: Callable[Concatenate[Array, Any, Options], Array]) -> LikeLoss[Options]:
+@overload
+def value_and_grad(loss: Callable[Concatenate[Array, Any, Any, Options], Array]) -> LikeLinearLoss[Options]: ...
+@overload
+def value_and_grad(loss: Callable[Concatenate[Array, Any, Options], Array]) -> LikeLoss[Options]: ...
+def value_and_grad(loss: Any) -> Any:
     """A loss and its gradient with respect to the logits, in closed form: no tape, on every framework, NumPy too.
 
     Args:
         loss: a loss of unilabel: `multilabel_logistic_loss`, `softmax_nll`, `binary_cross_entropy`, `cross_entropy`
-            or `nll`.
+            or `nll`; or `linear_multilabel_logistic_loss` or `linear_softmax_nll`.
 
     Returns:
         A function that is called like the loss, `(logits, targets, **options)`, and returns the loss and its
         gradient, in the logits' shape, dtype and framework. With `reduction="none"`: the losses, and the gradient of
         their sum. Under `torch.autocast`, half-precision logits give float32 results, as with PyTorch's own losses.
+        For a loss on the last linear layer's inputs, `(features, linear_weight, targets, **options)`, a named tuple of
+        gradients, `features`, `linear_weight` and `linear_bias`, which is None if no bias was given.
 
     Raises:
         TypeError: `loss` is not one of unilabel's.
@@ -152,6 +192,11 @@ _WITH_GRADIENT: dict[Any, Derivative] = {
         value_and_grad, loss, "The loss and its gradient with respect to the logits, in closed form."
     )
     for loss in FORMULAS
+} | {
+    loss: LinearValueAndGradients(
+        value_and_grad, loss, "The loss and its gradients with respect to the last linear layer's inputs."
+    )
+    for loss in LINEAR
 }
 _WITH_HESSIAN: dict[Any, Derivative] = {
     loss: GradientAndHessian(

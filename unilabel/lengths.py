@@ -21,6 +21,11 @@ def same(a: Sequence[Length], b: Sequence[Length]) -> bool:
     return len(a) == len(b) and all(n is None or m is None or n == m for n, m in zip(a, b, strict=True))
 
 
+def are_known(*lengths: Length) -> bool:
+    """Whether these are plain numbers. Not for what a compiler traces, which would close an open length."""
+    return all(type(n) is int for n in lengths)
+
+
 def product(lengths: Iterable[Length]) -> Length:
     """The product of lengths; None if one of them is unknown."""
     result: Length = 1

@@ -7,10 +7,28 @@ Each family of losses has a module: logistic.py, softmax.py, probabilities.py. E
     terms                      what value, gradient and Hessian have in common (the exponentials)
     value, gradient, hessian   closed forms, which reduce.py reduces
 
+linear.py computes a loss of the logits that the last linear layer makes, a block of them at a time.
 A loss has several forms of these (types.py): for any namespace, for autodiff, with a framework's native functions.
 """
 
 from ..namespace import Array, Namespace
+from .linear import (
+    NOTHING,
+    Linear,
+    Parts,
+    Rows,
+    Shared,
+    Totals,
+    block,
+    cut,
+    expression,
+    gradients,
+    in_blocks,
+    most_rows,
+    reduced,
+    rounded,
+    rows_of_blocks,
+)
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
     activation,
@@ -27,34 +45,51 @@ from .reduce import (
     value,
     value_and_gradient,
     value_of,
+    working,
 )
 from .softmax import log_softmax, softmax
 from .types import Form, Loss, Operands, Options, Reduction
 
 __all__ = [
+    "NOTHING",
     "Array",
     "Form",
+    "Linear",
     "Loss",
     "Namespace",
     "Operands",
     "Options",
+    "Parts",
     "Reduction",
+    "Rows",
+    "Shared",
+    "Totals",
     "activation",
+    "block",
     "counted",
     "counts",
+    "cut",
+    "expression",
     "form_of",
     "gradient",
     "gradient_and_hessian",
     "gradient_of",
+    "gradients",
+    "in_blocks",
     "jvp",
     "log_sigmoid",
     "log_softmax",
+    "most_rows",
     "or_infinity",
     "prepare",
+    "reduced",
+    "rounded",
+    "rows_of_blocks",
     "sigmoid",
     "softmax",
     "unreduced_gradient",
     "value",
     "value_and_gradient",
     "value_of",
+    "working",
 ]

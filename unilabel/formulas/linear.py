@@ -1,0 +1,252 @@
+"""A loss of the last linear layer's logits, `x = features · weightᵀ + bias`, a block of examples at a time.
+
+The formulas never look across examples, so the logits of a block are all that is ever in memory. With g = dL/dx:
+
+    dL/dfeatures = g · weight        dL/dweight = gᵀ · features        dL/dbias = Σ_n g_n
+
+A backend has a loop of its own (in Python, or one that its compiler knows), which runs `block` on one block after the
+other, and gives the totals and the parts to `reduced`. `in_blocks` is the loop in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from .. import lengths
+from ..namespace import Array, Namespace
+from . import reduce
+from .types import Loss, Operands, Options
+
+BLOCK = 1 << 23  # logits in a block
+ROWS = 128  # examples in a block, at least: with fewer, reading and writing the weight's gradient takes the time
+
+
+class Linear(NamedTuple):
+    """The last linear layer's inputs, or the gradients with respect to them: None for what is not there."""
+
+    features: Any  # (N, D)
+    linear_weight: Any  # (C, D)
+    linear_bias: Any = None  # (C,)
+
+
+NOTHING = Linear(False, False, False)  # of which gradients are needed
+
+
+class Rows(NamedTuple):
+    """What is cut into blocks of examples."""
+
+    features: Array
+    operands: Operands  # those with a row for each example
+    cotangent: Array | None = None
+
+
+class Shared(NamedTuple):
+    """What all blocks share."""
+
+    linear_weight: Array  # in the compute dtype, as all blocks' part of its gradient is
+    linear_bias: Array | None
+    operands: Operands
+
+
+class Totals(NamedTuple):
+    """Sums over the blocks so far, in the compute dtype: None before the first, and where nobody asks."""
+
+    linear_weight: Array | None = None  # (C, D)
+    linear_bias: Array | None = None  # (C, 1)
+
+
+class Parts(NamedTuple):
+    """What blocks leave behind, one after the other along the first axis."""
+
+    values: Array | None  # the sum of each block's losses, or with reduction="none" all losses
+    counts: Array | None  # what each block adds to the divisor of reduction="mean"; None: 1 for each loss
+    features: Array | None  # the gradient
+
+
+Run = Callable[..., Any]  # of a formula of reduce.py, and its arguments after the namespace
+
+
+def rows_of_blocks(inputs: Linear) -> int | None:
+    """The number of examples in a block; None: all at once, as they are few or their number is not known.
+
+    If they can be, all blocks are equally long: some compilers copy what is over.
+    """
+    n, rows = inputs.features.shape[0], most_rows(inputs)
+    if rows is None or not lengths.are_known(n) or n <= rows:
+        return None
+    return next((size for size in range(rows, rows // 2, -1) if n % size == 0), rows)
+
+
+def most_rows(inputs: Linear) -> int | None:
+    """The number of examples of a block that is no larger than the weight, or holds `BLOCK` logits; None: not known."""
+    classes, length = inputs.linear_weight.shape
+    return max(BLOCK // classes, min(length, ROWS), 1) if lengths.are_known(classes, length) else None
+
+
+def cut(xp: Namespace, options: Options, inputs: Linear, operands: Operands) -> tuple[Rows, Shared]:
+    """What has a row for each example, and what all examples share."""
+    by_row = {
+        name: array is not None and (name in ("targets", "sample_weight") or (array.ndim == 2 and array.shape[0] != 1))
+        for name, array in operands._asdict().items()
+    }
+    rows = (array if by_row[name] else None for name, array in operands._asdict().items())
+    shared = (None if by_row[name] else array for name, array in operands._asdict().items())
+    weight, bias = (None if a is None else reduce.working(xp, options, a) for a in inputs[1:])
+    assert weight is not None
+    return Rows(inputs.features, Operands(*rows)), Shared(weight, bias, Operands(*shared))
+
+
+def whole(xp: Namespace, loss: Loss, options: Options, rows: Rows, shared: Shared) -> tuple[Linear, Array, Operands]:
+    """The inputs in the compute dtype, their logits, and the other operands as the formulas take them."""
+    weight, bias, operands = shared
+    features = xp.astype(rows.features, weight.dtype, copy=False)
+    x = xp.linear(features, weight, bias)
+    operands = Operands(*(b if a is None else a for a, b in zip(rows.operands, operands, strict=True)))
+    if loss.per_example and operands.where is not None:
+        operands = operands._replace(where=xp.logical_and(operands.where, xp.ones_like(x, dtype=xp.bool)))
+    return Linear(features, weight, bias), x, operands
+
+
+def contracted(xp: Namespace, gradient: Array, inputs: Linear, needed: Linear, totals: Totals) -> tuple[Totals, Any]:
+    """The totals and the gradient of the features, from the gradient of the logits."""
+    weight, bias = totals
+    if needed.linear_weight:
+        weight = xp.add_product(weight, gradient, inputs.features)
+    if needed.linear_bias:  # the weight of a feature that is 1
+        bias = xp.add_product(bias, gradient, xp.ones_like(inputs.features[:, :1]))
+    return Totals(weight, bias), xp.matmul(gradient, inputs.linear_weight) if needed.features else None
+
+
+def block(
+    xp: Namespace,
+    run: Run,
+    loss: Loss,
+    options: Options,
+    needed: Linear,
+    shared: Shared,
+    totals: Totals,
+    rows: Rows,
+) -> tuple[Totals, Parts]:
+    """A block of examples: totals that it is added to, and its own parts. `needed`: which gradients, of the sum.
+
+    With a cotangent for each loss, the gradients are of the losses times it, and the losses are left out.
+    """
+    unreduced = options.reduction == "none"
+    of_block = options._replace(half=False, reduction="none" if unreduced else "sum")
+    inputs, x, operands = whole(xp, loss, options, rows, shared)
+    counts = None
+    if options.reduction == "mean":
+        counts = reduce.counts(xp, loss, of_block, x, operands)
+        counts = None if counts is None else xp.reshape(counts, (1,))
+    values = gradient = None
+    if rows.cotangent is not None:
+        cotangent = xp.astype(rows.cotangent, x.dtype, copy=False)
+        gradient = run(reduce.gradient, loss, of_block, x, operands, cotangent)
+    elif any(needed):
+        values, gradient = run(reduce.value_and_gradient, loss, of_block, x, operands)
+    else:
+        values = run(reduce.value, loss, of_block, x, operands)
+    if values is not None:
+        values = xp.astype(values, rows.features.dtype, copy=False) if unreduced else xp.reshape(values, (1,))
+    of_features = None
+    if gradient is not None:
+        totals, of_features = contracted(xp, gradient, inputs, needed, totals)
+    return totals, Parts(values, counts, of_features)
+
+
+def reduced(
+    xp: Namespace, loss: Loss, options: Options, inputs: Linear, totals: Totals, parts: Parts
+) -> tuple[Array | None, Linear]:
+    """The reduced loss, and the gradients in the compute dtype, of all blocks."""
+    value, dtype = parts.values, inputs.features.dtype
+    found = _of_inputs(xp, totals, parts.features)
+    if options.reduction == "none":
+        return value, found
+    assert value is not None
+    divisor = _divisor(xp, loss, options, inputs, parts.counts)
+    value = xp.sum(value)
+    if divisor is not None:
+        value = value / divisor
+        found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))
+    return xp.astype(value, dtype, copy=False), found
+
+
+def _of_inputs(xp: Namespace, totals: Totals, features: Array | None) -> Linear:
+    weight, bias = totals
+    return Linear(features, weight, None if bias is None else xp.squeeze(bias, axis=-1))
+
+
+def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts: Array | None) -> Any:
+    if options.reduction == "sum":
+        return None
+    if counts is not None:
+        return reduce.or_infinity(xp, xp.sum(counts))
+    n = lengths.count(xp, inputs.features, (0,))
+    per_element = options.reduction == "mean" and not loss.per_example
+    return n * lengths.count(xp, inputs.linear_weight, (0,)) if per_element else n
+
+
+def rounded(xp: Namespace, found: Linear, inputs: Linear) -> Linear:
+    """The gradients, each in the dtype of its input."""
+    pairs = zip(found, inputs, strict=True)
+    return Linear(*(None if a is None else xp.astype(a, b.dtype, copy=False) for a, b in pairs))
+
+
+def in_blocks(
+    xp: Namespace,
+    run: Run,
+    length: int | None,
+    loss: Loss,
+    options: Options,
+    inputs: Linear,
+    operands: Operands,
+    needed: Linear,
+    cotangent: Array | None = None,
+) -> tuple[Array | None, Linear]:
+    """The reduced loss and its gradients in the compute dtype, by a loop in Python over blocks of that length."""
+    rows, shared = cut(xp, options, inputs, operands)
+    totals, each = Totals(), []
+    for some in _blocks(rows._replace(cotangent=cotangent), length):
+        totals, parts = block(xp, run, loss, options, needed, shared, totals, some)
+        each.append(parts)
+    joined = (_joined(xp, arrays) for arrays in zip(*each, strict=True))
+    return reduced(xp, loss, options, inputs, totals, Parts(*joined))
+
+
+def _joined(xp: Namespace, arrays: Any) -> Any:
+    return arrays[0] if arrays[0] is None or len(arrays) == 1 else xp.concat(list(arrays))
+
+
+def _blocks(rows: Rows, length: int | None) -> Iterator[Rows]:
+    if length is None:
+        yield rows
+        return
+    features, operands, cotangent = rows
+    n = features.shape[0]
+    for start in range(0, n, length):
+        part = slice(start, min(start + length, n))
+        yield Rows(
+            features[part, ...],
+            Operands(*(None if a is None else a[part, ...] for a in operands)),
+            None if cotangent is None else cotangent[part, ...],
+        )
+
+
+# All at once, as an expression that a framework transforms, exports or differentiates: with all logits in memory.
+
+
+def expression(xp: Namespace, run: Run, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+    """The reduced loss."""
+    _, x, operands = whole(xp, loss, options, *cut(xp, options, inputs, operands))
+    return xp.astype(run(loss, options._replace(half=False), x, operands), inputs.features.dtype, copy=False)
+
+
+def gradients(
+    xp: Namespace, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array
+) -> Linear:
+    """The cotangent of the reduced loss times its derivatives, each in the dtype of its input."""
+    wide, x, operands = whole(xp, loss, options, *cut(xp, options, inputs, operands))
+    cotangent = xp.astype(cotangent, x.dtype, copy=False)
+    gradient = reduce.gradient(xp, loss, options._replace(half=False), x, operands, cotangent)
+    return rounded(xp, _of_inputs(xp, *contracted(xp, gradient, wide, needed, Totals())), inputs)
