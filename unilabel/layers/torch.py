@@ -274,7 +274,7 @@ class _LinearModule(_Module):
 
 
 class LinearMultilabelLogisticLoss(_LinearModule):
-    """The last linear layer and `unilabel.linear_multilabel_logistic_loss`: `module(input, target, *, where=None)`.
+    """The last linear layer and `unilabel.linear_multilabel_logistic_loss`, called as `MultilabelLogisticLoss` is.
 
     It takes the place of `torch.nn.Linear(in_features, num_classes)` and `MultilabelLogisticLoss()`, without the logits
     in memory. `module.linear` is that layer, and `module.logits(input)` predicts.
@@ -337,7 +337,7 @@ class LinearMultilabelLogisticLoss(_LinearModule):
 
 
 class LinearSoftmaxNLL(_LinearModule):
-    """The last linear layer and `unilabel.linear_softmax_nll`: `module(input, target, *, sample_weight=None, where=None)`.
+    """The last linear layer and `unilabel.linear_softmax_nll`, called as `SoftmaxNLL` is.
 
     It takes the place of `torch.nn.Linear(in_features, num_classes)` and `SoftmaxNLL()`, without the logits in memory.
     `module.linear` is that layer, `module.logits(input)` predicts, and `module.linear.weight = embedding.weight` ties
