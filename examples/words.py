@@ -1,8 +1,8 @@
 """Predicts the next word of Python's own sources: a vocabulary of tens of thousands, and no logits in memory.
 
 A log-bilinear language model (Mnih and Hinton, 2007): the vectors of the words before are turned and added up, and
-compared with the vector of every word. `ul.linear_softmax_nll` takes that sum and the table of vectors, which is the last
-linear layer's weight as well. Each framework trains the model in its own way; the loss curves are the same.
+compared with the vector of every word. `ul.linear_softmax_nll` takes that sum and the table of vectors, which is the
+last linear layer's weight as well. Each framework trains the model in its own way; the loss curves are the same.
 
     python examples/words.py --backend torch  # or numpy, jax, tensorflow; all: each in turn, and compares the curves
 
