@@ -51,8 +51,6 @@ def _checked(label: str, given: Any) -> Any:
 class _Options:
     """Options are attributes, checked whenever they are set, and in the config."""
 
-    option_names: tuple[str, ...] = ()
-
     def _set(self, options: dict[str, Any]) -> None:
         self.option_names = tuple(options)
         for option, given in options.items():
@@ -222,8 +220,7 @@ class _LinearLayer(_Options, keras.layers.Layer):
         self,
         num_classes: int,
         use_bias: bool,
-        kernel_initializer: Any,
-        bias_initializer: Any,
+        initializers: tuple[Any, Any],
         embedding: Any,
         reduction: str,
         keywords: dict[str, Any],
@@ -233,20 +230,13 @@ class _LinearLayer(_Options, keras.layers.Layer):
         if reduction not in REDUCTIONS:
             checks.fail(ValueError, "reduction", " or ".join(map(repr, REDUCTIONS)), repr(reduction))
         self.num_classes, self.use_bias, self.embedding, self.reduction = num_classes, use_bias, embedding, reduction
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_initializer, self.bias_initializer = map(keras.initializers.get, initializers)
         self.supports_masking = True
         self._set(options)
 
     def get_config(self) -> dict[str, Any]:
-        own = {
-            "num_classes": self.num_classes,
-            "use_bias": self.use_bias,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "embedding": keras.saving.serialize_keras_object(self.embedding),
-            "reduction": self.reduction,
-        }
+        names = ("num_classes", "use_bias", "kernel_initializer", "bias_initializer", "embedding", "reduction")
+        own = {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in names}
         return super().get_config() | own | self.options
 
     @classmethod
@@ -276,11 +266,11 @@ class _LinearLayer(_Options, keras.layers.Layer):
 
     def call(
         self,
-        features: Array,
-        targets: Array | None = None,
-        sample_weight: Array | None = None,
-        where: Array | None = None,
-        features_mask: Array | None = None,
+        features: Any,
+        targets: Any = None,
+        sample_weight: Any = None,
+        where: Any = None,
+        features_mask: Any = None,
     ) -> Array:
         def cast(arrays: Any, dtype: str) -> list[Any]:
             return [None if array is None else keras.ops.cast(array, dtype) for array in arrays]
@@ -334,7 +324,7 @@ class LinearMultilabelLogisticLoss(_LinearLayer):
         reduction: "sum_over_batch_size", a mean over the examples that are not masked, or "sum".
         **keywords: of `keras.layers.Layer`: name, dtype, trainable.
 
-    In a custom training loop use the loss that it returns, or those of `model.losses`, of which it is one.
+    A training loop of your own uses the loss that it returns, or `model.losses`, in which it is.
 
     >>> layer = LinearMultilabelLogisticLoss(3, kernel_initializer="zeros")
     >>> f"{float(layer(np.ones((2, 4)), np.array([[1, 0, 1], [0, 0, 0]]))):.6f}"
@@ -358,9 +348,8 @@ class LinearMultilabelLogisticLoss(_LinearLayer):
         **keywords: Any,
     ) -> None:
         options = {"weight": weight, "pos_weight": pos_weight, "label_smoothing": label_smoothing}
-        super().__init__(
-            num_classes, use_bias, kernel_initializer, bias_initializer, embedding, reduction, keywords, options
-        )
+        initializers = kernel_initializer, bias_initializer
+        super().__init__(num_classes, use_bias, initializers, embedding, reduction, keywords, options)
 
     def _of_examples(self, targets: Array, shape: Any, sample_weight: Any) -> tuple[Array, dict[str, Any], None]:
         options = self.options
@@ -374,8 +363,7 @@ class LinearMultilabelLogisticLoss(_LinearLayer):
 class LinearSoftmaxNLL(_LinearLayer):
     """`Dense(num_classes)` and `SoftmaxNLL` as one layer, without the logits in memory.
 
-    `layer(features, targets, sample_weight=None, where=None)` adds the loss to the model, as `add_loss` does, and
-    returns it; `layer.logits(features)`, or a call without targets, predicts. Compile the model without a loss.
+    It is called as `LinearMultilabelLogisticLoss` is, and predicts as that does.
 
     Args:
         num_classes, use_bias, kernel_initializer, bias_initializer, embedding: as in `LinearMultilabelLogisticLoss`.
@@ -386,8 +374,6 @@ class LinearSoftmaxNLL(_LinearLayer):
     >>> layer = LinearSoftmaxNLL(3, kernel_initializer="zeros")
     >>> f"{float(layer(np.ones((2, 4)), np.array([0, 2]))):.6f}"
     '1.098612'
-    >>> layer.logits(np.ones((2, 4))).shape == (2, 3)
-    True
     """
 
     _loss = staticmethod(linear_softmax_nll)
@@ -407,9 +393,8 @@ class LinearSoftmaxNLL(_LinearLayer):
         **keywords: Any,
     ) -> None:
         options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        super().__init__(
-            num_classes, use_bias, kernel_initializer, bias_initializer, embedding, reduction, keywords, options
-        )
+        initializers = kernel_initializer, bias_initializer
+        super().__init__(num_classes, use_bias, initializers, embedding, reduction, keywords, options)
 
     def _of_examples(self, targets: Array, shape: Any, sample_weight: Any) -> tuple[Array, dict[str, Any], Any]:
         targets = _class_indices(targets, shape, (-1,))

@@ -261,6 +261,9 @@ class _LinearModule(_Module):
     """A loss that holds the model's last linear layer, as its submodule `linear`."""
 
     linear: torch.nn.Linear
+    if TYPE_CHECKING:
+
+        def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor: ...
 
     def __init__(
         self, in_features: int, num_classes: int, bias: bool, device: Any, dtype: torch.dtype | None, **options: Any
@@ -316,18 +319,14 @@ class LinearMultilabelLogisticLoss(_LinearModule):
         reduction: Reduction = "batchmean",
         validate: bool = False,
     ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            bias,
-            device,
-            dtype,
-            weight=weight,
-            pos_weight=pos_weight,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            validate=validate,
-        )
+        options = {
+            "weight": weight,
+            "pos_weight": pos_weight,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "validate": validate,
+        }
+        super().__init__(in_features, num_classes, bias, device, dtype, **options)
 
     def forward(self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Any) -> torch.Tensor:
         linear = self.linear
@@ -339,9 +338,8 @@ class LinearMultilabelLogisticLoss(_LinearModule):
 class LinearSoftmaxNLL(_LinearModule):
     """The last linear layer and `unilabel.linear_softmax_nll`, called as `SoftmaxNLL` is.
 
-    It takes the place of `torch.nn.Linear(in_features, num_classes)` and `SoftmaxNLL()`, without the logits in memory.
-    `module.linear` is that layer, `module.logits(input)` predicts, and `module.linear.weight = embedding.weight` ties
-    it to an embedding.
+    It takes the place of `torch.nn.Linear(in_features, num_classes)` and `SoftmaxNLL()`, as the multilabel one does.
+    `module.linear.weight = embedding.weight` ties its layer to an embedding.
 
     Args:
         in_features, num_classes, bias, device, dtype: of the linear layer, as in `torch.nn.Linear`.
@@ -386,18 +384,14 @@ class LinearSoftmaxNLL(_LinearModule):
         reduction: Reduction = "mean",
         validate: bool = False,
     ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            bias,
-            device,
-            dtype,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            validate=validate,
-        )
+        options = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "validate": validate,
+        }
+        super().__init__(in_features, num_classes, bias, device, dtype, **options)
 
     def forward(
         self, input: torch.Tensor, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any
