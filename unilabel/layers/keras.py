@@ -1,5 +1,4 @@
 """Keras 3: the losses as `keras.losses.Loss`, on any Keras backend, whose framework's arrays they are given.
-
 Those on the last linear layer's inputs are layers, which hold its weights and add the loss: endpoints of a model.
 
 Keras imports no module when it loads a model, for safety: `import unilabel.layers.keras` before
@@ -322,7 +321,7 @@ class LinearMultilabelLogisticLoss(_LinearLayer):
         embedding: a `keras.layers.Embedding` whose table is the kernel: tied weights.
         weight, pos_weight, label_smoothing: as in `MultilabelLogisticLoss`.
         reduction: "sum_over_batch_size", a mean over the examples that are not masked, or "sum".
-        **keywords: of `keras.layers.Layer`: name, dtype, trainable.
+        keywords: of `keras.layers.Layer`: name, dtype, trainable.
 
     A training loop of your own uses the loss that it returns, or `model.losses`, in which it is.
 
@@ -369,7 +368,7 @@ class LinearSoftmaxNLL(_LinearLayer):
         num_classes, use_bias, kernel_initializer, bias_initializer, embedding: as in `LinearMultilabelLogisticLoss`.
         weight, ignore_index, label_smoothing: as in `SoftmaxNLL`.
         reduction: "sum_over_batch_size", a mean over the examples that are not masked or ignored, or "sum".
-        **keywords: of `keras.layers.Layer`: name, dtype, trainable.
+        keywords: of `keras.layers.Layer`: name, dtype, trainable.
 
     >>> layer = LinearSoftmaxNLL(3, kernel_initializer="zeros")
     >>> f"{float(layer(np.ones((2, 4)), np.array([0, 2]))):.6f}"
