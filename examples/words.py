@@ -85,8 +85,8 @@ def torch_step(start: list[Array], with_logits: bool = False) -> Step:
 
     def step(contexts: Array, words: Array) -> float:
         optimizer.zero_grad()
-        batch = map(torch.from_numpy, (contexts, words))
-        loss = loss_on(weights, *batch, lambda table, indices: table[indices], product)
+        before, following = torch.from_numpy(contexts), torch.from_numpy(words)
+        loss = loss_on(weights, before, following, lambda table, indices: table[indices], product)
         loss.backward()
         optimizer.step()
         return float(loss.detach())
