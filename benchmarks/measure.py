@@ -200,16 +200,22 @@ def _peak(setup: Setup, case: Case, whose: str) -> float:
     few = case._replace(rows=min(case.rows, 8))
     start = getattr(build(setup, few), whose) if setup.backend == "tensorflow" else step
     start()
-    gc.collect()
-    ballast = _fill_up_to_the_mark()
-    before = _high_water_mark()
-    step()
-    peak = _high_water_mark() - before
-    del ballast
+    peak = rise(step)
     gradient = case.rows * case.classes * (2 if setup.dtype == "bfloat16" else 4)
     if gradient >= 1 << 25 and peak < 0.9 * gradient:
         raise RuntimeError(f"expected to see the gradient at least, {gradient} bytes; saw {peak}")
     return peak / gradient
+
+
+def rise(call: Callable[[], Any]) -> int:
+    """The most bytes that a call takes beyond what this process holds."""
+    gc.collect()
+    ballast = _fill_up_to_the_mark()
+    before = _high_water_mark()
+    call()
+    peak = _high_water_mark() - before
+    del ballast
+    return peak
 
 
 def _high_water_mark() -> int:

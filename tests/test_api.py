@@ -24,7 +24,7 @@ FUNCTIONS = (
     "linear_multilabel_logistic_loss", "linear_softmax_nll",
     "value_and_grad", "grad_and_hess", "sigmoid", "log_sigmoid", "softmax", "log_softmax",
 )  # fmt: skip
-LAYERS = ("MultilabelLogisticLoss", "SoftmaxNLL")
+LAYERS = ("MultilabelLogisticLoss", "SoftmaxNLL", "LinearMultilabelLogisticLoss", "LinearSoftmaxNLL")
 GROUPS = {
     "unilabel": [(f"unilabel.{name}", getattr(ul, name)) for name in FUNCTIONS],
     "unilabel.layers.torch": [(f"unilabel.layers.torch.{n}", getattr(unilabel.layers.torch, n)) for n in LAYERS],

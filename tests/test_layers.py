@@ -16,7 +16,12 @@ import torch
 from shared import pattern
 
 import unilabel as ul
-from unilabel.layers.torch import MultilabelLogisticLoss, SoftmaxNLL
+from unilabel.layers.torch import (
+    LinearMultilabelLogisticLoss,
+    LinearSoftmaxNLL,
+    MultilabelLogisticLoss,
+    SoftmaxNLL,
+)
 
 X = torch.tensor([[0.1, -0.2, 0.0], [0.4, 0.1, -0.3]], dtype=torch.float64)
 Z = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
@@ -35,6 +40,42 @@ class Pair(NamedTuple):
 
 SOFTMAX = Pair(functools.partial(SoftmaxNLL, ignore_index=-100), torch.nn.CrossEntropyLoss, Y)
 MULTILABEL = Pair(functools.partial(MultilabelLogisticLoss, reduction="mean"), torch.nn.BCEWithLogitsLoss, Z)
+
+
+class LinearFirst(torch.nn.Module):
+    """PyTorch's loss on the logits of a linear layer that it holds."""
+
+    def __init__(self, *options, **named):
+        super().__init__(*options, **named)
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, input, target):
+        return super().forward(self.linear(input), target)
+
+    def logits(self, input):
+        return self.linear(input)
+
+
+class LinearCrossEntropy(LinearFirst, torch.nn.CrossEntropyLoss):
+    pass
+
+
+class LinearBCEWithLogits(LinearFirst, torch.nn.BCEWithLogitsLoss):
+    pass
+
+
+def seeded(head, **options):
+    def make(weight=None, **more):
+        torch.manual_seed(0)
+        return head(3, 3, dtype=torch.float64, weight=weight, **options, **more)
+
+    return make
+
+
+LINEAR_SOFTMAX = Pair(seeded(LinearSoftmaxNLL, ignore_index=-100), LinearCrossEntropy, Y)
+LINEAR_MULTILABEL = Pair(seeded(LinearMultilabelLogisticLoss, reduction="mean"), LinearBCEWithLogits, Z)
+PAIRS = (SOFTMAX, MULTILABEL, LINEAR_SOFTMAX, LINEAR_MULTILABEL)
 
 
 def same(ours, theirs):
@@ -118,7 +159,7 @@ OF_MULTILABEL = {
     ("pair", "do"),
     [
         pytest.param(pair, do, id=f"{pair.theirs.__name__}, {name}")
-        for pair, more in ((SOFTMAX, OF_SOFTMAX), (MULTILABEL, OF_MULTILABEL))
+        for pair, more in zip(PAIRS, (OF_SOFTMAX, OF_MULTILABEL, OF_SOFTMAX, OF_MULTILABEL), strict=True)
         for name, do in (DONE | more).items()
     ],
 )
@@ -127,10 +168,11 @@ def test_a_module_is_used_as_pytorchs_own(pair, do):
     same(ours, theirs)
 
 
-@pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
+@pytest.mark.parametrize("pair", PAIRS)
 def test_an_option_of_the_call_wins(pair):
-    module = pair.ours(W, label_smoothing=0.3, axis=0)
-    call = module(X, pair.targets, weight=V, label_smoothing=0, axis=-1, reduction="sum", validate=True)
+    axis, own = ({"axis": 0}, {"axis": -1}) if pair in (SOFTMAX, MULTILABEL) else ({}, {})
+    module = pair.ours(W, label_smoothing=0.3, **axis)
+    call = module(X, pair.targets, weight=V, label_smoothing=0, **own, reduction="sum", validate=True)
     same(call, pair.theirs(V, reduction="sum")(X, pair.targets))
     assert module.reduction == "mean"
 
@@ -146,6 +188,72 @@ def test_no_digit_of_a_weight_is_lost(weight, dtype):
         state = {name: torch.tensor([0.5, 0.7, 1.2])}
         module.load_state_dict(state)
         same(getattr(module, name), state[name].double())
+
+
+@pytest.mark.parametrize("pair", [LINEAR_SOFTMAX, LINEAR_MULTILABEL])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_linear_module_trains_its_layer(pair, tied):
+    """As the model whose last layer it holds, alone or tied to the embedding that its input comes from."""
+    ends = []
+    for make in (pair.ours, pair.theirs):
+        head, table = make(W), torch.nn.Embedding.from_pretrained(X[[0, 1, 1]].clone(), freeze=False)
+        if tied:
+            head.linear.weight = table.weight
+        model = torch.nn.ModuleDict({"table": table, "head": head})
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            head(table(torch.tensor([0, 2])), pair.targets).backward()
+            optimizer.step()
+        ends.append(model.state_dict())
+        ends[-1]["logits"] = head.logits(X).detach()
+    assert list(ends[0]) == list(ends[1])
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-12, atol=0)
+
+
+def test_a_linear_module_beside_pytorchs_own():
+    """The same start, the same names in the state, the same loss and gradients."""
+    theirs = getattr(torch.nn, "LinearCrossEntropyLoss", None)
+    if theirs is None:
+        pytest.skip("PyTorch has LinearCrossEntropyLoss from 2.13 on")
+    for bias in (False, True):
+        torch.manual_seed(0)
+        own = theirs(3, 4, bias=bias, dtype=torch.float64, label_smoothing=0.1)
+        torch.manual_seed(0)
+        ours = LinearSoftmaxNLL(3, 4, bias=bias, dtype=torch.float64, label_smoothing=0.1, ignore_index=-100)
+        same(dict(ours.state_dict()), dict(own.state_dict()))
+        ours.load_state_dict(own.state_dict())
+        x = X.clone().requires_grad_()
+        gradients = [torch.autograd.grad(head(x, Y), [x, *head.parameters()]) for head in (ours, own)]
+        same(ours(X, Y), own(X, Y))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-16)
+
+
+def test_a_linear_module_holds_any_linear_layer():
+    """Of its device and dtype, parametrized or not; what only its loss has is given in the call."""
+    head = LinearSoftmaxNLL(3, 5, bias=False, dtype=torch.float64, device="cpu", weight=[1, 2, 3, 4, 5], validate=True)
+    assert head.linear.bias is None
+    assert head.logits(X[None]).shape == (1, 2, 5)
+    assert LinearSoftmaxNLL(3, 5, device="meta").linear.weight.device.type == "meta"
+    torch.nn.utils.parametrizations.weight_norm(head.linear)
+    y, where = torch.tensor([0, 4]), torch.tensor([True, True, False, True, True])
+    options = {"sample_weight": [2, 3], "where": where, "weight": [1, 2, 3, 4, 5]}
+    loss = head(X, y, sample_weight=[2, 3], where=where)
+    torch.testing.assert_close(loss, ul.softmax_nll(head.linear(X), y, **options), rtol=1e-14, atol=0)
+    with pytest.raises(ValueError, match=re.escape("class indices from 0 to 4. Received: 5 at (1,)")):
+        head(X, torch.tensor([0, 5]))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
+        head(X, y, axis=0)
+    where = Z > 0
+    head = LinearMultilabelLogisticLoss(3, 3, dtype=torch.float64)
+    expected = ul.multilabel_logistic_loss(head.logits(X), Z, where=where)
+    torch.testing.assert_close(head(X, Z, where=where), expected, rtol=1e-14, atol=0)
+    assert repr(LinearMultilabelLogisticLoss(3, 2, reduction="sum")).splitlines()[:2] == [
+        "LinearMultilabelLogisticLoss(",
+        "  reduction='sum'",
+    ]
 
 
 def test_a_numpy_array_is_not_written_to():
@@ -279,7 +387,7 @@ class Model(torch.nn.Module):
         return self.loss(self.linear(x), y)
 
 
-@pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
+@pytest.mark.parametrize("pair", PAIRS)
 def test_a_model_is_traced_by_fx(pair):
     graph = torch.fx.symbolic_trace(Model(pair.ours(W)))
     expected = pair.theirs(W)(X, pair.targets)
@@ -289,7 +397,7 @@ def test_a_model_is_traced_by_fx(pair):
     same(graph(X, pair.targets), pair.theirs(V)(X, pair.targets))
 
 
-@pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
+@pytest.mark.parametrize("pair", PAIRS)
 def test_a_module_itself_is_traced_by_fx(pair):
     graph = torch.fx.symbolic_trace(pair.ours(W))
     same(graph(X, pair.targets), pair.theirs(W)(X, pair.targets))
@@ -308,8 +416,9 @@ def test_a_model_is_traced_by_jit(pair, options):
     same(traced(x, t), model(x, t))
 
 
-@pytest.mark.parametrize("pair", [SOFTMAX, MULTILABEL])
+@pytest.mark.parametrize("pair", PAIRS)
 def test_a_module_trains_under_compile(pair):
+    torch.compiler.reset()  # it counts how often a class is compiled
     model, theirs = Model(pair.ours(W)), Model(pair.theirs(W))
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     for options in ({}, {"reduction": "sum"}, {"weight": V}, {"weight": None}):
@@ -321,6 +430,12 @@ def test_a_module_trains_under_compile(pair):
             losses[-1].backward()
         same(*losses)
         torch.testing.assert_close(model.linear.weight.grad, theirs.linear.weight.grad, rtol=1e-14, atol=1e-16)
+
+
+def run_keras(code, backend, folder):
+    environment = {"KERAS_BACKEND": backend, "PATH": "", "HOME": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{backend} trained\n", done.stderr
 
 
 KERAS = """
@@ -369,9 +484,113 @@ print(keras.backend.backend(), "trained")
     "backend", ["tensorflow", *(pytest.param(name, marks=pytest.mark.full) for name in ("torch", "jax"))]
 )
 def test_keras_compile_and_fit(backend, tmp_path):
-    environment = {"KERAS_BACKEND": backend, "PATH": "", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", KERAS], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{backend} trained\n", done.stderr
+    run_keras(KERAS, backend, tmp_path)
+
+
+KERAS_LINEAR = """
+import keras, numpy as np
+from unilabel.layers.keras import LinearMultilabelLogisticLoss, LinearSoftmaxNLL, MultilabelLogisticLoss, SoftmaxNLL
+
+rng = np.random.default_rng(0)
+x, s = rng.normal(size=(64, 4)).astype("float32"), rng.uniform(0.5, 2, 64).astype("float32")
+scores = x @ rng.normal(size=(4, 3))
+y, z = scores.argmax(1), (scores > 0).astype("float32")
+SGD, CrossEntropy = keras.optimizers.SGD, keras.losses.SparseCategoricalCrossentropy
+
+
+def start():
+    return keras.initializers.GlorotUniform(seed=1)
+
+
+def close(a, b, rtol=1e-6):
+    a, b = (keras.ops.convert_to_numpy(each) for each in (a, b))
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+
+
+# The loss is that of Dense and the loss on its logits, however targets and weights come.
+for head, loss, targets, options in [
+    (LinearSoftmaxNLL, CrossEntropy(from_logits=True), y, {}),
+    (LinearSoftmaxNLL, CrossEntropy(from_logits=True, ignore_class=1), y, {"ignore_index": 1}),
+    (LinearSoftmaxNLL, keras.losses.CategoricalCrossentropy(from_logits=True), np.eye(3)[y], {}),
+    (LinearSoftmaxNLL, SoftmaxNLL(weight=[1, 2, 3], reduction="sum"), y[:, None].astype("float32"),
+     {"weight": [1, 2, 3], "reduction": "sum"}),
+    (LinearSoftmaxNLL, SoftmaxNLL(label_smoothing=0.1, ignore_index=-100), y,
+     {"label_smoothing": 0.1, "ignore_index": -100}),
+    (LinearMultilabelLogisticLoss, MultilabelLogisticLoss(), z, {}),
+    (LinearMultilabelLogisticLoss, MultilabelLogisticLoss(weight=[1, 2, 3], pos_weight=[2, 1, 1]), z,
+     {"weight": [1, 2, 3], "pos_weight": [2, 1, 1]}),
+]:
+    layer, dense = head(3, kernel_initializer=start(), **options), keras.layers.Dense(3, kernel_initializer=start())
+    logits = dense(x)
+    for weights in (None, s):
+        close(layer(x, targets, sample_weight=weights), loss(targets, logits, weights))
+    close(layer.logits(x), logits)
+    close(layer.kernel, keras.ops.transpose(dense.kernel), 0)
+    again = head.from_config(layer.get_config())
+    assert again.get_config() == layer.get_config()
+    for low in ("mixed_bfloat16", "mixed_float16"):
+        layer, dense = head(3, dtype=low, **options), keras.layers.Dense(3, dtype=low)
+        layer.kernel_initializer, dense.kernel_initializer = start(), start()
+        logits = layer.logits(x)
+        assert keras.backend.standardize_dtype(logits.dtype) == low[6:]
+        close(logits, dense(x), 0)
+        value = layer(x, targets)
+        assert keras.backend.standardize_dtype(value.dtype) == "float32"
+        features, kernel = (keras.ops.cast(keras.ops.cast(a, low[6:]), "float32") for a in (x, layer.kernel))
+        full = head(3, kernel_initializer=lambda shape, dtype: keras.ops.transpose(kernel), **options)
+        close(value, full(features, targets))
+
+# An endpoint trains as Dense in a model that is compiled with the loss.
+inputs, labels = keras.Input((4,)), keras.Input((), dtype="int32")
+layer, dense = LinearSoftmaxNLL(3, kernel_initializer=start()), keras.layers.Dense(3, kernel_initializer=start())
+model, other = keras.Model([inputs, labels], layer(inputs, labels)), keras.Model(inputs, dense(inputs))
+model.compile(SGD(0.5))
+other.compile(SGD(0.5), loss=SoftmaxNLL())
+kept = {"batch_size": 32, "epochs": 3, "shuffle": False, "verbose": 0}
+close(model.fit([x, y], **kept).history["loss"], other.fit(x, y, **kept).history["loss"], 1e-5)
+close(layer.kernel, keras.ops.transpose(dense.kernel), 1e-5)
+close(keras.Model(inputs, layer(inputs)).predict(x, verbose=0), other.predict(x, verbose=0), 1e-5)
+
+# Tied to an embedding, whose mask it heeds; the tie is there in the loaded model too.
+words, following = keras.Input((7,), dtype="int32"), keras.Input((7,), dtype="int32")
+embedding = keras.layers.Embedding(11, 4, mask_zero=True)
+layer = LinearSoftmaxNLL(11, use_bias=False, embedding=embedding)
+model = keras.Model([words, following], layer(embedding(words), following))
+model.compile(SGD(0.5))
+data = rng.integers(0, 11, (2, 8, 7)).astype("int32")
+model.fit(list(data), epochs=2, verbose=0)
+vectors, mask = embedding(data[0]), data[0] != 0
+logits = keras.ops.matmul(vectors, keras.ops.transpose(embedding.embeddings))
+expected = CrossEntropy(from_logits=True)(data[1], logits, mask.astype("float32"))
+close(model.evaluate(list(data), verbose=0), expected * mask.size / mask.sum())
+assert [v.path for v in model.trainable_variables] == ["embedding/embeddings"]
+model.save("tied.keras")
+loaded = keras.saving.load_model("tied.keras")
+assert [v.path for v in loaded.trainable_variables] == ["embedding/embeddings"]
+for each in (model, loaded):
+    each.fit(list(data), epochs=1, verbose=0)
+close(loaded.evaluate(list(data), verbose=0), model.evaluate(list(data), verbose=0))
+
+for make, text in [
+    (lambda: LinearSoftmaxNLL(3, reduction="mean"), "reduction: 'sum_over_batch_size' or 'sum'. Received: 'mean'"),
+    (lambda: LinearSoftmaxNLL(3, label_smoothing=2), "label_smoothing: a number from 0 to 1.0. Received: 2"),
+    (lambda: LinearSoftmaxNLL(9, embedding=embedding)(vectors, data[1]), "embedding: a table of shape (9, 4)"),
+]:
+    try:
+        make()
+    except ValueError as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(text)
+print(keras.backend.backend(), "trained")
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", ["tensorflow", *(pytest.param(name, marks=pytest.mark.full) for name in ("torch", "jax"))]
+)
+def test_keras_linear_layers(backend, tmp_path):
+    run_keras(KERAS_LINEAR, backend, tmp_path)
 
 
 def test_keras_half_precision_would_round_class_indices():

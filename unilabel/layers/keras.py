@@ -1,4 +1,5 @@
 """Keras 3: the losses as `keras.losses.Loss`, on any Keras backend, whose framework's arrays they are given.
+Those on the last linear layer's inputs are layers, which hold its weights and add the loss: endpoints of a model.
 
 Keras imports no module when it loads a model, for safety: `import unilabel.layers.keras` before
 `keras.saving.load_model` of a model that was compiled with one of them, or load it with `compile=False`.
@@ -14,6 +15,7 @@ import numpy as np
 
 from .. import checks
 from ..backend import backend_of, is_of_pandas, pandas_values
+from ..linear import linear_multilabel_logistic_loss, linear_softmax_nll
 from ..losses import multilabel_logistic_loss, softmax_nll
 
 try:
@@ -45,15 +47,10 @@ def _checked(label: str, given: Any) -> Any:
     return checks.operand(backend_of(like), label, given, checks.NUMBERS, like, "float64")[0].tolist()
 
 
-class _Loss(keras.losses.Loss):
-    """The loss of each example; Keras weights and reduces them. Options are attributes, and in the config."""
+class _Options:
+    """Options are attributes, checked whenever they are set, and in the config."""
 
-    def __init__(self, name: str | None, reduction: str | None, dtype: Any, **options: Any) -> None:
-        # Class indices that come as floats would be rounded in half precision; so float32, and float64 if Keras is.
-        dtype = dtype or ("float64" if keras.config.floatx() == "float64" else "float32")
-        super().__init__(name=name, reduction=reduction, dtype=dtype)
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"Expected dtype 'float32' or 'float64', for half precision too. Received: {dtype!r}.")
+    def _set(self, options: dict[str, Any]) -> None:
         self.option_names = tuple(options)
         for option, given in options.items():
             setattr(self, option, given)
@@ -63,7 +60,21 @@ class _Loss(keras.losses.Loss):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.option_names}
+        given = {name: getattr(self, name) for name in self.option_names}
+        # A layer of Keras keeps lists as lists of its own.
+        return {name: np.asarray(value).tolist() if isinstance(value, list) else value for name, value in given.items()}
+
+
+class _Loss(_Options, keras.losses.Loss):
+    """The loss of each example; Keras weights and reduces them."""
+
+    def __init__(self, name: str | None, reduction: str | None, dtype: Any, **options: Any) -> None:
+        # Class indices that come as floats would be rounded in half precision; so float32, and float64 if Keras is.
+        dtype = dtype or ("float64" if keras.config.floatx() == "float64" else "float32")
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"Expected dtype 'float32' or 'float64', for half precision too. Received: {dtype!r}.")
+        self._set(options)
 
     def get_config(self) -> dict[str, Any]:
         return super().get_config() | {"dtype": self.dtype} | self.options
@@ -96,6 +107,23 @@ def _array(given: Any) -> Any:
         # JAX would cut off the upper half of the bits, so that an index out of range became one in range.
         given = np.clip(given, *HELD if given.dtype == "int64" else (0, HELD[1])).astype("int32")
     return given
+
+
+def _class_indices(y_true: Array, shape: tuple[int | None, ...], axes: tuple[int, ...]) -> Array:
+    """Class indices for logits of this shape as unilabel takes them; distributions as they are."""
+    if len(y_true.shape) == len(shape) and all(y_true.shape[i] == 1 != shape[i] for i in axes):
+        y_true = keras.ops.squeeze(y_true, axis=axes)
+    if len(y_true.shape) < len(shape) and not keras.backend.is_int_dtype(y_true.dtype):
+        y_true = keras.ops.cast(y_true, "int32")  # class indices that came as floats
+    return y_true
+
+
+def _labelled(y_true: Array, ignore_index: int | None) -> Array | None:
+    """Which examples do not have the index that is ignored. None: all, as far as is known without a look."""
+    if ignore_index is None:
+        return None
+    held = np.iinfo(keras.backend.standardize_dtype(y_true.dtype))
+    return keras.ops.not_equal(y_true, ignore_index) if held.min <= ignore_index <= held.max else None
 
 
 @keras.saving.register_keras_serializable(package="unilabel")
@@ -173,13 +201,200 @@ class SoftmaxNLL(_Loss):
 
     def call(self, y_true: Array, y_pred: Array) -> Array:
         axes = checks.class_axes(self.axis, len(y_pred.shape), "logits", True)
-        if len(y_true.shape) == len(y_pred.shape) and all(y_true.shape[i] == 1 != y_pred.shape[i] for i in axes):
-            y_true = keras.ops.squeeze(y_true, axis=axes)
-        if len(y_true.shape) < len(y_pred.shape) and not keras.backend.is_int_dtype(y_true.dtype):
-            y_true = keras.ops.cast(y_true, "int32")  # class indices that came as floats
+        y_true = _class_indices(y_true, y_pred.shape, axes)
         losses = softmax_nll(y_pred, y_true, reduction="none", **self.options)
-        if self.ignore_index is not None:
-            held = np.iinfo(keras.backend.standardize_dtype(y_true.dtype))
-            if held.min <= self.ignore_index <= held.max:
-                set_keras_mask(losses, keras.ops.not_equal(y_true, self.ignore_index))
+        labelled = _labelled(y_true, self.ignore_index)
+        if labelled is not None:
+            set_keras_mask(losses, labelled)
         return losses
+
+
+REDUCTIONS = ("sum_over_batch_size", "sum")
+
+
+class _LinearLayer(_Options, keras.layers.Layer):
+    """The last layer of a model and its loss: `layer(features, targets)` adds the loss, `layer(features)` predicts."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        use_bias: bool,
+        initializers: tuple[Any, Any],
+        embedding: Any,
+        reduction: str,
+        keywords: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__(autocast=False, **keywords)  # which would round the targets too
+        if reduction not in REDUCTIONS:
+            checks.fail(ValueError, "reduction", " or ".join(map(repr, REDUCTIONS)), repr(reduction))
+        self.num_classes, self.use_bias, self.embedding, self.reduction = num_classes, use_bias, embedding, reduction
+        self.kernel_initializer, self.bias_initializer = map(keras.initializers.get, initializers)
+        self.supports_masking = True
+        self._set(options)
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("num_classes", "use_bias", "kernel_initializer", "bias_initializer", "embedding", "reduction")
+        own = {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in names}
+        return super().get_config() | own | self.options
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        return cls(**config | {"embedding": keras.saving.deserialize_keras_object(config["embedding"])})
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        shape = (self.num_classes, input_shape[-1])
+        if self.embedding is None:
+            self._kernel = self.add_weight(shape, self._rows, name="kernel")
+        elif tuple(self.kernel.shape) != shape:
+            checks.fail(ValueError, "embedding", f"a table of shape {shape}", str(tuple(self.kernel.shape)))
+        self.bias = self.add_weight(shape[:1], self.bias_initializer, name="bias") if self.use_bias else None
+
+    def _rows(self, shape: tuple[int, int], dtype: Any = None) -> Array:
+        """What the kernel of Dense starts from, transposed."""
+        return keras.ops.transpose(self.kernel_initializer(shape[::-1], dtype=dtype))
+
+    @property
+    def kernel(self) -> Any:
+        """The weights, one row for each class: those of the embedding, if there is one."""
+        return self._kernel if self.embedding is None else self.embedding.embeddings
+
+    def logits(self, features: Array) -> Array:
+        """The logits of all classes, to predict with; the same as a call without targets."""
+        return self(features)
+
+    def call(
+        self,
+        features: Any,
+        targets: Any = None,
+        sample_weight: Any = None,
+        where: Any = None,
+        features_mask: Any = None,
+    ) -> Array:
+        def cast(arrays: Any, dtype: str) -> list[Any]:
+            return [None if array is None else keras.ops.cast(array, dtype) for array in arrays]
+
+        layer = cast((features, self.kernel, self.bias), self.compute_dtype)
+        if targets is None:
+            features, kernel, bias = layer
+            logits = keras.ops.matmul(features, keras.ops.transpose(kernel))
+            return logits if bias is None else logits + bias
+
+        features, kernel, bias = cast(layer, self._loss_dtype)
+        each = keras.ops.ones_like(features[..., 0])
+        if sample_weight is not None:  # one for each example, or for the first axes of them, as Keras has it
+            missing = range(len(sample_weight.shape), len(each.shape))
+            sample_weight = each * keras.ops.cast(keras.ops.expand_dims(sample_weight, tuple(missing)), each.dtype)
+        if features_mask is not None:
+            mask = keras.ops.expand_dims(features_mask, -1)
+            where = mask if where is None else keras.ops.logical_and(where, mask)
+        targets, options, labelled = self._of_examples(targets, (*features.shape[:-1], self.num_classes), sample_weight)
+        loss = self._loss(features, kernel, targets, linear_bias=bias, where=where, reduction="sum", **options)
+        if self.reduction != "sum":
+            for counts in (features_mask, labelled):
+                each = each if counts is None else each * keras.ops.cast(counts, each.dtype)
+            loss = loss / keras.ops.maximum(keras.ops.sum(each), 1)
+        self.add_loss(loss)
+        return loss
+
+    def compute_output_spec(self, features: Any, targets: Any = None, **_: Any) -> keras.KerasTensor:
+        if targets is None:
+            return keras.KerasTensor((*features.shape[:-1], self.num_classes), self.compute_dtype)
+        return keras.KerasTensor((), self._loss_dtype)
+
+    @property
+    def _loss_dtype(self) -> str:
+        """Half precision is rounded as Dense rounds it, then multiplied in float32."""
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+
+@keras.saving.register_keras_serializable(package="unilabel")
+class LinearMultilabelLogisticLoss(_LinearLayer):
+    """`Dense(num_classes)` and `MultilabelLogisticLoss` as one layer, without the logits in memory.
+
+    `layer(features, targets, sample_weight=None, where=None)` adds the loss to the model, as `add_loss` does, and
+    returns it; `layer.logits(features)`, or a call without targets, predicts. Compile the model without a loss.
+
+    Args:
+        num_classes: units of `Dense`.
+        use_bias, kernel_initializer, bias_initializer: as in `Dense`; `kernel` is its transpose, (num_classes, D).
+        embedding: a `keras.layers.Embedding` whose table is the kernel: tied weights.
+        weight, pos_weight, label_smoothing: as in `MultilabelLogisticLoss`.
+        reduction: "sum_over_batch_size", a mean over the examples that are not masked, or "sum".
+        keywords: of `keras.layers.Layer`: name, dtype, trainable.
+
+    A training loop of your own uses the loss that it returns, or `model.losses`, in which it is.
+
+    >>> layer = LinearMultilabelLogisticLoss(3, kernel_initializer="zeros")
+    >>> f"{float(layer(np.ones((2, 4)), np.array([[1, 0, 1], [0, 0, 0]]))):.6f}"
+    '2.079442'
+    """
+
+    _loss = staticmethod(linear_multilabel_logistic_loss)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        embedding: Any = None,
+        weight: Any = None,
+        pos_weight: Any = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "sum_over_batch_size",
+        **keywords: Any,
+    ) -> None:
+        options = {"weight": weight, "pos_weight": pos_weight, "label_smoothing": label_smoothing}
+        initializers = kernel_initializer, bias_initializer
+        super().__init__(num_classes, use_bias, initializers, embedding, reduction, keywords, options)
+
+    def _of_examples(self, targets: Array, shape: Any, sample_weight: Any) -> tuple[Array, dict[str, Any], None]:
+        options = self.options
+        if sample_weight is not None:
+            own = 1.0 if self.weight is None else np.asarray(self.weight, self._loss_dtype)
+            options["weight"] = keras.ops.expand_dims(sample_weight, -1) * own
+        return targets, options, None
+
+
+@keras.saving.register_keras_serializable(package="unilabel")
+class LinearSoftmaxNLL(_LinearLayer):
+    """`Dense(num_classes)` and `SoftmaxNLL` as one layer, without the logits in memory.
+
+    It is called as `LinearMultilabelLogisticLoss` is, and predicts as that does.
+
+    Args:
+        num_classes, use_bias, kernel_initializer, bias_initializer, embedding: as in `LinearMultilabelLogisticLoss`.
+        weight, ignore_index, label_smoothing: as in `SoftmaxNLL`.
+        reduction: "sum_over_batch_size", a mean over the examples that are not masked or ignored, or "sum".
+        keywords: of `keras.layers.Layer`: name, dtype, trainable.
+
+    >>> layer = LinearSoftmaxNLL(3, kernel_initializer="zeros")
+    >>> f"{float(layer(np.ones((2, 4)), np.array([0, 2]))):.6f}"
+    '1.098612'
+    """
+
+    _loss = staticmethod(linear_softmax_nll)
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        embedding: Any = None,
+        weight: Any = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "sum_over_batch_size",
+        **keywords: Any,
+    ) -> None:
+        options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        initializers = kernel_initializer, bias_initializer
+        super().__init__(num_classes, use_bias, initializers, embedding, reduction, keywords, options)
+
+    def _of_examples(self, targets: Array, shape: Any, sample_weight: Any) -> tuple[Array, dict[str, Any], Any]:
+        targets = _class_indices(targets, shape, (-1,))
+        return targets, self.options | {"sample_weight": sample_weight}, _labelled(targets, self.ignore_index)

@@ -1,6 +1,7 @@
 """The losses as PyTorch modules, for whatever takes PyTorch's own. The class axis is the last, and not 1 as there.
 
-Each is a subclass of PyTorch's loss with the same activation: by the class, skorch and others choose how to predict.
+Each loss on logits is a subclass of PyTorch's with the same activation: by the class, skorch and others choose how to
+predict. The losses on the last linear layer's inputs hold that layer.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from ..activations import sigmoid, softmax
 from ..backend import backend_of, is_number
 from ..canonical import TAKES
 from ..formulas import Reduction
+from ..linear import linear_multilabel_logistic_loss, linear_softmax_nll
 from ..losses import multilabel_logistic_loss, softmax_nll
 
-for _name in ("multilabel_logistic_loss", "softmax_nll"):
+for _name in ("multilabel_logistic_loss", "softmax_nll", "linear_multilabel_logistic_loss", "linear_softmax_nll"):
     torch.fx.wrap(_name)  # symbolic_trace has neither shapes nor dtypes, which they ask for: one call in its graph
 
 WEIGHTS = ("weight", "pos_weight")
-PER_CALL = ("sample_weight", "where")
+PER_CALL = ("sample_weight", "where", "linear_bias")
 
 
 class _Options(TypedDict, total=False):
@@ -253,3 +255,146 @@ class SoftmaxNLL(_Module, torch.nn.CrossEntropyLoss):
         axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
         last = tuple(range(-len(axes), 0))
         return probabilities.movedim(axes, last).flatten(-len(axes)).argmax(-1)
+
+
+class _LinearModule(_Module):
+    """A loss that holds the model's last linear layer, as its submodule `linear`."""
+
+    linear: torch.nn.Linear
+    if TYPE_CHECKING:
+
+        def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor: ...
+
+    def __init__(
+        self, in_features: int, num_classes: int, bias: bool, device: Any, dtype: torch.dtype | None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+
+    def logits(self, input: torch.Tensor) -> torch.Tensor:
+        """The logits of all classes, to predict with."""
+        return self.linear(input)
+
+
+class LinearMultilabelLogisticLoss(_LinearModule):
+    """The last linear layer and `unilabel.linear_multilabel_logistic_loss`, called as `MultilabelLogisticLoss` is.
+
+    It takes the place of `torch.nn.Linear(in_features, num_classes)` and `MultilabelLogisticLoss()`, without the logits
+    in memory. `module.linear` is that layer, and `module.logits(input)` predicts.
+
+    Args:
+        in_features, num_classes, bias, device, dtype: of the linear layer, as in `torch.nn.Linear`.
+        weight, pos_weight: as in `MultilabelLogisticLoss`.
+        label_smoothing, reduction, validate: as in `unilabel.linear_multilabel_logistic_loss`.
+
+    Options are attributes that can be set, and a call can have its own: `module(input, target, reduction="none")`.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError, ValueError: as the function; of an option, when it is given or set.
+
+    >>> head = LinearMultilabelLogisticLoss(4, 3)
+    >>> loss = head(torch.ones(2, 4), torch.tensor([[1, 0, 1], [0, 0, 0]]))
+    >>> loss.backward()
+    >>> head.linear.weight.grad.shape
+    torch.Size([3, 4])
+    """
+
+    defaults = _kept(linear_multilabel_logistic_loss)
+    per_class = False
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        weight: Any = None,
+        pos_weight: Any = None,
+        label_smoothing: Any = 0.0,
+        reduction: Reduction = "batchmean",
+        validate: bool = False,
+    ) -> None:
+        options = {
+            "weight": weight,
+            "pos_weight": pos_weight,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "validate": validate,
+        }
+        super().__init__(in_features, num_classes, bias, device, dtype, **options)
+
+    def forward(self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Any) -> torch.Tensor:
+        linear = self.linear
+        return linear_multilabel_logistic_loss(
+            input, linear.weight, target, linear_bias=linear.bias, where=where, **self._with(options)
+        )
+
+
+class LinearSoftmaxNLL(_LinearModule):
+    """The last linear layer and `unilabel.linear_softmax_nll`, called as `SoftmaxNLL` is.
+
+    It takes the place of `torch.nn.Linear(in_features, num_classes)` and `SoftmaxNLL()`, as the multilabel one does.
+    `module.linear.weight = embedding.weight` ties its layer to an embedding.
+
+    Args:
+        in_features, num_classes, bias, device, dtype: of the linear layer, as in `torch.nn.Linear`.
+        weight: one for each class, a buffer or a parameter, as in `SoftmaxNLL`.
+        ignore_index, label_smoothing, reduction, validate: as in `unilabel.linear_softmax_nll`.
+
+    Options are attributes that can be set, and a call can have its own: `module(input, target, reduction="none")`.
+    `torch.nn.LinearCrossEntropyLoss(D, C)` is `LinearSoftmaxNLL(D, C, bias=False, ignore_index=-100)`, with the same
+    names in its state.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        TypeError, ValueError: as the function; of an option, when it is given or set.
+
+    >>> head = LinearSoftmaxNLL(4, 3, ignore_index=-100)
+    >>> head
+    LinearSoftmaxNLL(
+      ignore_index=-100
+      (linear): Linear(in_features=4, out_features=3, bias=True)
+    )
+    >>> head(torch.ones(2, 4), torch.tensor([0, -100])).backward()
+    >>> head.logits(torch.ones(2, 4)).shape
+    torch.Size([2, 3])
+    """
+
+    defaults = _kept(linear_softmax_nll)
+    per_class = True
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        weight: Any = None,
+        ignore_index: int | None = None,
+        label_smoothing: Any = 0.0,
+        reduction: Reduction = "mean",
+        validate: bool = False,
+    ) -> None:
+        options = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "reduction": reduction,
+            "validate": validate,
+        }
+        super().__init__(in_features, num_classes, bias, device, dtype, **options)
+
+    def forward(
+        self, input: torch.Tensor, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any
+    ) -> torch.Tensor:
+        linear, options = self.linear, self._with(options) | {"sample_weight": sample_weight, "where": where}
+        return linear_softmax_nll(input, linear.weight, target, linear_bias=linear.bias, **options)
