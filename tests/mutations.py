@@ -362,6 +362,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "if example is None else example, 0.0)",
         ),
         "index: a wrong index in the divisor": ("counts = xp.where(in_range, counts, 0.0)", "pass"),
+        "index: a wrong index is ignored": (
+            "xp.where(in_range, xp.astype(in_range",
+            "xp.where(in_range | True, xp.astype(in_range",
+        ),
         "index: of a masked class": ("in_range = xp.logical_and(in_range, kept != 0)", "pass"),
         "index: sample_weight left out where a loss is NaN": (
             "xp.astype(in_range, like.dtype) if example is None else example, math.nan)",

@@ -270,7 +270,8 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
     if in_range is not None:
         if weight is not None:
             counts = xp.where(in_range, counts, 0.0)
-        # NaN for an ignored index as well: that is masked in what comes out.
+        if exists is not None:  # as above
+            in_range = xp.logical_or(in_range, ~exists)
         example = xp.where(in_range, xp.astype(in_range, like.dtype) if example is None else example, math.nan)
     uniform = uniform_y = None
     if smoothing is None:
