@@ -117,15 +117,22 @@ def calls():
 
 CALLS = list(calls())
 
-# In a quick run few calls, of two reductions: compilers take a second for each.
-QUICK = [pytest.param(i, marks=() if i % 10 == 0 else pytest.mark.full) for i in range(len(CALLS))]
+# Each call with two of the reductions, its neighbour with the other two, as compilers take seconds for each; a quick run
+# has few of them.
+EACH_CALL = pytest.mark.parametrize(
+    ("call", "reduction"),
+    [
+        pytest.param(i, reduction, marks=() if i % 10 == 0 and reduction in ("none", "mean") else pytest.mark.full)
+        for i in range(len(CALLS))
+        for reduction in REDUCTIONS[i % 2 :: 2]
+    ],
+)
 EACH_REDUCTION = pytest.mark.parametrize(
     "reduction", [pytest.param(r, marks=() if r in ("none", "mean") else pytest.mark.full) for r in REDUCTIONS]
 )
 
 
-@pytest.mark.parametrize("call", QUICK)
-@EACH_REDUCTION
+@EACH_CALL
 def test_every_option_is_as_on_logits(small, framework, call, reduction):
     loss, targets, options = CALLS[call]
     layer = Layer()
@@ -139,8 +146,7 @@ def test_every_option_is_as_on_logits(small, framework, call, reduction):
     close(framework.numpy(again), value)
 
 
-@pytest.mark.parametrize("call", QUICK[::2])
-@EACH_REDUCTION
+@EACH_CALL
 def test_autodiff_is_as_on_logits(small, recorder, call, reduction):
     """With a cotangent for each loss."""
     loss, targets, options = CALLS[call]
