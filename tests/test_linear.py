@@ -117,8 +117,8 @@ def calls():
 
 CALLS = list(calls())
 
-# Each call with two of the reductions, its neighbour with the other two, as compilers take seconds for each. A quick run
-# has a few of them.
+# Each call with two of the reductions, its neighbour with the other two, as compilers take seconds for each.
+# A quick run has a few of them.
 EACH_CALL = pytest.mark.parametrize(
     ("call", "reduction"),
     [
