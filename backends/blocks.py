@@ -183,8 +183,7 @@ class Call(NamedTuple):
         if self.options.reduction not in ("mean", "batchmean"):
             return total
         xp, counts = self.xp, [None]
-        chosen = self.options.ignore_index is not None or any(array is not None for array in self.operands[1:])
-        if self.options.reduction == "mean" and chosen:
+        if self.options.reduction == "mean" and not formulas.count_alike(self.options, self.operands):
             counts = self.each(formulas.counts, lambda _, count: None if count is None else float(count))
         if counts[0] is None:
             return total / formulas.counted(xp, self.loss, self.options, whole)

@@ -40,24 +40,21 @@ class LinearLoss(torch.autograd.Function):
         inputs, operands = Linear(*ctx.saved_tensors[:3]), Operands(*ctx.saved_tensors[3:])
         needed = Linear(*ctx.needs_input_grad[1:])
         call = loss, options, inputs, operands, needed
+        batched = internals.is_batched(cotangent)
         if torch.is_grad_enabled():  # under create_graph
             return None, *formulas.gradients(differentiable, *call, cotangent)
-        if internals.is_batched(cotangent) or not _is_finite(cotangent):  # what is masked stays 0
-            return None, *formulas.gradients(standard, *call, cotangent)
         unreduced = options.reduction == "none"
+        scale = cotangent.item() if cotangent.device.type == "cpu" and not (unreduced or batched) else cotangent
+        if batched or (isinstance(scale, float) and not math.isfinite(scale)):  # what is masked stays 0
+            return None, *formulas.gradients(standard, *call, cotangent)
         if found is None:
             rows = formulas.rows_of_blocks(inputs)
             _, found = formulas.in_blocks(eager, run, rows, *call, cotangent if unreduced else None)
-        if not unreduced:
+        if not (unreduced or (isinstance(scale, float) and scale == 1)):
             for gradient in found:
                 if gradient is not None:
-                    gradient.mul_(cotangent)
+                    gradient.mul_(scale)
         return None, *formulas.rounded(eager, found, inputs)
-
-
-def _is_finite(cotangent: Array) -> bool:
-    """Whether a gradient may be multiplied by it. On other devices to look would be to wait."""
-    return cotangent.ndim > 0 or cotangent.device.type != "cpu" or math.isfinite(cotangent.item())
 
 
 def in_expression(formula: Any, *call: Any) -> Any:

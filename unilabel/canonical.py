@@ -57,11 +57,8 @@ def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Ca
     if found is not None:
         return Canonical(backend, loss, found, logits, operands, as_it_is)
     call = _canonical(backend, loss, logits, operands, given)
-    same = all(a is b for a, b in zip(call.operands, operands, strict=True))
-    if key is not None and same and call.restore is as_it_is:
-        if len(_checked) >= 1000:  # shapes that never come again
-            _checked.clear()
-        _checked[key] = call.options
+    if call.restore is as_it_is and _are_same(call.operands, operands):
+        _keep(key, call.options)
     return call
 
 
@@ -76,9 +73,20 @@ _checked: dict[Any, Options] = {}  # options of calls that passed all checks and
 _HASHABLE = {int, float, bool, str, type(None)}
 
 
-def _key(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Any:
-    """The key of a call: calls with the same key need the same checks. None: check each time."""
-    if given.validate or operands.targets is None:
+def _keep(key: Any, options: Options) -> None:
+    if key is not None:
+        if len(_checked) >= 1000:  # shapes that never come again
+            _checked.clear()
+        _checked[key] = options
+
+
+def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    return all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _key(backend: Backend, loss: Loss, logits: Array, operands: tuple[Any, ...], given: Given) -> Any:
+    """The key of a call, whose targets come first: calls with the same key need the same checks. None: each time."""
+    if given.validate or operands[0] is None:
         return None
     kinds = tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types
     if not _HASHABLE.issuperset(kinds):
@@ -197,8 +205,13 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
     """Check a call of a loss on the last linear layer's inputs and bring it into canonical form."""
     operands, given = _apart(operands, given)
     backend = backend_of(inputs.features, *operands, *inputs[1:], label="features")
+    key = _key(backend, loss, inputs.features, (*operands, *inputs[1:]), given)
+    found = None if key is None else _checked.get(key)
+    if found is not None and backend.linear_inputs(inputs) is inputs:
+        return CanonicalLinear(backend, loss, found, inputs, operands)
     if operands.targets is None:
         fail(TypeError, "targets", "an array", "None")
+    arrays = (*operands, *inputs)
     inputs, name = checks.linear_inputs(backend, inputs)
     features, weight, _ = inputs
     shape: Shape = (*features.shape[:-1], weight.shape[0])
@@ -207,6 +220,8 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
         checks.target_values(backend, loss, shape, name, operands, options, (-1,), dtype)
         checks.linear_values(backend, inputs)
     if len(shape) == 2:
+        if _are_same((*operands, *inputs), arrays):
+            _keep(key, options)
         return CanonicalLinear(backend, loss, options, inputs, operands)
 
     xp = backend.namespace(features)

@@ -32,6 +32,7 @@ from .linear import (
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
     activation,
+    count_alike,
     counted,
     counts,
     form_of,
@@ -66,6 +67,7 @@ __all__ = [
     "Totals",
     "activation",
     "block",
+    "count_alike",
     "counted",
     "counts",
     "cut",

@@ -206,6 +206,16 @@ def in_blocks(
 ) -> tuple[Array | None, Linear]:
     """The reduced loss and its gradients in the compute dtype, by a loop in Python over blocks of that length."""
     rows, shared = cut(xp, options, inputs, operands)
+    if length is None and cotangent is None:  # the logits' gradient can be that of the mean: nothing is scaled after
+        inputs, x, operands = whole(xp, loss, options, rows, shared)
+        call = loss, options._replace(half=False), x, operands
+        totals, value, of_features = Totals(), None, None
+        if any(needed):
+            value, gradient = run(reduce.value_and_gradient, *call)
+            totals, of_features = contracted(xp, gradient, inputs, needed, totals)
+        else:
+            value = run(reduce.value, *call)
+        return xp.astype(value, rows.features.dtype, copy=False), _of_inputs(xp, totals, of_features)
     totals, each = Totals(), []
     for some in _blocks(rows._replace(cotangent=cotangent), length):
         totals, parts = block(xp, run, loss, options, needed, shared, totals, some)

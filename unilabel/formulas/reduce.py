@@ -118,8 +118,15 @@ def jvp(
 
 def counts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> Array | None:
     """What the losses add to the divisor of reduction="mean"; None: 1 each."""
+    if count_alike(options, operands):
+        return None
     weights, _ = _weights(xp, loss, options, x, operands)
     return None if weights.counts is None else xp.sum(weights.counts)
+
+
+def count_alike(options: Options, operands: Operands) -> bool:
+    """Whether each loss is known to add 1 to the divisor of reduction="mean"."""
+    return options.ignore_index is None and all(array is None for array in operands[1:])
 
 
 def _weights(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[TargetWeights, Any]:
