@@ -82,8 +82,8 @@ BUGS = {  # each in its file, and the cases that show it
     "digits": ("formulas/softmax.py", "xp.log1p(t.rest + (t.e_y - 1))", "xp.log(t.rest + t.e_y)", "confident"),
     "mask": (
         "formulas/targets.py",
-        "else targets == options.ignore_index",
-        "else targets != options.ignore_index",
+        "None if options.ignore_index is None else index != options.ignore_index",
+        "None if options.ignore_index is None else index == options.ignore_index",
         "masked",
     ),
     "infinity": (
