@@ -16,7 +16,7 @@ import numpy as np
 import unilabel
 from unilabel.backend import Backend
 
-from .cases import LOSSES, REDUCTIONS, Case, Tensor
+from .cases import LOSSES, REDUCTIONS, Case, Tensor, class_axes
 
 Array = Any
 LossFunction = Callable[..., Array]
@@ -129,7 +129,8 @@ def adapted(way: Way, function: LossFunction, case: Case, backend: Backend) -> t
     """The case as the function takes it, and the function as the case calls it."""
     call = None if way.call is None else template(way.call, case.loss)
     taken = _parameters(function, case.loss) if call is None else call.names()
-    options, axes, per_example = dict(case.options), _axes(case), LOSSES[case.loss].per_example
+    options, per_example = dict(case.options), LOSSES[case.loss].per_example
+    axes = class_axes(case.options, case.logits)
     wanted = options.pop("reduction", "mean" if per_example else "batchmean")
     returned = way.reduction
     if returned is None and "reduction" in taken:  # frameworks have no batchmean
@@ -190,11 +191,6 @@ def _check_reduction(case: Case, returned: str, wanted: str) -> None:
     weighted = {"weight", "sample_weight"} & case.options.keys()
     if "mean" in (wanted, returned) and weighted and LOSSES[case.loss].per_example:
         raise NotApplicable("does not divide by weights")
-
-
-def _axes(case: Case) -> list[int]:
-    axis = case.options.get("axis", -1)
-    return [i % max(1, len(case.logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
 
 
 def _targets(way: Way, case: Case, axes: list[int]) -> tuple[Case, str | None]:

@@ -77,6 +77,12 @@ class Case(NamedTuple):
     cotangent: Tensor
 
 
+def class_axes(options: dict[str, Any], logits: Tensor) -> list[int]:
+    """Where these options have the class axes of the logits, from the first axis on."""
+    axis = options.get("axis", -1)
+    return [i % max(1, len(logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
+
+
 Family = Callable[["Maker"], Iterator[Case]]
 FAMILIES: dict[str, Family] = {}
 FULL: set[str] = set()  # families of large cases, which only a full run has
@@ -137,8 +143,7 @@ class Maker:
         }
         shape: tuple[int, ...] = ()
         if options.get("reduction") == "none":
-            axis = options.get("axis", -1)
-            axes = [i % max(1, len(logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
+            axes = class_axes(options, logits)
             shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
             shape = shape if LOSSES[loss].per_example else logits.shape
         cotangent = self.numbers(shape, 0.5, 2.0)

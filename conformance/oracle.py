@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mpmath import mp
 
-from .cases import LOSSES, Case, Tensor
+from .cases import LOSSES, Case, Tensor, class_axes
 
 BITS = 200
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -198,7 +198,7 @@ def _elementwise(case: Case) -> Expected:
         answers = element(case.loss, _at(case.logits, index), _at(case.targets, index), *weights, smoothing, eps)
         for numbers, number in zip((values, gradient, hessian, by_target), answers, strict=True):
             numbers.append(number)
-    axes = _axes(case)
+    axes = class_axes(case.options, case.logits)
     examples = math.prod(n for i, n in enumerate(case.logits.shape) if i not in axes)
     divisor = {"mean": counted, "batchmean": examples}.get(options.get("reduction", "batchmean"), 1)
     owner = list(range(len(gradient)))
@@ -220,7 +220,7 @@ def element(
 
 
 def _per_example(case: Case) -> Expected:
-    options, axes = case.options, _axes(case)
+    options, axes = case.options, class_axes(case.options, case.logits)
     smoothing = mp.mpf(options.get("label_smoothing", 0.0))
     eps = mp.mpf(EPS[case.dtype] if options.get("eps") is None else options["eps"])
     shape = case.logits.shape
@@ -356,11 +356,6 @@ def _quotient(a: Number, b: Number) -> Number:
 
 def _log(p: Number) -> Number:
     return -mp.inf if p == 0 else mp.log(p)
-
-
-def _axes(case: Case) -> list[int]:
-    axis = case.options.get("axis", -1)
-    return [i % max(1, len(case.logits.shape)) for i in (axis if isinstance(axis, tuple) else (axis,))]
 
 
 def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
