@@ -127,16 +127,18 @@ def block(
     shared: Shared,
     totals: Totals,
     rows: Rows,
+    alone: bool = False,
 ) -> tuple[Totals, Parts]:
     """A block of examples: totals that it is added to, and its own parts. `needed`: which gradients, of the sum.
 
-    With a cotangent for each loss, the gradients are of the losses times it, and the losses are left out.
+    With a cotangent for each loss, the gradients are of the losses times it, and the losses are left out. One that is
+    alone has all examples: its value is the reduced loss, and the gradients are of that.
     """
-    unreduced = options.reduction == "none"
-    of_block = options._replace(half=False, reduction="none" if unreduced else "sum")
+    final = alone or options.reduction == "none"
+    of_block = options._replace(half=False, reduction=options.reduction if final else "sum")
     inputs, x, operands = whole(xp, loss, options, rows, shared)
     counts = None
-    if options.reduction == "mean":
+    if options.reduction == "mean" and not alone:
         counts = reduce.counts(xp, loss, of_block, x, operands)
         counts = None if counts is None else xp.reshape(counts, (1,))
     values = gradient = None
@@ -148,7 +150,7 @@ def block(
     else:
         values = run(reduce.value, loss, of_block, x, operands)
     if values is not None:
-        values = xp.astype(values, rows.features.dtype, copy=False) if unreduced else xp.reshape(values, (1,))
+        values = xp.astype(values, rows.features.dtype, copy=False) if final else xp.reshape(values, (1,))
     of_features = None
     if gradient is not None:
         totals, of_features = contracted(xp, gradient, inputs, needed, totals)
@@ -207,15 +209,8 @@ def in_blocks(
     """The reduced loss and its gradients in the compute dtype, by a loop in Python over blocks of that length."""
     rows, shared = cut(xp, options, inputs, operands)
     if length is None and cotangent is None:  # the logits' gradient can be that of the mean: nothing is scaled after
-        inputs, x, operands = whole(xp, loss, options, rows, shared)
-        call = loss, options._replace(half=False), x, operands
-        totals, value, of_features = Totals(), None, None
-        if any(needed):
-            value, gradient = run(reduce.value_and_gradient, *call)
-            totals, of_features = contracted(xp, gradient, inputs, needed, totals)
-        else:
-            value = run(reduce.value, *call)
-        return xp.astype(value, rows.features.dtype, copy=False), _of_inputs(xp, totals, of_features)
+        totals, parts = block(xp, run, loss, options, needed, shared, Totals(), rows, alone=True)
+        return parts.values, _of_inputs(xp, totals, parts.features)
     totals, each = Totals(), []
     for some in _blocks(rows._replace(cotangent=cotangent), length):
         totals, parts = block(xp, run, loss, options, needed, shared, totals, some)
