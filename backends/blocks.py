@@ -210,6 +210,8 @@ def seen(blockwise: Blockwise, loss: Loss, options: Options, operands: Operands)
     Such as NaN for a missing label: the fast namespace takes all for finite, and multiplies it by 0.
     """
     z, where = operands.targets, operands.where
+    if options.positives:
+        return options, operands
     floats = not (options.indices or options.binary)
     if where is not None and floats and not blockwise.all_finite(blockwise.xp.sum(z)):
         operands = operands._replace(targets=blockwise.xp.where(where, z, 0.0))
@@ -322,7 +324,7 @@ def _in_blocks(
 ) -> Call | None:
     """None if it is too small for that, or makes no large array but the gradient."""
     size = math.prod(x.shape)
-    if size < blockwise.large or (loss.per_example and x.ndim == 1):
+    if size < blockwise.large or ((loss.per_example or options.positives) and x.ndim == 1):
         return None
     if formulas.form_of(xp, loss, options, operands, hessian).sparse and not options.half:
         return None
@@ -335,9 +337,11 @@ def _in_blocks(
             x, operands = x.reshape((lead, classes, trail) if trail > 1 else (lead, classes)), Operands(**rows)
             axes = (-2,) if trail > 1 else (-1,)
         return Call(blockwise, xp, loss, options, x, operands, axes, _cut(x.shape, x.ndim + axes[0], blockwise.block))
-    if contiguous(x) and all(a is None or a.ndim == 0 or (a.shape == x.shape and contiguous(a)) for a in operands):
-        operands = Operands(*map(_flat, operands))
-        x = x.reshape(-1)
+    sparse = operands[:2] if options.positives else ()  # they have rows, but not the classes
+    dense = [a for a in operands[len(sparse) :] if a is not None and a.ndim > 0]
+    if contiguous(x) and all(a.shape == x.shape and contiguous(a) for a in dense):
+        operands = Operands(*(_flat(a, keeps_last=options.positives) for a in operands))
+        x = _flat(x, keeps_last=options.positives)
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
     cuts = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
     return Call(blockwise, xp, loss, options, x, operands, axes, [Block(cut, cut) for cut in cuts])
@@ -362,8 +366,10 @@ def _working(xp: Namespace, x: Array) -> Any:
     return xp.float64 if x.dtype.itemsize == 8 else xp.float32
 
 
-def _flat(array: Array) -> Any:
-    return array if array is None or array.ndim == 0 else array.reshape(-1)
+def _flat(array: Array, keeps_last: bool) -> Any:
+    if array is None or array.ndim == 0:
+        return array
+    return array.reshape((math.prod(array.shape[:-1]), array.shape[-1]) if keeps_last else -1)
 
 
 def _by_rows(name: str, array: Array, x: Array, lead: int, classes: int, trail: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 
 from .. import formulas
 from ..backend import Array, Backend
+from ..checks import fail
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
+from ..sparse import Padded, of_coordinates
 from .jax_namespaces import differentiable, standard, summing
 
 
@@ -290,6 +293,20 @@ class JaxBackend(Backend):
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
+
+    def sparse(self, targets: Any) -> Padded | None:
+        sparse = sys.modules.get("jax.experimental.sparse")  # without it nobody has such an array
+        if sparse is None or not isinstance(targets, sparse.JAXSparse):
+            return super().sparse(targets)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(targets)):
+            fail(TypeError, "targets", "unilabel.Positives, which transforms take", f"a {targets!r} that JAX traces")
+        coo = targets.to_bcoo() if isinstance(targets, sparse.BCSR) else targets
+        if not isinstance(coo, sparse.BCOO) or coo.n_dense:
+            fail(TypeError, "targets", "a BCOO or BCSR array all of whose axes are sparse", repr(targets))
+        coo = coo.update_layout(n_batch=0) if coo.n_batch else coo
+        indices, values = np.asarray(coo.indices), np.asarray(coo.data)
+        there = (indices < np.asarray(coo.shape)).all(axis=1)  # indices out of range pad
+        return of_coordinates(indices[there].T, values[there], coo.shape)
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         if like is None:

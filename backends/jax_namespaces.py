@@ -61,6 +61,14 @@ class _Standard(Extended):
     def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
         return jnp.where(position[1], values, x)
 
+    def scatter(self, like: Array, index: Array, values: Array) -> Array:
+        if any(_is_sharded(like, i) for i in range(like.ndim)):
+            return super().scatter(like, index, values)
+        found = jnp.zeros(like.shape, values.dtype)  # of booleans, as a scatter's result is in memory
+        values = jnp.broadcast_to(values, index.shape)
+        rows = [jax.lax.broadcasted_iota(index.dtype, index.shape, i) for i in range(index.ndim - 1)]
+        return found.at[*rows, index].set(values, mode="promise_in_bounds").astype(like.dtype)
+
 
 def _is_sharded(x: Array, axis: int) -> bool:
     """Whether an axis is explicitly sharded over devices."""

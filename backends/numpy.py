@@ -56,6 +56,11 @@ class _Numpy(Extended):
     def take(self, weight: Array, index: Array) -> Array:
         return weight[index]
 
+    def scatter(self, like: Array, index: Array, values: Array) -> Array:
+        found = np.zeros(like.shape, like.dtype)
+        np.put_along_axis(found, index, values, -1)
+        return found
+
     def scale(self, x: Array, factor: Any) -> Array:
         return np.multiply(x, factor, out=x) if x.ndim else x * factor
 

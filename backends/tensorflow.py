@@ -11,7 +11,8 @@ import tensorflow as tf
 from .. import formulas
 from ..backend import Array, Backend
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
-from . import tensorflow_linear
+from ..sparse import Padded
+from . import tensorflow_linear, tensorflow_sparse
 from .tensorflow_internals import internals
 from .tensorflow_namespaces import differentiable, forward, on_device_of, standard
 
@@ -27,8 +28,12 @@ def _fit(array: Array, shape: Array) -> Array:
 def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Operands:
     """Operands whose shapes are checked when it runs if they were not known before: nothing must broadcast silently."""
     shape = tf.shape(x)
+    whole = shape
+    if options.positives:
+        whole = tf.concat([shape[:-1], tf.shape(operands.targets)[-1:]], 0)
     wanted = {
-        "targets": shape[:-1] if options.indices else shape,
+        "targets": shape[:-1] if options.indices else whole,
+        "values": whole,
         "sample_weight": shape[:-1],
         "label_smoothing": shape[:0],
     }
@@ -201,7 +206,9 @@ class TensorflowBackend(Backend):
     def rankless(self, x: Array) -> bool:
         return x.shape.rank is None
 
-    def rows(self, per_example: bool, x: Array, operands: Operands | None) -> tuple[Array, Any, Any, Any]:
+    def rows(
+        self, per_example: bool, x: Array, operands: Operands | None, positives: bool = False
+    ) -> tuple[Array, Any, Any, Any]:
         shape = tf.shape(x)
         two = tf.stack([-1, shape[-1]])
 
@@ -223,12 +230,22 @@ class TensorflowBackend(Backend):
         def each(data: Any) -> Any:
             return None if data is None else tf.reshape(_fit(tensor(data), shape[:-1]), [-1])
 
-        targets, weight, pos_weight, sample_weight, where, _ = operands
+        def labels(data: Any) -> Any:
+            if data is None:
+                return None
+            own = tf.shape(tensor(data))
+            return tf.reshape(_fit(tensor(data), tf.concat([shape[:-1], own[-1:]], 0)), tf.stack([-1, own[-1]]))
+
+        targets, values, weight, pos_weight, sample_weight, where, _ = operands
         # Integers are class indices, though they might be distributions if the rank were known.
-        indices = per_example and tensor(targets).dtype.is_integer
-        targets = each(targets) if indices else tf.reshape(_fit(tensor(targets), shape), two)
+        if positives:
+            targets, values = labels(targets), labels(values)
+        elif per_example and tensor(targets).dtype.is_integer:
+            targets = each(targets)
+        else:
+            targets = tf.reshape(_fit(tensor(targets), shape), two)
         weight = weight if per_example else full(weight)
-        operands = Operands(targets, weight, full(pos_weight), each(sample_weight), full(where))
+        operands = Operands(targets, values, weight, full(pos_weight), each(sample_weight), full(where))
         return tf.reshape(x, two), operands, restore, finish
 
     def cache_key(self, x: Array, operand: Any) -> Any:
@@ -238,6 +255,13 @@ class TensorflowBackend(Backend):
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
+
+    def sparse(self, targets: Any) -> Padded | None:
+        if isinstance(targets, tf.RaggedTensor):
+            return Padded(targets.to_tensor(-1), None)
+        if not isinstance(targets, tf.SparseTensor):
+            return super().sparse(targets)
+        return tensorflow_sparse.of_tensor(targets)
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         if device is not None:

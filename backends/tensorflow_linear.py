@@ -23,7 +23,8 @@ def fitted(
     if all(array is None or array.shape.is_fully_defined() for array in arrays):
         return operands
     n, classes = tf.shape(inputs.features)[0], tf.shape(inputs.linear_weight)[0]
-    wanted = {"targets": [n] if options.indices else [n, classes], "sample_weight": [n]}
+    each = tf.shape(operands.targets)[-1] if options.positives else classes
+    wanted = {"targets": [n] if options.indices else [n, each], "values": [n, each], "sample_weight": [n]}
     if loss.per_example:
         wanted["weight"] = [classes]
     given = {name: array for name, array in operands._asdict().items() if array is not None and array.shape.rank > 0}

@@ -132,6 +132,14 @@ class _Standard(Extended):
     def put_along_axis(self, x: Array, position: tuple[Array, Array], values: Any, axis: int) -> Array:
         return self.where(position[1], values, x)
 
+    def scatter(self, like: Array, index: Array, values: Array) -> Array:
+        values = tf.reshape(tf.broadcast_to(values, tf.shape(index)), [-1])
+        n, classes = tf.size(index, tf.int64) // tf.shape(index, tf.int64)[-1], tf.shape(like, tf.int64)[-1]
+        places = tf.reshape(index, [n, -1]) + classes * tf.range(n)[:, None]  # in all rows, one after the other
+        found = tf.zeros([n * classes], values.dtype)  # of booleans, as a scatter's result is in memory
+        found = tf.tensor_scatter_nd_update(found, tf.reshape(places, [-1, 1]), values)
+        return tf.cast(tf.reshape(found, tf.shape(like)), like.dtype)
+
 
 class _Differentiable(_Standard):
     groups = ("autodiff",)

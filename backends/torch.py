@@ -15,11 +15,13 @@ from ..backend import Array, Backend
 from ..compilers import constant_in_dynamo
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
 from ..losses import FORMULAS
+from ..sparse import Padded
 from . import blocks
 from .torch_internals import internals
 from .torch_linear import LinearLoss, as_autocast, in_expression, is_autocast, without_autocast
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 from .torch_replay import replayed
+from .torch_sparse import is_sparse, of_tensor
 
 
 def _empty(shape: tuple[int, ...], like: Array) -> Array:
@@ -249,6 +251,9 @@ class TorchBackend(Backend):
         array = torch.as_tensor(data)  # NumPy is traced as torch here; Python's floats are float64, as they are there
         plain_float = not isinstance(data, (np.ndarray, np.generic)) and array.is_floating_point()
         return torch.as_tensor(data, dtype=torch.float64) if plain_float else array
+
+    def sparse(self, targets: Any) -> Padded | None:
+        return of_tensor(targets) if is_sparse(targets) else super().sparse(targets)
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         place = device if like is None else like.device

@@ -19,6 +19,9 @@ class _Standard(Extended):
 
     stop_gradient = staticmethod(torch.Tensor.detach)
 
+    def scatter(self, like: Array, index: Array, values: Array) -> Array:
+        return torch.zeros_like(like).scatter(-1, index, values.to(like.dtype).expand(index.shape))
+
     def longest(self, a: Any, b: Any) -> Any:
         if isinstance(a, torch.Tensor):  # torch.jit.trace makes tensors of lengths
             return torch.clamp(a, min=b)
@@ -107,6 +110,9 @@ class _Eager(Extended):
     def scale(self, x: Array, factor: Any) -> Array:
         return x.mul_(factor)
 
+    def scatter(self, like: Array, index: Array, values: Array) -> Array:
+        return self.zeros_like(like).scatter_(-1, index, values.to(like.dtype).expand(index.shape))
+
     def as_index(self, targets: Array, like: Array) -> Array:
         return targets if targets.dtype is torch.int64 else targets.to(torch.int64)
 
@@ -167,6 +173,8 @@ def sharded_like(x: Array, autodiff: bool = False) -> Namespace:
 
         def arange(self, n: int, device: Any = None) -> Array:  # each process makes the numbers of its own classes
             return replicated(torch.arange(n, device=device), x).redistribute(placements=mine)
+
+        scatter = Extended.scatter  # by masks: each process has its own classes
 
         def any(self, x: Array, **options: Any) -> Array:
             return self._at_once(standard.any, x, **options)

@@ -4,8 +4,10 @@ from .activations import log_sigmoid, log_softmax, sigmoid, softmax
 from .derivatives import grad_and_hess, value_and_grad
 from .linear import linear_multilabel_logistic_loss, linear_softmax_nll
 from .losses import binary_cross_entropy, cross_entropy, multilabel_logistic_loss, nll, softmax_nll
+from .positives import Positives
 
 __all__ = [
+    "Positives",
     "binary_cross_entropy",
     "cross_entropy",
     "grad_and_hess",

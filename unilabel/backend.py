@@ -17,6 +17,7 @@ from . import formulas
 from .compilers import constant_in_dynamo
 from .formulas import NOTHING, Linear, Loss, Operands, Options
 from .namespace import Extended, Namespace
+from .sparse import Padded, is_of_scipy, of_scipy
 
 Array = Any  # of any framework: what it has besides what the formulas ask, its own backend knows
 ENTRY_POINTS = "unilabel.backends"
@@ -83,7 +84,9 @@ class Backend:
         """Whether the number of dimensions is not known at trace time; then there is `rows`."""
         return False
 
-    def rows(self, per_example: bool, x: Array, operands: Operands | None) -> tuple[Array, Any, Any, Any]:
+    def rows(
+        self, per_example: bool, x: Array, operands: Operands | None, positives: bool = False
+    ) -> tuple[Array, Any, Any, Any]:
         """x as rows and its last axis, operands to match, and what reshapes a gradient and the losses back."""
         raise NotImplementedError
 
@@ -103,6 +106,10 @@ class Backend:
         if ma is not None and _holds(data, ma.MaskedArray):
             raise TypeError("it holds a numpy MaskedArray, whose mask would be lost")
         return numpy.asarray(data)
+
+    def sparse(self, targets: Any) -> Padded | None:
+        """Sparse targets as the formulas take them; None if they are not sparse."""
+        return of_scipy(targets) if is_of_scipy(targets) else None
 
     def asarray(self, data: Any, like: Array | None = None, device: str | None = None) -> Array:
         """A NumPy array, or an array of this framework, in the same dtype, beside `like` or on a device by name."""
@@ -189,10 +196,10 @@ def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
 
 
 def is_plain_data(data: Any) -> bool:
-    """Whether this is a scalar of Python's or NumPy's, a sequence of Python's, or of pandas."""
+    """Whether this is a scalar of Python's or NumPy's, a sequence of Python's, or of pandas or SciPy."""
     if type(data) in (bool, int, float, list, tuple, range):
         return True
-    return (type(data).__module__ == "numpy" and data.ndim == 0) or is_of_pandas(data)
+    return (type(data).__module__ == "numpy" and data.ndim == 0) or is_of_pandas(data) or is_of_scipy(data)
 
 
 def is_of_pandas(data: Any) -> bool:

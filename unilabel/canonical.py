@@ -16,6 +16,7 @@ from .checks import EPSILON, FLOATS, HALVES, INTEGERS, NUMBERS, fail
 from .formulas import Linear, Loss, Operands, Options, Reduction
 from .lengths import Shape
 from .namespace import Namespace
+from .positives import Positives
 
 
 class Given(NamedTuple):
@@ -27,6 +28,7 @@ class Given(NamedTuple):
     ignore_index: int | None = None
     eps: float | None = None
     validate: bool = False
+    positives: bool = False  # the targets are those of Positives
 
 
 class Canonical(NamedTuple):
@@ -50,7 +52,7 @@ def as_it_is(array: Array) -> Array:
 
 def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
     """Check a call of a loss and bring it into canonical form."""
-    operands, given = _apart(operands, given)
+    operands, given = _apart(loss, operands, given)
     backend = backend_of(logits, *operands)
     key = _key(backend, loss, logits, operands, given)
     found = None if key is None else _checked.get(key)
@@ -62,8 +64,14 @@ def canonical(loss: Loss, logits: Array, operands: Operands, given: Given) -> Ca
     return call
 
 
-def _apart(operands: Operands, given: Given) -> tuple[Operands, Given]:
-    """Label smoothing as what it is: a number is an option, an array, traced or to be learned, an operand."""
+def _apart(loss: Loss, operands: Operands, given: Given) -> tuple[Operands, Given]:
+    """Arrays and options, where the caller gave the one in the other's place or within it.
+
+    Label smoothing that is a number is an option, an array, traced or to be learned, an operand.
+    """
+    if isinstance(operands.targets, Positives):
+        checks.takes_positives(loss, "Positives")
+        operands, given = operands._replace(targets=operands.targets.indices), given._replace(positives=True)
     if is_number(given.label_smoothing):
         return operands, given
     return operands._replace(label_smoothing=given.label_smoothing), given._replace(label_smoothing=0.0)
@@ -104,36 +112,40 @@ def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, 
     name = checks.check_array(backend, logits, loss.takes)
     if operands.targets is None:
         fail(TypeError, "targets", "an array", "None")
+    operands, given = _padded(backend, loss, None if backend.rankless(logits) else logits.shape, operands, given)
     if backend.rankless(logits):
         checks.only_last_axis(given.axis, loss.takes)
         smoothing = operands.label_smoothing
-        logits, operands, restore, finish = backend.rows(loss.per_example, logits, operands)
+        logits, operands, restore, finish = backend.rows(loss.per_example, logits, operands, given.positives)
         call = _canonical(backend, loss, logits, operands._replace(label_smoothing=smoothing), given)
         return call._replace(restore=restore, finish=finish if given.reduction == "none" else None)
     shape: Shape = tuple(logits.shape)
-    axes = checks.class_axes(given.axis, len(shape), loss.takes, loss.per_example)
+    one_axis = loss.per_example or given.positives
+    axes = checks.class_axes(given.axis, len(shape), loss.takes, one_axis)
     options, operands, dtype = _checked_operands(backend, loss, name, logits, shape, axes, operands, given)
-    if loss.per_example and not _stays(backend, axes, logits):
+    if one_axis and not (loss.per_example and _stays(backend, axes, logits)):
         options = options._replace(axes=(-1,))
     if given.validate:
         checks.values(backend, loss, logits, operands, options, axes, dtype)
-    if not loss.per_example:
+    if not one_axis:
         return Canonical(backend, loss, options, logits, operands, as_it_is)
 
     xp = backend.namespace(logits)
-    keep = operands.where
-    if keep is not None and not _is_full(keep, shape):  # broadcast by logical_and: a length may be unknown, if traced
-        for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
-            keep = xp.expand_dims(keep, axis=0)
-        operands = operands._replace(where=xp.logical_and(keep, xp.ones_like(logits, dtype=xp.bool)))
+    if loss.per_example:
+        operands = operands._replace(where=_in_full(xp, operands.where, logits))
     if options.axes == axes:
         return Canonical(backend, loss, options, logits, operands, as_it_is)
     last, restore = _class_axis_last(xp, axes, logits)
-    z, where = operands.targets, operands.where
-    operands = operands._replace(
-        targets=z if options.indices else last(z), where=None if where is None else last(where)
-    )
-    return Canonical(backend, loss, options, last(logits), operands, restore)
+    finish = None
+    if options.positives:
+        whole = tuple(xp.extent(logits, i) for i in range(len(shape)))
+        moved = {name: getattr(operands, name) for name in ("weight", "pos_weight", "where")}
+        moved = {name: None if array is None else xp.broadcast_to(array, whole) for name, array in moved.items()}
+        finish = restore if options.reduction == "none" else None
+    else:
+        moved = {"targets": None if options.indices else operands.targets, "where": operands.where}
+    operands = operands._replace(**{name: last(array) for name, array in moved.items() if array is not None})
+    return Canonical(backend, loss, options, last(logits), operands, restore, finish)
 
 
 def _checked_operands(
@@ -150,7 +162,7 @@ def _checked_operands(
 
     The operands are arrays beside `like`.
     """
-    reduction, axis, label_smoothing, ignore_index, eps, _ = given  # raises if one is forgotten here
+    reduction, axis, label_smoothing, ignore_index, eps, _, positives = given  # raises if one is forgotten here
     checks.check_reduction(reduction)
     options = Options(
         reduction=reduction,
@@ -158,27 +170,46 @@ def _checked_operands(
         label_smoothing=checks.fraction("label_smoothing", label_smoothing, 1.0) or None,
         eps=EPSILON[name] if eps is None else checks.fraction("eps", eps, 0.5),
         half=name in HALVES,
+        positives=positives,
     )
     if 0 < options.eps < (2.0**-1022 if name == "float64" else 2.0**-126):
         fail(ValueError, "eps", "0 or a normal number of the dtype that is computed in", repr(eps))
     dtypes = {}
     for label, data in operands._asdict().items():
         if data is not None:
-            array, dtypes[label] = checks.operand(backend, label, data, TAKES[label], like, name)
+            text, takes = ("labels", LABELS) if positives and label == "targets" else (label, TAKES[label])
+            array, dtypes[label] = checks.operand(backend, text, data, takes, like, name)
             operands = operands._replace(**{label: array})
     checks.has_no_axis("label_smoothing", operands.label_smoothing)
     checks.broadcasts("where", operands.where, shape, loss.takes)
     if not loss.per_example:
-        checks.elementwise_shapes(loss, shape, operands)
-        options = options._replace(binary=dtypes["targets"] not in FLOATS)
+        checks.elementwise_shapes(loss, shape, axes, operands, positives)
+        options = options._replace(binary=dtypes["targets"] not in FLOATS and operands.values is None)
     else:
         options = checks.per_example_shapes(loss, shape, axes, operands, dtypes["targets"], options, axis, ignore_index)
     return options, operands, dtypes["targets"]
 
 
-def _is_full(array: Array, shape: Shape) -> bool:
-    """Whether it is known to be of this shape."""
-    return all(n is not None for n in (*array.shape, *shape)) and lengths.same(array.shape, shape)
+def _padded(
+    backend: Backend, loss: Loss, shape: Shape | None, operands: Operands, given: Given
+) -> tuple[Operands, Given]:
+    """Sparse targets by the indices of their elements, and their values unless all are 1."""
+    found = backend.sparse(operands.targets)
+    if found is None or (found.shape is None and not given.positives):
+        return operands, given
+    checks.takes_positives(loss, "a sparse array")
+    checks.sparse_shape(loss, found.shape, shape, given.axis, given.positives)
+    return operands._replace(targets=found.indices, values=found.values), given._replace(positives=True)
+
+
+def _in_full(xp: Namespace, keep: Array | None, logits: Array) -> Array | None:
+    """A mask in the shape of the logits."""
+    shape = tuple(logits.shape)
+    if keep is None or (all(n is not None for n in (*keep.shape, *shape)) and lengths.same(keep.shape, shape)):
+        return keep
+    for _ in range(len(keep.shape), len(shape)):  # JAX can be told to refuse ranks that differ
+        keep = xp.expand_dims(keep, axis=0)
+    return xp.logical_and(keep, xp.ones_like(logits, dtype=xp.bool))  # which broadcasts to unknown lengths too
 
 
 def _stays(backend: Backend, axes: tuple[int, ...], logits: Array) -> bool:
@@ -203,7 +234,7 @@ class CanonicalLinear(NamedTuple):
 
 def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Given) -> CanonicalLinear:
     """Check a call of a loss on the last linear layer's inputs and bring it into canonical form."""
-    operands, given = _apart(operands, given)
+    operands, given = _apart(loss, operands, given)
     backend = backend_of(inputs.features, *operands, *inputs[1:], label="features")
     key = _key(backend, loss, inputs.features, (*operands, *inputs[1:]), given)
     found = None if key is None else _checked.get(key)
@@ -215,6 +246,7 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
     inputs, name = checks.linear_inputs(backend, inputs)
     features, weight, _ = inputs
     shape: Shape = (*features.shape[:-1], weight.shape[0])
+    operands, given = _padded(backend, loss, shape, operands, given)
     options, operands, dtype = _checked_operands(backend, loss, name, features, shape, (-1,), operands, given)
     if given.validate:
         checks.target_values(backend, loss, shape, name, operands, options, (-1,), dtype)
@@ -262,6 +294,7 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
     )
 
 
+LABELS = tuple(name for name in INTEGERS if name != "uint64")  # of which int64 holds all
 TAKES = dict.fromkeys(Operands._fields, NUMBERS) | {"where": ("bool",), "label_smoothing": (*INTEGERS, *FLOATS)}
 
 

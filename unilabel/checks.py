@@ -228,9 +228,35 @@ def integer(label: str, number: Any) -> int:
         fail(TypeError, label, "an integer" + (" or a tuple of integers" if label == "axis" else ""), repr(number))
 
 
-def elementwise_shapes(loss: Loss, shape: Shape, operands: Operands) -> None:
+def takes_positives(loss: Loss, received: str) -> None:
+    if loss.per_example:
+        takers = "multilabel_logistic_loss, binary_cross_entropy and linear_multilabel_logistic_loss"
+        expected = f"class indices or a distribution, as the classes of {loss.name} exclude each other"
+        fail(TypeError, "targets", expected, f"{received}, for which there are {takers}")
+
+
+def sparse_shape(loss: Loss, own: Shape | None, shape: Shape | None, axis: Any, in_positives: bool) -> None:
+    """A sparse array of this shape; None: a ragged one, of indices."""
+    if own is None:
+        return
+    if in_positives:
+        fail(TypeError, "targets", "Positives of indices, or a sparse array as it is", "Positives of a sparse array")
+    if shape is None:
+        return
+    if class_axes(axis, len(shape), loss.takes, True) != (-1,):
+        fail(ValueError, "axis", "-1 for sparse targets (Positives take any axis)", axis)
+    if not same(own, shape):
+        fail(ValueError, "targets", f"the shape of the {loss.takes}, {shape_text(shape)}", f"shape {shape_text(own)}")
+
+
+def elementwise_shapes(loss: Loss, shape: Shape, axes: tuple[int, ...], operands: Operands, positives: bool) -> None:
     """The operands of an elementwise loss."""
-    has_shape("targets", operands.targets, shape, lambda: f"the shape of the {loss.takes}, {shape_text(shape)}")
+    if positives:
+        batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
+        expected = f"labels of shape {shape_text((*batch, 'K'))}, for {loss.takes} of shape {shape_text(shape)}"
+        has_shape("targets", operands.targets, (*batch, *operands.targets.shape[-1:]), lambda: expected)
+    else:
+        has_shape("targets", operands.targets, shape, lambda: f"the shape of the {loss.takes}, {shape_text(shape)}")
     broadcasts("weight", operands.weight, shape, loss.takes)
     broadcasts("pos_weight", operands.pos_weight, shape, loss.takes)
 
@@ -344,6 +370,15 @@ def target_values(
         _first(z, taken & ~inside, "targets", expected)
         _first(z, taken & inside & ~index_kept, "targets", "class indices where `where` is True")
         return keep & np.expand_dims(taken, tuple(axes))
+    if options.positives:
+        classes = math.prod(shape[i] for i in axes)
+        taken = np.expand_dims(keep.any(axis=axes), -1)
+        outside = (z < -1) | (z >= classes)
+        _first(z, taken & outside, "targets", f"labels from 0 to {classes - 1}, or -1, which pads")
+        if operands.values is not None:
+            values = np.asarray(backend.to_numpy(operands.values), dtype="float64")
+            _first(values, taken & ~((values >= 0) & (values <= 1)), "targets", "values from 0 to 1")
+        return keep
     z = np.asarray(z, dtype="float64")
     _first(z, keep & ~((z >= 0) & (z <= 1)), "targets", "values from 0 to 1")
     if loss.per_example:  # to half the digits of the dtype that they came in or that is computed in

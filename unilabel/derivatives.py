@@ -76,13 +76,13 @@ class Derivative:
                 raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
         options = self.defaults | options
         options.pop("linear_bias", None)  # no option of a loss on logits
-        return Operands(targets, *map(options.pop, OPERANDS, repeat(None))), Given(**options)
+        return Operands(targets, None, *map(options.pop, OPERANDS, repeat(None))), Given(**options)
 
     def run(self, call: Canonical) -> tuple[Any, Any]:
         raise NotImplementedError
 
 
-OPERANDS = Operands._fields[1:-1]  # the first are the targets; the last is smoothing, an option that may be an array
+OPERANDS = Operands._fields[2:-1]  # the first are the targets; the last is smoothing, an option that may be an array
 as_it_is_in_autograph(Derivative)
 
 

@@ -141,6 +141,12 @@ class Namespace(Protocol):
     def put_along_axis(self, x: Array, position: Position, values: Any, axis: int, /) -> Array:
         """x with other elements there, a number or as `take_along_axis` returns them; it may write into x."""
 
+    def scatter(self, like: Array, index: Array, values: Array, /) -> Array:
+        """Zeros, of the shape and dtype of `like`, with values at the classes of these indices, (..., K) or (..., 1).
+
+        Where an example has an index twice, its values are the same.
+        """
+
     def scale(self, x: Array, factor: Array | float, /) -> Array:
         """x · factor; it may write into x."""
 
@@ -253,6 +259,13 @@ class Extended:
 
     def put_along_axis(self, x: Array, position: Position, values: Any, axis: int) -> Array:
         return self.where(position, values, x)
+
+    def scatter(self, like: Array, index: Array, values: Array) -> Array:
+        found, classes = self.zeros_like(like), self.classes(like, -1)
+        values = self.broadcast_to(self.astype(values, like.dtype), index.shape)
+        for k in range(index.shape[-1]):
+            found = self.where(classes == index[..., k : k + 1], values[..., k : k + 1], found)
+        return found
 
     def scale(self, x: Array, factor: Array | float) -> Array:
         return x * factor

@@ -30,6 +30,7 @@ class Linear(NamedTuple):
     linear_bias: Any = None  # (C,)
 
 
+EACH = ("targets", "values", "sample_weight")  # operands that have a row for each example
 NOTHING = Linear(False, False, False)  # of which gradients are needed
 
 
@@ -87,7 +88,7 @@ def most_rows(inputs: Linear) -> int | None:
 def cut(xp: Namespace, options: Options, inputs: Linear, operands: Operands) -> tuple[Rows, Shared]:
     """What has a row for each example, and what all examples share."""
     by_row = {
-        name: array is not None and (name in ("targets", "sample_weight") or (array.ndim == 2 and array.shape[0] != 1))
+        name: array is not None and (name in EACH or (array.ndim == 2 and array.shape[0] != 1))
         for name, array in operands._asdict().items()
     }
     rows = (array if by_row[name] else None for name, array in operands._asdict().items())

@@ -126,7 +126,7 @@ def counts(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Oper
 
 def count_alike(options: Options, operands: Operands) -> bool:
     """Whether each loss is known to add 1 to the divisor of reduction="mean"."""
-    return options.ignore_index is None and all(array is None for array in operands[1:])
+    return options.ignore_index is None and all(array is None for array in operands[2:])
 
 
 def _weights(xp: Namespace, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[TargetWeights, Any]:

@@ -115,7 +115,7 @@ TargetWeights = Labels | Elementwise | Distribution | ClassIndex
 
 def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options) -> Elementwise:
     """`negative = w (1 - z)` and `positive = w · pos_weight · z`, where smoothing makes z (1 - ε) + ε/2 of z."""
-    z, weight, pos_weight, counts = _each(xp, like, operands)
+    z, weight, pos_weight, counts = _each(xp, like, operands, options)
     where, smoothing = operands.where, _smoothing(xp, like, operands, options)
     if weight is None and pos_weight is None and smoothing is None:
         return Elementwise(None, z, None, where, counts)
@@ -133,7 +133,7 @@ def elementwise(xp: Namespace, like: Array, operands: Operands, options: Options
 
 def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> Labels:
     """`w`, and with the label 1 `w · pos_weight`. With smoothing the two labels have 1 - ε/2 and ε/2 of theirs."""
-    z, weight, pos_weight, counts = _each(xp, like, operands)
+    z, weight, pos_weight, counts = _each(xp, like, operands, options)
     where, smoothing = operands.where, _smoothing(xp, like, operands, options)
     total, other = None, None if smoothing is None else smoothing / 2
     if pos_weight is not None:
@@ -152,9 +152,14 @@ def _by_label(xp: Namespace, z: Array, of_0: Array, of_1: Array) -> Array:
     return xp.lerp(of_0, of_1, z) if xp.assume_finite else xp.where(z > 0, of_1, of_0)
 
 
-def _each(xp: Namespace, like: Array, operands: Operands) -> tuple[Array, Array | None, Array | None, Array | None]:
+def _each(
+    xp: Namespace, like: Array, operands: Operands, options: Options
+) -> tuple[Array, Array | None, Array | None, Array | None]:
     """Targets, weight, pos_weight of each element, and what it counts in the mean, with the mask."""
-    z = xp.astype(operands.targets, like.dtype, copy=False)
+    if options.positives:
+        z = _of_positives(xp, like, operands.targets, _like(xp, operands.values, like))
+    else:
+        z = xp.astype(operands.targets, like.dtype, copy=False)
     weight, pos_weight = _like(xp, operands.weight, like), _like(xp, operands.pos_weight, like)
     keep = operands.where
     if keep is None:
@@ -169,12 +174,31 @@ def _each(xp: Namespace, like: Array, operands: Operands) -> tuple[Array, Array 
     return xp.where(keep, z, 0.0), weight, pos_weight, counts
 
 
+def _of_positives(xp: Namespace, like: Array, index: Array, values: Array | None) -> Array:
+    """The targets that are 1, or the values, at these classes of each example, and else 0.
+
+    An index that is no class, nor the -1 that pads, makes the targets of its example NaN.
+    """
+    if 0 in (index.shape[-1], like.shape[-1]):
+        return xp.zeros_like(like)
+    index = xp.as_index(index, like)
+    outside = (index < 0) | (index >= xp.extent(like, -1))
+    wrong = xp.any(xp.logical_and(outside, index != -1), axis=-1, keepdims=True)
+    last = xp.max(xp.where(outside, -1, index), axis=-1, keepdims=True)
+    # Padding writes again what the last label writes; in an example without labels, a 0.
+    index = xp.where(outside, xp.where(last < 0, 0, last), index)
+    values = last >= 0 if values is None else values
+    if xp.assume_finite:
+        return xp.scatter(like, index, xp.where(wrong, math.nan, xp.astype(values, like.dtype)))
+    return xp.where(wrong, math.nan, xp.scatter(like, index, values))
+
+
 def distribution(xp: Namespace, like: Array, operands: Operands, options: Options) -> Distribution:
     """`w_c z_c`, where smoothing makes z_c (1 - ε) + ε/K of z_c, K the classes of the example.
 
     A class index out of range, or of a masked class, makes the weights of its example, and so the loss, NaN.
     """
-    targets, weight, _, sample_weight, where, _ = operands
+    targets, _, weight, _, sample_weight, where, _ = operands
     (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
     exists = in_range = one_hot = None
@@ -241,7 +265,7 @@ def class_index(xp: Namespace, like: Array, operands: Operands, options: Options
 
     A class index out of range, or of a masked class, makes the weight of its example, and so the loss, NaN.
     """
-    targets, weight, _, sample_weight, where, _ = operands
+    targets, _, weight, _, sample_weight, where, _ = operands
     (axis,) = options.axes
     smoothing = _smoothing(xp, like, operands, options)
     index = xp.expand_dims(xp.as_index(targets, like), axis=axis)

@@ -17,6 +17,7 @@ class Operands(NamedTuple):
     """
 
     targets: Any
+    values: Array | None = None  # of sparse targets: those at the indices that `targets` holds; None: 1
     weight: Array | None = None
     pos_weight: Array | None = None
     sample_weight: Array | None = None
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     reduction: Reduction
     axes: tuple[int, ...] = (-1,)  # the class axes; more or others than the last only for elementwise losses
     indices: bool = False  # the targets are class indices, not a distribution
+    positives: bool = False  # the targets are indices of labels, (..., K), of an elementwise loss
     binary: bool = False  # the targets are known to be 0 or 1, of an elementwise loss
     ignore_index: int | None = None
     label_smoothing: float | None = None  # None: none, or an operand
