@@ -28,6 +28,6 @@ def of_tensor(targets: Any) -> Padded:
         if are_ones:
             return Padded(tf.reshape(columns, batch), None, tuple(targets.shape))
         ends = tf.where(rows.row_lengths() > 0, rows.row_limits(), 0)
-        last = tf.gather(tf.concat([tf.zeros([1], values.dtype), values], axis=0), ends)
+        last = tf.stop_gradient(tf.gather(tf.concat([tf.zeros([1], values.dtype), values], axis=0), ends))
         values = tf.where(columns < 0, last[:, None], rows.with_values(values).to_tensor(0))
         return Padded(tf.reshape(columns, batch), tf.reshape(values, batch), tuple(targets.shape))

@@ -34,4 +34,9 @@ def of_tensor(targets: Any) -> Padded:
     if are_ones:  # a 0 that is there is no label
         rows, columns = rows[values != 0], columns[values != 0]
     counts = torch.bincount(rows, minlength=math.prod(shape[:-1]))
-    return padded(xp, counts, columns, values, shape, are_ones)
+    found = padded(xp, counts, columns, values, shape, are_ones)
+    if not values.requires_grad:
+        return found
+    pads = torch.arange(found.indices.shape[-1], device=counts.device) >= counts[:, None]
+    pads = pads.reshape(found.indices.shape)  # what repeats an element is not differentiated
+    return found._replace(values=torch.where(pads, found.values.detach(), found.values))

@@ -38,7 +38,8 @@ def linear_multilabel_logistic_loss(
             summed in float32.
         linear_weight: one row for each class, (C, D), as `torch.nn.Linear` and embedding tables have it: an array of
             the features' dtype.
-        targets: z, of shape (..., C): bool, integer or float from 0 to 1, as in `multilabel_logistic_loss`.
+        targets: z, of shape (..., C): bool, integer or float from 0 to 1, as in `multilabel_logistic_loss`; for many
+            classes, `Positives` or a sparse array or matrix, whose zeros are never in memory.
         linear_bias: one number for each class, (C,), of the features' dtype. None: no bias.
         weight, pos_weight, where, label_smoothing: as in `multilabel_logistic_loss`; arrays broadcast to (..., C).
         reduction: "none", the loss of each element, which is an array of the logits' shape; "sum"; "mean";

@@ -48,7 +48,8 @@ def multilabel_logistic_loss(
             one element.
         targets: z, in the logits' shape: bool, integer or float from 0 to 1 (a float between is a soft label). Like
             all other operands: an array of the logits' framework, or a NumPy array, a scalar, a list, or a Series or
-            DataFrame of pandas.
+            DataFrame of pandas. Of many classes, `Positives`, which name the labels of each example; or a sparse array
+            or matrix of the framework or of SciPy.
         weight: multiplies the elements; broadcasts to the logits.
         pos_weight: multiplies the term of the label 1; broadcasts to the logits. Above 1 it favours recall.
         where: bool, broadcasts to the logits. False is a missing label: no loss and zero gradient, whatever its value,
@@ -166,7 +167,7 @@ def binary_cross_entropy(
 
     Args:
         probs: p, from 0 to 1, of any shape with a class axis and any floating dtype.
-        targets: z, in the shape of p: bool, integer or float from 0 to 1.
+        targets: z, in the shape of p: bool, integer or float from 0 to 1, `Positives` or a sparse array or matrix.
         eps: p and 1 - p are clamped to at least eps, where the derivative of the clamped term is 0. The default is
             the epsilon of p's dtype (1.2e-7 for float32), so that p of exactly 0 and 1 is finite.
         weight, pos_weight, where, label_smoothing, axis, reduction, validate: as in `multilabel_logistic_loss`.

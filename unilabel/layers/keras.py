@@ -14,9 +14,10 @@ import keras
 import numpy as np
 
 from .. import checks
-from ..backend import backend_of, is_of_pandas, pandas_values
 from ..linear import linear_multilabel_logistic_loss, linear_softmax_nll
 from ..losses import multilabel_logistic_loss, softmax_nll
+from ..positives import Positives
+from .keras_arguments import WithOptions, as_array, class_indices, labelled
 
 try:
     from keras.src.backend import set_keras_mask
@@ -28,44 +29,9 @@ except ImportError:  # Keras 3.5 has no such function, and does this
 
 
 Array = Any
-HELD = (-(2**31), 2**31 - 1)  # what every Keras backend holds of an integer; neither is an ignore_index
-
-CHECKED = ("weight", "pos_weight", "ignore_index", "label_smoothing", "axis")
 
 
-def _checked(label: str, given: Any) -> Any:
-    """An option as an attribute, and as the config can hold it."""
-    if label not in ("weight", "pos_weight"):
-        return checks.option(label, tuple(given) if isinstance(given, list) else given)  # JSON makes a list of a tuple
-    if given is None:
-        return None
-    if keras.ops.is_tensor(given):
-        given = backend_of(given).to_numpy(given)  # it may be on a GPU, or require a gradient
-    elif hasattr(given, "__array__"):
-        given = np.asarray(given)
-    like = np.zeros(())
-    return checks.operand(backend_of(like), label, given, checks.NUMBERS, like, "float64")[0].tolist()
-
-
-class _Options:
-    """Options are attributes, checked whenever they are set, and in the config."""
-
-    def _set(self, options: dict[str, Any]) -> None:
-        self.option_names = tuple(options)
-        for option, given in options.items():
-            setattr(self, option, given)
-
-    def __setattr__(self, name: str, given: Any) -> None:
-        super().__setattr__(name, _checked(name, given) if name in CHECKED else given)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        given = {name: getattr(self, name) for name in self.option_names}
-        # A layer of Keras keeps lists as lists of its own.
-        return {name: np.asarray(value).tolist() if isinstance(value, list) else value for name, value in given.items()}
-
-
-class _Loss(_Options, keras.losses.Loss):
+class _Loss(WithOptions, keras.losses.Loss):
     """The loss of each example; Keras weights and reduces them."""
 
     def __init__(self, name: str | None, reduction: str | None, dtype: Any, **options: Any) -> None:
@@ -80,7 +46,7 @@ class _Loss(_Options, keras.losses.Loss):
         return super().get_config() | {"dtype": self.dtype} | self.options
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Array:
-        return _Call(self, _array(y_true))((), _array(y_pred), sample_weight)
+        return _Call(self, as_array(y_true))((), as_array(y_pred), sample_weight)
 
 
 class _Call(keras.losses.Loss):
@@ -91,39 +57,11 @@ class _Call(keras.losses.Loss):
         self.loss, self.y_true = loss, y_true
 
     def call(self, y_true: Any, y_pred: Any) -> Array:
-        integers = keras.backend.is_int_dtype(self.y_true.dtype)
-        y_true = keras.ops.convert_to_tensor(self.y_true, dtype=None if integers else self.dtype)
+        y_true = self.y_true
+        if not isinstance(y_true, Positives):
+            integers = keras.backend.is_int_dtype(y_true.dtype)
+            y_true = keras.ops.convert_to_tensor(y_true, dtype=None if integers else self.dtype)
         return self.loss.call(y_true, y_pred)
-
-
-def _array(given: Any) -> Any:
-    """Lists, pandas and all else that has no dtype as an array, of NumPy if no tensor is in it."""
-    if is_of_pandas(given):
-        given = pandas_values(given)
-    elif not hasattr(given, "dtype"):
-        tensors = any(map(keras.ops.is_tensor, keras.tree.flatten(given)))
-        given = keras.ops.convert_to_tensor(given) if tensors else np.asarray(given)
-    if isinstance(given, np.ndarray) and given.dtype in ("int64", "uint64"):
-        # JAX would cut off the upper half of the bits, so that an index out of range became one in range.
-        given = np.clip(given, *HELD if given.dtype == "int64" else (0, HELD[1])).astype("int32")
-    return given
-
-
-def _class_indices(y_true: Array, shape: tuple[int | None, ...], axes: tuple[int, ...]) -> Array:
-    """Class indices for logits of this shape as unilabel takes them; distributions as they are."""
-    if len(y_true.shape) == len(shape) and all(y_true.shape[i] == 1 != shape[i] for i in axes):
-        y_true = keras.ops.squeeze(y_true, axis=axes)
-    if len(y_true.shape) < len(shape) and not keras.backend.is_int_dtype(y_true.dtype):
-        y_true = keras.ops.cast(y_true, "int32")  # class indices that came as floats
-    return y_true
-
-
-def _labelled(y_true: Array, ignore_index: int | None) -> Array | None:
-    """Which examples do not have the index that is ignored. None: all, as far as is known without a look."""
-    if ignore_index is None:
-        return None
-    held = np.iinfo(keras.backend.standardize_dtype(y_true.dtype))
-    return keras.ops.not_equal(y_true, ignore_index) if held.min <= ignore_index <= held.max else None
 
 
 @keras.saving.register_keras_serializable(package="unilabel")
@@ -133,6 +71,7 @@ class MultilabelLogisticLoss(_Loss):
     Args:
         weight, pos_weight, label_smoothing: as in `unilabel.multilabel_logistic_loss`; numbers, which the config holds.
         axis: the class axis, or a tuple of axes read as one.
+        positives: whether targets are labels, (N, K), as in `unilabel.Positives`; `model.fit` hands over arrays alone.
         name, reduction, dtype: as in `keras.losses.Loss`; dtype is "float32" or "float64".
 
     `keras.losses.BinaryCrossentropy(from_logits=True)` averages over the classes as well. As there, targets (N,) fit
@@ -150,15 +89,24 @@ class MultilabelLogisticLoss(_Loss):
         pos_weight: Any = None,
         label_smoothing: float = 0.0,
         axis: int | tuple[int, ...] = -1,
+        positives: bool = False,
         reduction: str | None = "sum_over_batch_size",
         name: str | None = "multilabel_logistic_loss",
         dtype: Any = None,
     ) -> None:
         options = {"weight": weight, "pos_weight": pos_weight, "label_smoothing": label_smoothing, "axis": axis}
         super().__init__(name, reduction, dtype, **options)
+        self.positives = positives
+
+    def get_config(self) -> dict[str, Any]:
+        return super().get_config() | {"positives": self.positives}
 
     def call(self, y_true: Array, y_pred: Array) -> Array:
-        if len(y_true.shape) == 1 and tuple(y_pred.shape[1:]) == (1,):
+        if self.positives and not isinstance(y_true, Positives):
+            y_true = Positives(y_true)
+        if isinstance(y_true, Positives):
+            pass
+        elif len(y_true.shape) == 1 and tuple(y_pred.shape[1:]) == (1,):
             y_true = keras.ops.expand_dims(y_true, -1)
         elif len(y_pred.shape) == 1 and tuple(y_true.shape[1:]) == (1,):
             y_pred = keras.ops.expand_dims(y_pred, -1)
@@ -201,18 +149,18 @@ class SoftmaxNLL(_Loss):
 
     def call(self, y_true: Array, y_pred: Array) -> Array:
         axes = checks.class_axes(self.axis, len(y_pred.shape), "logits", True)
-        y_true = _class_indices(y_true, y_pred.shape, axes)
+        y_true = class_indices(y_true, y_pred.shape, axes)
         losses = softmax_nll(y_pred, y_true, reduction="none", **self.options)
-        labelled = _labelled(y_true, self.ignore_index)
-        if labelled is not None:
-            set_keras_mask(losses, labelled)
+        counted = labelled(y_true, self.ignore_index)
+        if counted is not None:
+            set_keras_mask(losses, counted)
         return losses
 
 
 REDUCTIONS = ("sum_over_batch_size", "sum")
 
 
-class _LinearLayer(_Options, keras.layers.Layer):
+class _LinearLayer(WithOptions, keras.layers.Layer):
     """The last layer of a model and its loss: `layer(features, targets)` adds the loss, `layer(features)` predicts."""
 
     def __init__(
@@ -288,10 +236,10 @@ class _LinearLayer(_Options, keras.layers.Layer):
         if features_mask is not None:
             mask = keras.ops.expand_dims(features_mask, -1)
             where = mask if where is None else keras.ops.logical_and(where, mask)
-        targets, options, labelled = self._of_examples(targets, (*features.shape[:-1], self.num_classes), sample_weight)
+        targets, options, counted = self._of_examples(targets, (*features.shape[:-1], self.num_classes), sample_weight)
         loss = self._loss(features, kernel, targets, linear_bias=bias, where=where, reduction="sum", **options)
         if self.reduction != "sum":
-            for counts in (features_mask, labelled):
+            for counts in (features_mask, counted):
                 each = each if counts is None else each * keras.ops.cast(counts, each.dtype)
             loss = loss / keras.ops.maximum(keras.ops.sum(each), 1)
         self.add_loss(loss)
@@ -396,5 +344,5 @@ class LinearSoftmaxNLL(_LinearLayer):
         super().__init__(num_classes, use_bias, initializers, embedding, reduction, keywords, options)
 
     def _of_examples(self, targets: Array, shape: Any, sample_weight: Any) -> tuple[Array, dict[str, Any], Any]:
-        targets = _class_indices(targets, shape, (-1,))
-        return targets, self.options | {"sample_weight": sample_weight}, _labelled(targets, self.ignore_index)
+        targets = class_indices(targets, shape, (-1,))
+        return targets, self.options | {"sample_weight": sample_weight}, labelled(targets, self.ignore_index)
