@@ -23,7 +23,8 @@ docstrings, by `pytest tests/test_api.py --write-api`; `help(unilabel.softmax_nl
 FUNCTIONS = (
     "multilabel_logistic_loss", "softmax_nll", "binary_cross_entropy", "cross_entropy", "nll",
     "linear_multilabel_logistic_loss", "linear_softmax_nll",
-    "Positives", "Positives.from_csr", "value_and_grad", "grad_and_hess", "sigmoid", "log_sigmoid", "softmax", "log_softmax",
+    "Positives", "Positives.from_csr",
+    "value_and_grad", "grad_and_hess", "sigmoid", "log_sigmoid", "softmax", "log_softmax",
 )  # fmt: skip
 LAYERS = ("MultilabelLogisticLoss", "SoftmaxNLL", "LinearMultilabelLogisticLoss", "LinearSoftmaxNLL")
 GROUPS = {

@@ -117,15 +117,26 @@ def test_a_matrix_is_left_as_it_is():
         np.testing.assert_array_equal(getattr(matrix, name), getattr(before, name))
 
 
-def test_gradients_of_values_in_torch(request):
-    asked_for("torch", request)
-    import torch
-
+def test_gradients_of_values(request):
+    """dL/dz = log(1 - σ(x)) - log σ(x) = -x, whatever pads the shorter rows."""
     row, column = np.nonzero(SOFT)
-    values = torch.tensor(SOFT[row, column], requires_grad=True)
-    matrix = torch.sparse_coo_tensor(np.stack([row, column]), values, SOFT.shape, check_invariants=True)
-    ul.multilabel_logistic_loss(torch.tensor(LOGITS), matrix, reduction="sum").backward()
-    close(values.grad, -LOGITS[row, column])  # dL/dz = log(1 - σ(x)) - log σ(x)
+    wanted = request.config.getoption("--backend") or ("torch", "tensorflow")
+    if "torch" in wanted:
+        import torch
+
+        values = torch.tensor(SOFT[row, column], requires_grad=True)
+        matrix = torch.sparse_coo_tensor(np.stack([row, column]), values, SOFT.shape, check_invariants=True)
+        ul.multilabel_logistic_loss(torch.tensor(LOGITS), matrix, reduction="sum").backward()
+        close(values.grad, -LOGITS[row, column])
+    if "tensorflow" in wanted:
+        import tensorflow as tf
+
+        values = tf.constant(SOFT[row, column])
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            matrix = tf.SparseTensor(np.stack([row, column], axis=1), values, SOFT.shape)
+            loss = ul.multilabel_logistic_loss(tf.constant(LOGITS), matrix, reduction="sum")
+        close(tape.gradient(loss, values), -LOGITS[row, column])
 
 
 def test_in_a_function_of_tensorflow(request):
@@ -137,7 +148,7 @@ def test_in_a_function_of_tensorflow(request):
     close(function(LOGITS, of_tensorflow(SOFT)[0]), ul.multilabel_logistic_loss(LOGITS, SOFT))
     with pytest.raises(tf.errors.InvalidArgumentError):
         function(LOGITS, tf.sparse.from_dense(SOFT[:3]))
-    with pytest.raises(Exception, match="XLA_takes_unilabel.Positives"):
+    with pytest.raises(Exception, match=r"XLA_takes_unilabel\.Positives"):
         tf.function(ul.multilabel_logistic_loss, jit_compile=True)(LOGITS, of_tensorflow(SOFT)[0])
 
 
@@ -145,9 +156,7 @@ def test_what_compilers_do_not_take(request):
     asked_for("jax", request)
     import jax
 
-    with pytest.raises(
-        TypeError, match=pattern("Expected targets: unilabel.Positives, which transforms take. Received")
-    ):
+    with pytest.raises(TypeError, match=pattern("Expected targets: unilabel.Positives, which transforms take.")):
         jax.jit(ul.multilabel_logistic_loss)(LOGITS, of_jax(SOFT)[0])
 
 
@@ -167,7 +176,7 @@ def test_what_is_refused(framework, change, error, text):
 
 def test_where_they_do_not_belong(framework):
     matrix, x = of_scipy(SOFT)[1], framework.array(LOGITS)
-    with pytest.raises(TypeError, match="exclude each other. Received: a sparse array, for which there are"):
+    with pytest.raises(TypeError, match=pattern("exclude each other. Received: a sparse array, for which there are")):
         ul.softmax_nll(x, matrix)
     with pytest.raises(ValueError, match=pattern("Expected axis: -1 for sparse targets (Positives take any axis)")):
         ul.multilabel_logistic_loss(x, matrix, axis=0)
