@@ -104,7 +104,8 @@ def test_the_tests_of_a_module_have_its_name():
     for name in names:
         folder, _, file = name.rpartition("/")
         test = TESTED_IN.get(file, file) if folder == "backends" else folder or name
-        test = "namespace" if test.endswith("_namespaces") else "linear" if test.endswith("_linear") else test
+        shared = {"namespaces": "namespace", "linear": "linear", "sparse": "sparse"}
+        test = shared.get(test.rpartition("_")[2], test)
         assert test == "backends" or (ROOT / "tests" / f"test_{test}.py").exists(), name
 
 

@@ -136,7 +136,7 @@ def test_gradients_of_values(request):
             tape.watch(values)
             matrix = tf.SparseTensor(np.stack([row, column], axis=1), values, SOFT.shape)
             loss = ul.multilabel_logistic_loss(tf.constant(LOGITS), matrix, reduction="sum")
-        close(tape.gradient(loss, values), -LOGITS[row, column])
+        close(tf.convert_to_tensor(tape.gradient(loss, values)), -LOGITS[row, column])
 
 
 def test_in_a_function_of_tensorflow(request):
