@@ -13,12 +13,17 @@ import click
 from rich.console import Console
 from rich.progress import track
 
+from . import linear as linear_cases
 from . import measure, report
 from . import options as option_cases
 from .measure import Record
 from .subjects import MODES, Case, Setup
 
 WRITTEN = click.Path(dir_okay=False, path_type=Path)
+SHAPES = [*option_cases.BY_NAME, *linear_cases.BY_NAME]
+KINDS = (
+    "speed", "options", "linear", "linear_memory", "memory", "growth", "traffic", "import", "first_call",
+)  # fmt: skip
 Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of record, function, arguments
 
 
@@ -32,7 +37,10 @@ Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of r
 @click.option("--compiled", is_flag=True, help="By torch.compile, jax.jit, XLA: the peer too.")
 @click.option("--options", is_flag=True, help="Each option of the losses, by shape, beside what users write for it.")
 @click.option("--option", "named", multiple=True, type=click.Choice(option_cases.OPTIONS), help="Of --options: these.")
-@click.option("--shape", "shapes", multiple=True, type=click.Choice(list(option_cases.BY_NAME)), help="The same.")
+@click.option("--linear", is_flag=True, help="The losses on the last linear layer's inputs: time, and peak of memory.")
+@click.option(
+    "--shape", "shapes", multiple=True, type=click.Choice(SHAPES), help="Of --options and --linear: these shapes."
+)
 @click.option("--busy", is_flag=True, help="Beside one spinning process a core, as a data loader is.")
 @click.option("--large", is_flag=True, help="8192x32000 and 4096x128000, float32 and bfloat16: for GPUs.")
 @click.option("--memory", is_flag=True, help="Not time: the peak of memory, each in a process of its own.")
@@ -55,6 +63,7 @@ def main(
     compiled: bool,
     options: bool,
     named: tuple[str, ...],
+    linear: bool,
     shapes: tuple[str, ...],
     busy: bool,
     large: bool,
@@ -79,8 +88,8 @@ def main(
     names = _usable(backends, device, compiled)
     if forward and not timed:
         raise click.UsageError("--forward is timed: expected no --memory, --growth, --traffic or --import beside it.")
-    if plot_file is not None and (options or not timed):
-        others = "--options, --memory, --growth, --traffic or --import"
+    if plot_file is not None and (options or linear or not timed):
+        others = "--options, --linear, --memory, --growth, --traffic or --import"
         raise click.UsageError(f"--plot draws times: expected no {others} beside it.")
     if plot_file is not None and find_spec("matplotlib") is None:
         raise click.UsageError("--plot needs matplotlib: pip install 'unilabel[bench]'.")
@@ -89,8 +98,17 @@ def main(
     if options and (not timed or forward or dtypes or large):
         others = "--forward, --dtype, --large, --memory, --growth, --traffic or --import"
         raise click.UsageError(f"--options times value and gradient in float32: expected no {others} beside it.")
-    if (named or shapes) and not options:
-        raise click.UsageError("--option and --shape choose from what --options measures: expected --options too.")
+    if linear and (not timed or forward or compiled or dtypes or large or options or device != "cpu"):
+        others = (
+            "--forward, --compiled, --dtype, --large, --options, --device, --memory, --growth, --traffic or --import"
+        )
+        raise click.UsageError(f"--linear has cases of its own, in float32: expected no {others} beside it.")
+    if named and not options:
+        raise click.UsageError("--option chooses from what --options measures: expected --options too.")
+    choices = option_cases.BY_NAME if options else linear_cases.BY_NAME if linear else {}
+    if not choices.keys() >= set(shapes):
+        known = ", ".join(choices) or "none without --options or --linear"
+        raise click.UsageError(f"Expected --shape to be one of those that are measured: {known}.")
     if traffic and "torch" not in names:
         raise click.UsageError("--traffic counts what PyTorch does: expected --backend torch.")
     dtypes = dtypes or (("float32", "bfloat16") if large else ("float32",))
@@ -113,6 +131,11 @@ def main(
             for shape in chosen or (option_cases.QUICK if quick else option_cases.SHAPES)
             for option in dict.fromkeys(named or option_cases.OPTIONS)
         ]
+    elif timed and linear:
+        chosen = [linear_cases.BY_NAME[name] for name in dict.fromkeys(shapes)]
+        some = chosen or (linear_cases.QUICK if quick else linear_cases.SHAPES)
+        cases = [linear_cases.Case(loss, shape) for shape in some for loss in linear_cases.OURS]
+        jobs += [job for s in first for case in cases for job in _linear(s, case, seconds, busy)]
     elif timed:
         cases = measure.QUICK if quick else measure.LARGE if large else measure.CASES
         jobs += [(s.backend, "speed", measure.speed, (s, case, seconds, busy)) for s in setups for case in cases]
@@ -135,7 +158,7 @@ def main(
         jobs += [("", "first_call", measure.first_call, (setup, measure.QUICK[0])) for setup in first]
 
     found: Record = measure.machine() | {"seed": seed, "device": device, "forward": forward, "busy": busy, "failed": []}
-    found |= {kind: [] for kind in ("speed", "options", "memory", "growth", "traffic", "import", "first_call")}
+    found |= {kind: [] for kind in KINDS}
     console = Console()
     print(report.header(found), flush=True)
     bar = track(_run(jobs), total=len(jobs), console=console, transient=True, disable=not console.is_terminal)
@@ -147,6 +170,13 @@ def main(
     if plot_file is not None and found["speed"]:
         report.plot(plot_file, found)
     raise SystemExit(1 if found["failed"] else 0)
+
+
+def _linear(setup: Setup, case: linear_cases.Case, seconds: float, busy: bool) -> list[Job]:
+    if case.shape in linear_cases.FOR_MEMORY:
+        return [("", "linear_memory", measure.linear_memory, (setup, case))]
+    peers = linear_cases.peers(setup.backend, case.loss)
+    return [(setup.backend, "linear", measure.linear_loss, (setup, case, peer, seconds, busy)) for peer in peers]
 
 
 def _usable(asked: tuple[str, ...], device: str, compiled: bool) -> list[str]:

@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import options
+from . import linear, options
 from .subjects import Case, Setup, Step, build, plus_one, threads
 
 Record = dict[str, Any]  # as it stands in the JSON
@@ -91,7 +91,8 @@ def _timed(step: Step, number: int = 1) -> float:
 
 def _batch(step: Step) -> int:
     step()  # compiles
-    return max(1, math.ceil(BATCH / min(_timed(step) for _ in range(3))))
+    first = _timed(step)
+    return 1 if first >= BATCH else max(1, math.ceil(BATCH / min(first, _timed(step), _timed(step))))
 
 
 def side_by_side(ours: Step, peer: Step, seconds: float) -> tuple[list[float], list[float]]:
@@ -120,21 +121,34 @@ def spinning(busy: bool) -> Iterator[None]:
 
 def option(setup: Setup, name: str, shape: options.Shape, seconds: float, busy: bool = False) -> Record:
     """unilabel's time over that of what users write, with one option."""
-    steps = options.build(setup, name, shape)
+    what = {"option": name, "shape": str(shape)}
+    return _beside(setup, what, options.build(setup, name, shape), options.bound(setup, name, shape), seconds, busy)
+
+
+def linear_loss(setup: Setup, case: linear.Case, peer: str, seconds: float, busy: bool = False) -> Record:
+    """unilabel's time over a peer's, of a loss on the last linear layer's inputs."""
+    what = {"loss": case.loss, "shape": str(case.shape), "peer": peer}
+    steps = (linear.build(setup, case, whose) for whose in ("ours", peer))
+    return _beside(setup, what, steps, linear.bound(setup, peer, case.shape), seconds, busy)
+
+
+def _beside(
+    setup: Setup, what: Record, steps: Iterable[Step], limit: float | None, seconds: float, busy: bool
+) -> Record:
+    """What was found of two steps, ours and the peer's."""
+    ours, peer = steps
     with spinning(busy):
-        ours, peer = side_by_side(*steps, seconds)
-    ratios = sorted(a / b for a, b in zip(ours, peer, strict=True))
-    limit = options.bound(setup, name, shape)
+        our_times, peer_times = side_by_side(ours, peer, seconds)
+    ratios = sorted(a / b for a, b in zip(our_times, peer_times, strict=True))
     return {
         **setup._asdict(),
-        "option": name,
-        "shape": str(shape),
+        **what,
         "busy": busy,
         "ratio": {"min": ratios[0], "median": median(ratios), "max": ratios[-1]},
         "bound": limit,
         "passed": None if limit is None else median(ratios) <= limit,
-        "ours_ms": median(ours) * 1e3,
-        "peer_ms": median(peer) * 1e3,
+        "ours_ms": median(our_times) * 1e3,
+        "peer_ms": median(peer_times) * 1e3,
         "rounds": len(ratios),
         "threads": threads(setup.backend),
     }
@@ -205,6 +219,26 @@ def _peak(setup: Setup, case: Case, whose: str) -> float:
     if gradient >= 1 << 25 and peak < 0.9 * gradient:
         raise RuntimeError(f"expected to see the gradient at least, {gradient} bytes; saw {peak}")
     return peak / gradient
+
+
+def linear_memory(setup: Setup, case: linear.Case) -> Record:
+    """The peak of a first call above its inputs and gradients, in MiB, compiling included: ours and the peers'."""
+    peaks = {
+        whose: alone(_peak_above_gradients, setup, case, whose) / (1 << 20)
+        for whose in ("ours", *linear.peers(setup.backend, case.loss))
+    }
+    ours, limit = peaks.pop("ours"), linear.MEMORY_BOUND
+    return {
+        **setup._asdict(), "loss": case.loss, "shape": str(case.shape),
+        "ours": ours, "peers": peaks, "bound": limit, "passed": ours <= limit,
+    }  # fmt: skip
+
+
+def _peak_above_gradients(setup: Setup, case: linear.Case, whose: str) -> int:
+    linear.build(setup, linear.Case(case.loss, linear.Shape(8, 4, 16)), whose)()  # starts threads, loads libraries
+    step = linear.build(setup, case, whose)
+    rows, length, classes = case.shape
+    return rise(step) - 4 * (rows * length + classes * (length + 1))
 
 
 def rise(call: Callable[[], Any]) -> int:

@@ -39,6 +39,8 @@ def show(console: Console, found: Record) -> None:
 
 def _tables(found: Record) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
     what = "forward alone" if found["forward"] else "value and gradient"
+    linear_peers = ("materialised", "chunked")
+    case = {"backend": "left", "mode": "left", "case": "left"}
     run: dict[str, Any] = {"backend": "left", "mode": "left", "dtype": "left", "case": "left"}
     return [
         (
@@ -47,6 +49,26 @@ def _tables(found: Record) -> list[tuple[str, dict[str, Any], list[list[str]]]]:
             [_run(row) + _speed(row) for row in found["speed"]],
         ),
         *_options(found["options"]),
+        (
+            "Losses on the last linear layer's inputs: time of value and all gradients, unilabel / peer",
+            case | dict.fromkeys(("peer", *SPREAD, "ms", "peer's"), "right"),
+            [
+                [*_case(row), row["peer"], *_ratio(row), f"{row['ours_ms']:.4g}", f"{row['peer_ms']:.4g}"]
+                for row in found["linear"]
+            ],
+        ),
+        (
+            "The same: peak of memory above inputs and gradients in a first call, MiB",
+            case | dict.fromkeys(("unilabel", *linear_peers, "bound", ""), "right"),
+            [
+                [
+                    *_case(row), f"{row['ours']:.0f}",
+                    *(f"{row['peers'][peer]:.0f}" if peer in row["peers"] else "" for peer in linear_peers),
+                    f"{row['bound']:.0f}", _mark(row),
+                ]
+                for row in found["linear_memory"]
+            ],
+        ),
         *_traffic(found["traffic"]),
         (
             "Peak of memory above the inputs, value and gradient, times the gradient's size",
@@ -124,11 +146,16 @@ def _run(row: Record) -> list[str]:
     return [row["backend"], row["mode"], row["dtype"], f"{row['loss']} {row['rows']}x{row['classes']}"]
 
 
+def _case(row: Record) -> list[str]:
+    return [row["backend"], row["mode"], f"{row['loss']} {row['shape']}"]
+
+
 def _speed(row: Record) -> list[str]:
-    ratios = [f"{row['ratio'][name]:.2f}" for name in ("min", "median", "max")]
-    return [
-        *ratios, _limit(row), _mark(row), f"{row['ours_ns']:.3g}", f"{row['peer_ns']:.3g}", f"{row['copy_share']:.1%}",
-    ]  # fmt: skip
+    return [*_ratio(row), f"{row['ours_ns']:.3g}", f"{row['peer_ns']:.3g}", f"{row['copy_share']:.1%}"]
+
+
+def _ratio(row: Record) -> list[str]:
+    return [*(f"{row['ratio'][name]:.2f}" for name in ("min", "median", "max")), _limit(row), _mark(row)]
 
 
 def _limit(row: Record) -> str:

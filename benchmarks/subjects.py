@@ -134,22 +134,26 @@ def torch_array(setup: Setup, array: Array) -> Array:
     return torch.from_numpy(array).to(setup.device)
 
 
-def torch_step(setup: Setup, function: Callable[..., Any], x: Array, *others: Array) -> Step:
+def torch_step(setup: Setup, function: Callable[..., Any], *arrays: Array, by: int = 1) -> Step:
     import torch
 
-    x.requires_grad_(not setup.forward)
+    inputs = arrays[:by]
+    for x in inputs:
+        x.requires_grad_(not setup.forward)
     torch._dynamo.reset()  # what was compiled for other shapes would make this one's sizes symbols
     chosen = torch.compile(function) if setup.mode == "compiled" else function
 
     def run() -> Any:
-        value = chosen(x, *others)
-        gradient = None
+        value = chosen(*arrays)
+        gradients = []
         if not setup.forward:
             value.backward()
-            gradient, x.grad = x.grad, None  # given away: kept, it would count as memory that was there before
+            for x in inputs:
+                gradients.append(x.grad)
+                x.grad = None  # given away: kept, it would count as memory that was there before
         if setup.device == "cuda":
             torch.cuda.synchronize()
-        return value if setup.forward else (value, gradient)
+        return value if setup.forward else (value, *gradients)
 
     return run
 
@@ -177,12 +181,17 @@ def jax_array(setup: Setup, array: Array) -> Array:
     return jax.device_put(array.astype(np.int32) if array.dtype == np.int64 else array, jax.devices(setup.device)[0])
 
 
-def jax_step(setup: Setup, function: Callable[..., Any], *arrays: Array) -> Step:
+def jax_step(setup: Setup, function: Callable[..., Any], *arrays: Array, by: int = 1) -> Step:
     import jax
 
-    function = function if setup.forward else jax.value_and_grad(function)
+    function = function if setup.forward else jax.value_and_grad(function, tuple(range(by)))
     function = function if setup.mode == "eager" else jax.jit(function)
-    return lambda: jax.block_until_ready(function(*arrays))
+
+    def run() -> Any:
+        result = jax.block_until_ready(function(*arrays))
+        return result if setup.forward else (result[0], *result[1])
+
+    return run
 
 
 # --- TensorFlow -------------------------------------------------------------------------------------------------------
@@ -209,14 +218,15 @@ def tensorflow_array(setup: Setup, array: Array) -> Array:
         return tf.constant(array)
 
 
-def tensorflow_step(setup: Setup, function: Callable[..., Any], *arrays: Array) -> Step:
+def tensorflow_step(setup: Setup, function: Callable[..., Any], *arrays: Array, by: int = 1) -> Step:
     import tensorflow as tf
 
-    def both(x: Array, *others: Array) -> Any:
+    def both(*arrays: Array) -> Any:
+        inputs = arrays[:by]
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = function(x, *others)
-        return value, tape.gradient(value, x)
+            tape.watch(inputs)
+            value = function(*arrays)
+        return value, *tape.gradient(value, inputs)
 
     chosen = function if setup.forward else both
     if setup.mode == "compiled":
@@ -244,9 +254,10 @@ ARRAY: dict[str, Callable[[Setup, Array], Array]] = {
     "jax": jax_array,
     "tensorflow": tensorflow_array,
 }
-# Of a function of arrays that returns the loss; NumPy's returns the gradient too.
+# Of a function of arrays that returns the loss, and is differentiated `by` so many of them, the first; NumPy's returns
+# the gradients too.
 STEP: dict[str, Callable[..., Step]] = {
-    "numpy": lambda setup, function, *arrays: partial(function, *arrays),
+    "numpy": lambda setup, function, *arrays, by=1: partial(function, *arrays),
     "torch": torch_step,
     "jax": jax_step,
     "tensorflow": tensorflow_step,
