@@ -161,6 +161,8 @@ blockwise = blocks.Blockwise(
     large=1 << 17,
     block=1 << 18,
 )
+# After a product OpenBLAS's own threads wait for the next one without rest: another thread gains nothing beside them.
+after_product = blockwise._replace(large=1 << 21)
 
 
 class NumpyBackend(Backend):
@@ -212,7 +214,7 @@ class NumpyBackend(Backend):
         self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
     ) -> tuple[Array, Linear]:
         def run(formula: Any, *call: Any) -> Any:
-            return blocks.run(blockwise, formula, *call)[0]
+            return blocks.run(after_product, formula, *call)[0]
 
         rows = formulas.rows_of_blocks(inputs)
         with np.errstate(all="ignore"):

@@ -178,7 +178,8 @@ def _jax(setup: Setup, loss: str, x: Array, targets: Array) -> Steps:
 def jax_array(setup: Setup, array: Array) -> Array:
     import jax
 
-    return jax.device_put(array.astype(np.int32) if array.dtype == np.int64 else array, jax.devices(setup.device)[0])
+    array = array.astype(np.int32) if array.dtype == np.int64 else array
+    return jax.block_until_ready(jax.device_put(array, jax.devices(setup.device)[0]))
 
 
 def jax_step(setup: Setup, function: Callable[..., Any], *arrays: Array, by: int = 1) -> Step:
