@@ -38,6 +38,7 @@ Job = tuple[str, str, Callable[..., Any], tuple[Any, ...]]  # backend, kind of r
 @click.option("--options", is_flag=True, help="Each option of the losses, by shape, beside what users write for it.")
 @click.option("--option", "named", multiple=True, type=click.Choice(option_cases.OPTIONS), help="Of --options: these.")
 @click.option("--linear", is_flag=True, help="The losses on the last linear layer's inputs: time, and peak of memory.")
+@click.option("--loss", "losses", multiple=True, type=click.Choice(list(linear_cases.OURS)), help="Of --linear.")
 @click.option(
     "--shape", "shapes", multiple=True, type=click.Choice(SHAPES), help="Of --options and --linear: these shapes."
 )
@@ -64,6 +65,7 @@ def main(
     options: bool,
     named: tuple[str, ...],
     linear: bool,
+    losses: tuple[str, ...],
     shapes: tuple[str, ...],
     busy: bool,
     large: bool,
@@ -103,6 +105,8 @@ def main(
             "--forward, --compiled, --dtype, --large, --options, --device, --memory, --growth, --traffic or --import"
         )
         raise click.UsageError(f"--linear has cases of its own, in float32: expected no {others} beside it.")
+    if losses and not linear:
+        raise click.UsageError("--loss chooses from what --linear measures: expected --linear too.")
     if named and not options:
         raise click.UsageError("--option chooses from what --options measures: expected --options too.")
     choices = option_cases.BY_NAME if options else linear_cases.BY_NAME if linear else {}
@@ -134,7 +138,9 @@ def main(
     elif timed and linear:
         chosen = [linear_cases.BY_NAME[name] for name in dict.fromkeys(shapes)]
         some = chosen or (linear_cases.QUICK if quick else linear_cases.SHAPES)
-        cases = [linear_cases.Case(loss, shape) for shape in some for loss in linear_cases.OURS]
+        cases = [
+            linear_cases.Case(loss, shape) for shape in some for loss in dict.fromkeys(losses or linear_cases.OURS)
+        ]
         jobs += [job for s in first for case in cases for job in _linear(s, case, seconds, busy)]
     elif timed:
         cases = measure.QUICK if quick else measure.LARGE if large else measure.CASES
@@ -175,7 +181,7 @@ def main(
 def _linear(setup: Setup, case: linear_cases.Case, seconds: float, busy: bool) -> list[Job]:
     if case.shape in linear_cases.FOR_MEMORY:
         return [("", "linear_memory", measure.linear_memory, (setup, case))]
-    peers = linear_cases.peers(setup.backend, case.loss)
+    peers = linear_cases.peers(setup.backend, case.loss)[: 1 if busy else None]
     return [(setup.backend, "linear", measure.linear_loss, (setup, case, peer, seconds, busy)) for peer in peers]
 
 

@@ -15,7 +15,7 @@ from unilabel.backend import backend_named
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import measure, options, subjects  # noqa: E402
+from benchmarks import linear, measure, options, subjects  # noqa: E402
 from benchmarks.subjects import Case, Setup, build  # noqa: E402
 
 CASES = [Case("bce", 6, 5), Case("nll", 6, 5)]
@@ -153,6 +153,46 @@ def test_a_bound_for_each_option():
     assert options.bound(Setup("torch", "eager", device="cuda"), "indices", first) is None
 
 
+@pytest.mark.parametrize("loss", linear.OURS)
+@pytest.mark.parametrize("backend", subjects.MODES)
+def test_on_the_last_linear_layers_inputs_all_compute_the_same(backend, loss):
+    setup, case = Setup(backend, subjects.MODES[backend][0]), linear.Case(loss, linear.QUICK[0])
+    ours, *theirs = (
+        numbers(setup, linear.build(setup, case, whose)()) for whose in ("ours", *linear.peers(backend, loss))
+    )
+    rows, length, classes = case.shape
+    assert [array.shape for array in ours] == [(), (rows, length), (classes, length), (classes,)]
+    for found in theirs:
+        for array, expected in zip(ours, found, strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bound_for_each_linear_case_beside_the_materialised_loss():
+    for backend in subjects.MODES:
+        bounds = [linear.bound(Setup(backend, "eager"), "materialised", shape) for shape in linear.SHAPES]
+        assert 0.9 <= bounds[0] <= 1.05
+        assert bounds[1:] == [1.2, None]
+    assert linear.bound(Setup("torch", "eager"), "chunked", linear.TIMED[0]) is None
+
+
+@pytest.mark.full
+def test_the_linear_losses_are_measured(tmp_path):
+    done = run("--backend", "numpy", "--backend", "torch", "--linear", "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    of_both = [("bce", "materialised"), ("nll", "materialised")]
+    assert [(row["backend"], row["loss"], row["peer"]) for row in found["linear"]] == [
+        *(("numpy", *of) for of in of_both), *(("torch", *of) for of in (*of_both, ("nll", "chunked"))),
+    ]  # fmt: skip
+    assert [(row["backend"], row["loss"]) for row in found["linear_memory"]] == [
+        (backend, loss) for backend in ("numpy", "torch") for loss in linear.OURS
+    ]
+    logits = 4 * 512 * 4096 / (1 << 20)
+    for row in found["linear_memory"]:
+        assert row["ours"] < row["peers"]["materialised"]
+        assert row["peers"]["materialised"] > 1.9 * logits  # and their gradient
+
+
 # By hand, in arrays as large as the logits, read + written, of one kernel each:
 # forward  log σ(x) 1+1, a new array of ones 0+1, less the labels 2+1, times x 2+1, less log σ(x) 2+1, mean 1+0;
 # backward the cotangent 1 (one number), σ(x) 1+1, less the labels 2+1, times the cotangent 1+1, over the number 1+1.
@@ -272,9 +312,10 @@ def test_the_other_measurements_run(tmp_path):
     done = run("--backend", "numpy", "--memory", "--growth", "--import", "--json", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    kinds = ("speed", "options", "memory", "growth", "traffic", "import", "first_call")
-    assert {kind: len(found[kind]) for kind in kinds} == {
-        "speed": 0, "options": 0, "memory": 2, "growth": 2, "traffic": 0, "import": 1, "first_call": 1,
+    counts = {kind: len(records) for kind, records in found.items() if isinstance(records, list) and kind != "failed"}
+    assert counts == {
+        "speed": 0, "options": 0, "linear": 0, "linear_memory": 0, "memory": 2, "growth": 2, "traffic": 0, "import": 1,
+        "first_call": 1,
     }  # fmt: skip
 
 
@@ -286,7 +327,11 @@ def test_the_other_measurements_run(tmp_path):
         (("--memory", "--device", "cuda"), "expected --device cpu"),
         (("--options", "--option", "smoothness"), "is not one of 'indices', 'ignore_index'"),
         (("--options", "--shape", "64x1001"), "is not one of '8x10', '64x1000'"),
-        (("--shape", "64x1000"), "expected --options too"),
+        (("--shape", "64x1000"), "none without --options or --linear"),
+        (("--linear", "--shape", "64x1000"), "measured: 2048x256x32768, 256x64x1000"),
+        (("--option", "smoothing"), "expected --options too"),
+        (("--loss", "bce"), "expected --linear too"),
+        (("--linear", "--compiled"), "in float32"),
         (("--options", "--dtype", "bfloat16"), "in float32"),
         (("--traffic", "--backend", "numpy"), "expected --backend torch"),
     ],
