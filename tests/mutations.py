@@ -155,8 +155,10 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "assume_finite else t.p - t.p",
             "assume_finite else xp.zeros_like(t.p)",
         ),
-        "of one class: NaN in the wrong class is missed": ("xp.where(total == total, values, math.nan)", "values"),
-        "of one class: an infinite one makes it NaN": ("total == total", "xp.isfinite(total)"),
+        "of one class: NaN in the wrong class is missed": (
+            "xp.where(xp.has_nan(x, weights.axis), math.nan, values)",
+            "values",
+        ),
         "of one class: gradient of the sum for the mean": (
             "scaled(-_quotient(xp, t.weight, t.p_y, t.free))",
             "-_quotient(xp, t.weight, t.p_y, t.free)",
@@ -649,6 +651,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "namespace.py": {
         "heaviside: of the other side": ("self.astype(x >= 0, x.dtype)", "self.astype(x <= 0, x.dtype)"),
+        "an infinity is a NaN": ("return total != total", "return ~self.isfinite(total)"),
         "guard of 0·inf left out": (
             "self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)",
             "size, weight)",

@@ -108,6 +108,9 @@ class Namespace(Protocol):
     def log_complement(self, p: Array, /) -> Array:
         """log(1 - p)"""
 
+    def has_nan(self, x: Array, axis: int, /) -> Array:
+        """True for an example with a NaN, and maybe for one with infinities of both signs; the axis stays."""
+
     def weigh_beside(self, weight: Array, size: Array, /) -> Array:
         """The same, and maybe 0 where the size is NaN and has weight 0."""
 
@@ -221,6 +224,10 @@ class Extended:
         small = p < 0.25  # only there log1p is needed, and XLA's loses seven bits from -0.3 to -0.5 in float64
         of_small, of_large = self.where(small, p, 0.0), self.where(small, 1.0, 1 - p)
         return self.where(small, self.log1p(-of_small), self.log(of_large))
+
+    def has_nan(self, x: Array, axis: int) -> Array:
+        total = self.sum(x, axis=axis, keepdims=True)
+        return total != total
 
     def weigh_beside(self, weight: Array, size: Array) -> Array:
         return self.weigh(weight, size)

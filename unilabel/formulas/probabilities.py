@@ -160,8 +160,7 @@ def _nan_like(xp: Namespace, values: Array, x: Array, weights: ClassIndex) -> Ar
     """NaN where an example has a NaN in any class, as with the same targets one-hot."""
     if xp.assume_finite:
         return values + 0 * xp.sum(x)
-    total = xp.sum(x, axis=weights.axis, keepdims=True)
-    return xp.where(total == total, values, math.nan)
+    return xp.where(xp.has_nan(x, weights.axis), math.nan, values)
 
 
 def _free(xp: Namespace, p: Array, weight: Array, eps: float) -> Array:
