@@ -22,7 +22,13 @@ Array = Any
 LossFunction = Callable[..., Array]
 KINDS = ("int64", "float", "onehot")
 RETURNED = (*REDUCTIONS, "classmean")
-FIRST = {"logits": "logits", "probabilities": "probs", "log-probabilities": "log_probs"}
+# The names of what comes before the targets.
+FIRST = {
+    "logits": ("logits",),
+    "probabilities": ("probs",),
+    "log-probabilities": ("log_probs",),
+    "features": ("features", "linear_weight"),
+}
 
 
 class NotApplicable(Exception):
@@ -30,7 +36,7 @@ class NotApplicable(Exception):
 
 
 class Way(NamedTuple):
-    """How a package.module:function is called. Without a template: f(logits, targets, **options)."""
+    """How a package.module:function is called. Without a template, as unilabel's: f(logits, targets, **options)."""
 
     call: str | None = None  # a template
     reduction: str | None = None  # what it returns, one of RETURNED; None: what the option `reduction` asks for
@@ -63,11 +69,11 @@ class Template(NamedTuple):
 
 def template(text: str, loss: str) -> Template:
     """Reads "f(targets, logits, weight=weight)". ValueError, with what is expected, if it is no such call."""
-    first, options = FIRST[LOSSES[loss].takes], _options(loss)
+    names, options = (*FIRST[LOSSES[loss].takes], "targets"), _options(loss)
 
     def refuse(why: str) -> ValueError:
         return ValueError(
-            f'expected a call such as "f({first}, targets, reduction=reduction)", of {first}, targets, literals, and '
+            f'expected a call such as "f({", ".join(names)}, reduction=reduction)", of {", ".join(names)}, literals, and '
             f"as keywords the options {', '.join(options)}; received {text!r}: {why}"
         )
 
@@ -83,7 +89,7 @@ def template(text: str, loss: str) -> Template:
     found = Template(call.args, keywords)
     for node in [*found.arguments, *keywords.values()]:
         if isinstance(node, ast.Name):
-            if node.id not in (first, "targets", *options):
+            if node.id not in (*names, *options):
                 raise refuse(f"{loss} has no {node.id}")
             continue
         try:
@@ -93,7 +99,7 @@ def template(text: str, loss: str) -> Template:
     for node in found.arguments:
         if isinstance(node, ast.Name) and node.id in options:
             raise refuse(f"{node.id} is no keyword, so that it could not be left out where a case has none")
-    for name in (first, "targets"):
+    for name in names:
         if name not in found.names():
             raise refuse(f"it has no {name}")
     return found
@@ -150,11 +156,12 @@ def adapted(way: Way, function: LossFunction, case: Case, backend: Backend) -> t
         _check_reduction(case, returned, wanted)
     case, cast = _targets(way, case, axes)
 
-    def called(x: Array, z: Array, **given: Any) -> Array:
+    def called(*operands: Array, **given: Any) -> Array:
         chosen = {name: option if name == "reduction" else given[name] for name, option in options.items()}
+        *first, z = operands
         z = z if cast is None else backend.cast(z, cast)
-        first = FIRST[LOSSES[case.loss].takes]
-        result = function(x, z, **chosen) if call is None else call(function, chosen | {first: x, "targets": z})
+        named = dict(zip(FIRST[LOSSES[case.loss].takes], first, strict=True)) | {"targets": z}
+        result = function(*first, z, **chosen) if call is None else call(function, chosen | named)
         if backend.name == "numpy" and type(result) is float:  # scikit-learn's
             result = backend.cast(np.asarray(result), case.dtype)
         return result if returned == wanted else _reduced(backend, case, axes, result, returned, wanted)
@@ -217,17 +224,17 @@ def _targets(way: Way, case: Case, axes: list[int]) -> tuple[Case, str | None]:
 def _onehot(case: Case, axes: list[int]) -> Case:
     if len(axes) > 1:
         raise NotApplicable("has one class axis")
-    (axis,), classes = axes, case.logits.shape[axes[0]]
+    (axis,), classes = axes, case.shape[axes[0]]
     if not all(0 <= y < classes for y in case.targets.values):
         raise NotApplicable("takes one-hot rows, and a class index out of range has none")
     indices = np.asarray(case.targets.values, dtype=int).reshape(case.targets.shape)
     rows = np.moveaxis(np.eye(classes)[indices], -1, axis)
-    return case._replace(targets=Tensor(case.logits.shape, rows.ravel().tolist()))
+    return case._replace(targets=Tensor(case.shape, rows.ravel().tolist()))
 
 
 def _reduced(backend: Backend, case: Case, axes: list[int], result: Array, returned: str, wanted: str) -> Array:
     """The reduction that the case asks for."""
-    shape = case.logits.shape
+    shape = case.shape
     batch = tuple(n for i, n in enumerate(shape) if i not in axes)
     reduced = returned not in ("none", "classmean")
     whole = shape if returned == "none" and not LOSSES[case.loss].per_example else batch
@@ -249,7 +256,7 @@ def _taking_part(case: Case, axes: list[int]) -> int:
     """How many elements, or examples, a mean is over."""
     where = case.options.get("where", True)
     mask = np.asarray(where.values, bool).reshape(where.shape) if isinstance(where, Tensor) else np.asarray(where)
-    keep: Any = np.broadcast_to(mask, case.logits.shape)
+    keep: Any = np.broadcast_to(mask, case.shape)
     if not LOSSES[case.loss].per_example:
         return int(keep.sum())
     keep = keep.any(axis=tuple(axes))

@@ -17,6 +17,7 @@ DTYPES = {"float16": (11, -14), "bfloat16": (8, -126), "float32": (24, -126), "f
 LARGEST = {name: (2 - 2.0 ** (1 - bits)) * 2.0 ** (1 - low) for name, (bits, low) in DTYPES.items()}
 
 MULTILABEL, SOFTMAX = "multilabel_logistic_loss", "softmax_nll"
+LINEAR_MULTILABEL, LINEAR_SOFTMAX = "linear_multilabel_logistic_loss", "linear_softmax_nll"
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
@@ -25,14 +26,22 @@ class Loss(NamedTuple):
 
     per_example: bool  # its classes are mutually exclusive; else there is a loss for each element
     takes: str
+    on_logits: str = ""  # the loss of the logits, of one that takes what the last linear layer makes them from
 
 
 LOSSES = {
     MULTILABEL: Loss(False, "logits"),
     SOFTMAX: Loss(True, "logits"),
+    LINEAR_MULTILABEL: Loss(False, "features", MULTILABEL),
+    LINEAR_SOFTMAX: Loss(True, "features", SOFTMAX),
     "binary_cross_entropy": Loss(False, "probabilities"),
     "cross_entropy": Loss(True, "probabilities"),
     "nll": Loss(True, "log-probabilities"),
+}
+
+# What is differentiated by each input, in an answer.
+GRADIENTS = {"logits": "gradient", "features": "gradient"} | {
+    name: f"{name}_gradient" for name in ("linear_weight", "linear_bias")
 }
 
 
@@ -60,6 +69,8 @@ FLAGS = {
     "half sum": "float16 and bfloat16 are summed in float32: no overflow, and no small term is lost",
     "long sum": "a sum of many equal numbers, whose rounding errors all have the same sign",
     "cotangent": "an incoming gradient that differs from element to element",
+    "frozen": "one input of the linear layer is differentiated, and the others are not: its gradient is the same",
+    "blocks": "several blocks of examples, or of classes: each counts once, as does the bias, and what pads one does not",
 }
 
 
@@ -71,10 +82,26 @@ class Case(NamedTuple):
     flags: tuple[str, ...]
     dtype: str
     loss: str
-    logits: Tensor
+    logits: Tensor  # or what the loss takes in their place: probabilities, log-probabilities, features of shape (..., D)
     targets: Tensor
     options: dict[str, Any]  # as the loss takes them; arrays as Tensor
     cotangent: Tensor
+    linear_weight: Tensor | None = None  # (C, D), of a loss that takes features
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits."""
+        weight = self.linear_weight
+        return self.logits.shape if weight is None else (*self.logits.shape[:-1], weight.shape[0])
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the loss is differentiated by, besides targets: the logits, or the linear layer's inputs."""
+        if self.linear_weight is None:
+            return {"logits": self.logits}
+        bias = self.options.get("linear_bias")
+        layer = {"features": self.logits, "linear_weight": self.linear_weight}
+        return layer if bias is None else layer | {"linear_bias": bias}
 
 
 def class_axes(options: dict[str, Any], logits: Tensor) -> list[int]:
@@ -135,21 +162,23 @@ class Maker:
     def case(self, loss: str, logits: Any, targets: Any, flag: str = "", **options: Any) -> Case:
         """A case of nested lists or Tensors, and a random cotangent. Flags are separated by commas."""
         self.count += 1
+        linear_weight = options.pop("linear_weight", None)
+        weight = None if linear_weight is None else self.tensor(linear_weight)
         flags = tuple(filter(None, flag.split(", ")))
         assert all(name in FLAGS for name in flags), flags
         logits, targets = self.tensor(logits), self.tensor(targets)
         options = {
             name: self.tensor(value) if isinstance(value, list | Tensor) else value for name, value in options.items()
         }
+        name = f"{self.dtype}/{self.family}/{self.count}"
+        case = Case(name, self.family, flags, self.dtype, loss, logits, targets, options, Tensor((), []), weight)
         shape: tuple[int, ...] = ()
         if options.get("reduction") == "none":
             axes = class_axes(options, logits)
-            shape = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
-            shape = shape if LOSSES[loss].per_example else logits.shape
-        cotangent = self.numbers(shape, 0.5, 2.0)
+            batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+            shape = batch if LOSSES[loss].per_example else case.shape
         flags += ("cotangent",) if shape and not flags else ()
-        name = f"{self.dtype}/{self.family}/{self.count}"
-        return Case(name, self.family, flags, self.dtype, loss, logits, targets, options, cotangent)
+        return case._replace(cotangent=self.numbers(shape, 0.5, 2.0), flags=flags)
 
     def tensor(self, nested: Any) -> Tensor:
         """A nested list as a Tensor, its floats rounded to the dtype."""
@@ -172,6 +201,10 @@ class Maker:
         """Random choices."""
         return Tensor(shape, [self.random.choice(choices) for _ in range(math.prod(shape))])
 
+    def multiples(self, shape: tuple[int, ...], most: int, step: float) -> Tensor:
+        """Random multiples of a step, a power of two."""
+        return Tensor(shape, [self.random.randint(-most, most) * step for _ in range(math.prod(shape))])
+
     def distributions(self, rows: int, classes: int) -> Tensor:
         """Random rows that sum to 1 but for rounding."""
         values: list[float] = []
@@ -188,6 +221,26 @@ class Maker:
         yield self.case(MULTILABEL, self.numbers(shape, low, high), self.numbers(shape, 0, 1), **options)
         yield self.case(SOFTMAX, self.numbers(shape, low, high), self.chosen((rows,), *range(classes)), **options)
         yield self.case(SOFTMAX, self.numbers(shape, low, high), self.distributions(rows, classes), **options)
+
+    def layer(self, rows: int, classes: int, length: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features, and a linear layer's weight and bias, whose logits are exact in every dtype: multiples of 1/4."""
+        weight, bias = self.multiples((classes, length), 4, 0.5), self.multiples((classes,), 4, 0.5)
+        return self.multiples((rows, length), 4, 0.5), {"linear_weight": weight, "linear_bias": bias}
+
+    def rounded_layer(self, rows: int, classes: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of any numbers, so that the logits are rounded."""
+        weight, bias = self.numbers((classes, length), -1, 1), self.numbers((classes,), -1, 1)
+        return self.numbers((rows, length), -2, 2), {"linear_weight": weight, "linear_bias": bias}
+
+    def linear(self, layer: tuple[Tensor, dict[str, Tensor]], of: Any = range(5), **options: Any) -> Iterator[Case]:
+        """A layer with random targets of every kind, the class indices some of these."""
+        features, made = layer
+        (rows, _), (classes, _) = features.shape, made["linear_weight"].shape
+        shape, options = (rows, classes), made | options
+        yield self.case(LINEAR_MULTILABEL, features, self.chosen(shape, 0, 1), **options)
+        yield self.case(LINEAR_MULTILABEL, features, self.numbers(shape, 0, 1), **options)
+        yield self.case(LINEAR_SOFTMAX, features, self.chosen((rows,), *of), **options)
+        yield self.case(LINEAR_SOFTMAX, features, self.distributions(rows, classes), **options)
 
 
 def one_hot(indices: Tensor, classes: int) -> Tensor:
@@ -556,6 +609,128 @@ def flat(make: Maker) -> Iterator[Case]:
     yield make.case("cross_entropy", Tensor((1, classes), share), Tensor((1, classes), share), flag=flag)
     log_p = make.tensor(math.log(1 / classes)).values * classes
     yield make.case("nll", Tensor((1, classes), log_p), Tensor((1, classes), share), flag=flag)
+
+
+@family
+def linear(make: Maker) -> Iterator[Case]:
+    """The losses on the last linear layer's inputs, with every option. The logits are exact, the gradients are sums."""
+    for reduction in REDUCTIONS:
+        yield from make.linear(make.layer(4, 5), reduction=reduction)
+    mask = Tensor((4, 5), [True, False, True, True, False] * 2 + [True, True, False, True, True] * 2)
+    yield from make.linear(make.layer(4, 5), of=(0, 3), reduction="none", where=mask)
+    yield from make.linear(make.layer(4, 5), reduction="mean", where=Tensor((4, 1), [True, False, True, True]))
+    features, layer = make.layer(4, 5)
+    y, labels = make.chosen((4,), *range(5)), make.chosen((4, 5), 0, 1)
+    weights = {"weight": make.numbers((5,), 0.1, 3), "sample_weight": make.numbers((4,), 0.1, 3)}
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights)
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights, label_smoothing=0.1, reduction="none")
+    yield make.case(LINEAR_SOFTMAX, features, make.distributions(4, 5), **layer, **weights)
+    yield make.case(LINEAR_SOFTMAX, features, [0, -100, 4, -100], **layer, **weights, ignore_index=-100, flag="masked")
+    smoothed: dict[str, Any] = layer | {"label_smoothing": 0.1}
+    row = make.tensor([True, True, False, True, True])
+    yield make.case(LINEAR_SOFTMAX, features, [0, 1, 1, 3], **smoothed, ignore_index=1, where=row, reduction="sum")
+    weights = {"weight": make.numbers((4, 1), 0.1, 3), "pos_weight": make.numbers((5,), 0.1, 30)}
+    yield make.case(LINEAR_MULTILABEL, features, labels, **smoothed, **weights, where=row, reduction="mean")
+    weights = {"weight": make.numbers((5,), 0.1, 3), "pos_weight": make.numbers((4, 5), 0.1, 30)}
+    yield make.case(LINEAR_MULTILABEL, features, make.numbers((4, 5), 0, 1), **layer, **weights, reduction="none")
+    del layer["linear_bias"]
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer, flag="frozen")
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer, reduction="none")
+    yield make.case(LINEAR_MULTILABEL, features, labels, **layer)
+    for loss, targets in ((LINEAR_SOFTMAX, y), (LINEAR_MULTILABEL, labels)):
+        several = make.multiples((2, 2, 3), 4, 0.5)  # of examples, along two axes
+        targets = targets._replace(shape=(2, 2, *targets.shape[1:]))
+        mask: dict[str, Any] = {"where": make.chosen((2, 1, 5), True, True, False)} if loss == LINEAR_MULTILABEL else {}
+        yield make.case(loss, several, targets, **layer, **mask, reduction="none")
+    one = make.multiples((3,), 4, 0.5)
+    yield make.case(LINEAR_SOFTMAX, one, 2, **layer)
+    yield make.case(LINEAR_MULTILABEL, one, make.chosen((5,), 0, 1), **layer, flag="frozen")
+    of_one, single = make.layer(4, 1, 1)
+    yield make.case(LINEAR_MULTILABEL, of_one, make.chosen((4, 1), 0, 1), **single)
+    yield make.case(LINEAR_SOFTMAX, of_one, [0] * 4, **single)
+
+
+@family
+def linear_limits(make: Maker) -> Iterator[Case]:
+    """Where the losses on logits go wrong, on the last linear layer's inputs."""
+    unit, inf, nan = [[1.0, 0.0], [0.0, 1.0]], math.inf, math.nan
+    for x in (17.0, 30.0, 80.0):
+        sure: dict[str, Any] = {"linear_weight": [[x, 0.0], [0.0, x], [-x, 1.0]], "flag": "confident"}
+        yield make.case(LINEAR_SOFTMAX, unit, [0, 1], **sure, reduction="none")
+        yield make.case(LINEAR_SOFTMAX, unit, [2, 1], **sure)
+        yield make.case(LINEAR_MULTILABEL, unit, [[1, 0, 0], [0, 1, 0]], **sure, reduction="none")
+    large: dict[str, Any] = {"linear_weight": [[32.0, 0.0], [0.0, 32.0], [-32.0, 1.0]], "reduction": "none"}
+    far = [[1024.0, 0.0], [0.0, -1024.0]]
+    yield make.case(LINEAR_SOFTMAX, far, [0, 1], **large)
+    yield make.case(LINEAR_MULTILABEL, far, [[1, 0, 0], [0, 1, 0]], **large)
+    features, layer = make.layer(4, 5)
+    y = make.chosen((4,), *range(5))
+    bias = Tensor((5,), [4096.0] * 5)
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer | {"linear_bias": bias}, flag="offset", reduction="none")
+    columns = {"linear_weight": [[1024.0, 0.5], [1024.0, -1.0], [1024.0, 2.0]]}
+    yield make.case(LINEAR_SOFTMAX, [[4.0, 1.0], [8.0, -0.5]], [0, 2], **columns, flag="offset")
+    zeros, weight = Tensor((4, 3), [0.0] * 12), layer["linear_weight"]
+    yield make.case(LINEAR_SOFTMAX, zeros, y, linear_weight=weight, flag="zero logit", reduction="none")
+    yield make.case(LINEAR_MULTILABEL, zeros, make.chosen((4, 5), 0, 1), linear_weight=weight, flag="zero logit")
+    small = features._replace(shape=(2, 3), values=features.values[:6])
+    weight = weight._replace(shape=(3, 3), values=weight.values[:9])
+
+    def shifted(*bias: float) -> dict[str, Any]:
+        return {"linear_weight": weight, "linear_bias": make.tensor([*bias])}
+
+    yield make.case(LINEAR_SOFTMAX, small, [0, 2], **shifted(0.5, -inf, 1.0), flag="excluded class", reduction="none")
+    yield make.case(LINEAR_SOFTMAX, small, [0, 0], **shifted(inf, 0.5, 1.0), flag="infinite logit")
+    labels = [[1, 0, 1], [1, 0, 0]]
+    yield make.case(LINEAR_MULTILABEL, small, labels, **shifted(inf, -inf, 1.0), flag="infinite logit", reduction="none")
+    hidden: dict[str, Any] = shifted(0.5, nan, 1.0) | {"where": [True, False, True], "flag": "masked"}
+    yield make.case(LINEAR_SOFTMAX, small, [0, 2], **hidden)
+    yield make.case(LINEAR_MULTILABEL, small, labels, **hidden, reduction="none")
+    yield make.case(LINEAR_SOFTMAX, small, [1, 2], **shifted(0.5, nan, 1.0), flag="nan logit", reduction="none")
+    for reduction in ("none", "mean"):
+        nothing: dict[str, Any] = shifted(0.5, 0.0, 1.0) | {"flag": "nothing takes part", "reduction": reduction}
+        yield make.case(LINEAR_SOFTMAX, small, [-100, -100], **nothing, ignore_index=-100)
+        yield make.case(LINEAR_MULTILABEL, small, labels, **nothing, where=False)
+        yield make.case(LINEAR_SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), **nothing)
+        wrong: dict[str, Any] = shifted(0.5, 0.0, 1.0) | {"flag": "wrong index", "reduction": reduction}
+        yield make.case(LINEAR_SOFTMAX, small, [3, 1], **wrong)
+    yield make.case(LINEAR_MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), **nothing)
+    out = shifted(0.5, 0.0, 1.0) | {"flag": "wrong index", "where": [True, False, True], "reduction": "none"}
+    yield make.case(LINEAR_SOFTMAX, small, [1, 2], **out)
+
+
+@family
+def linear_blocks(make: Maker) -> Iterator[Case]:
+    """Several blocks of examples: of unilabel's own, which are shrunk here, or of whoever has them as short as this."""
+    flag = "blocks"
+    for reduction in REDUCTIONS:
+        (features, layer), whole = make.layer(10, 5), {"reduction": reduction, "flag": flag}
+        yield make.case(LINEAR_SOFTMAX, features, make.chosen((10,), *range(5)), **layer, **whole)
+        yield make.case(LINEAR_MULTILABEL, features, make.chosen((10, 5), 0, 1), **layer, **whole)
+    features, layer = make.layer(7, 5)  # no block of which is as long as the others
+    ignored: dict[str, Any] = {"ignore_index": -100, "weight": make.numbers((5,), 0.1, 3)}
+    ignored["sample_weight"] = make.numbers((7,), 0.1, 3)
+    y = [-100] * 3 + [0, 1, 4, 2]  # a block in which nobody takes part
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer, **ignored, flag="blocks, masked")
+    mask = Tensor((7, 5), [False] * 15 + [True, True, False, True] * 5)
+    some: dict[str, Any] = {"where": mask, "reduction": "mean", "flag": "blocks, masked"}
+    yield make.case(LINEAR_MULTILABEL, features, make.chosen((7, 5), 0, 1), **layer, **some)
+    soft: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none", "flag": flag}
+    yield make.case(LINEAR_SOFTMAX, features, make.distributions(7, 5), **layer, **soft)
+    classes, below = 131, {"linear_bias": Tensor((131,), [-20.0] * 131), "flag": flag}  # a class of 0 would be all
+    features, layer = make.layer(3, classes, 1)
+    yield make.case(LINEAR_SOFTMAX, features, [0, 130, 77], **layer | below)
+    yield make.case(LINEAR_MULTILABEL, features, make.chosen((3, classes), 0, 0, 0, 1), **layer | below)
+    n, even = 300, {"linear_weight": [[0.0], [0.0]], "flag": "blocks, half sum, long sum", "reduction": "sum"}
+    ones = Tensor((n, 1), [1.0] * n)
+    yield make.case(LINEAR_SOFTMAX, ones, Tensor((n,), [0] * n), linear_bias=[0.0, 0.0], **even)
+    yield make.case(LINEAR_MULTILABEL, ones, Tensor((n, 2), [1, 0] * n), linear_bias=[0.0, 0.0], **even)
+
+
+@family
+def linear_rounded(make: Maker) -> Iterator[Case]:
+    """Any features and weights: the logits are rounded, and with them the losses."""
+    for reduction in ("none", "mean"):
+        yield from make.linear(make.rounded_layer(4, 5, 6), reduction=reduction)
 
 
 @family

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mpmath import mp
@@ -28,18 +28,22 @@ class Exact(NamedTuple):
 
     value: Number
     terms: Number
-    shift: Number = 0  # in units of the dtype's epsilon, relative to the number
+    shift: Number = 0  # in units of the dtype's epsilon, relative to the number. Of features, that of rounded logits too
 
 
 class Expected(NamedTuple):
     """The answers to a case: the reduced loss and its derivatives, each a list of Exact in row-major order."""
 
     value: list[Exact]
-    gradient: list[Exact]  # with respect to the logits, times the case's cotangent
+    gradient: list[Exact]  # with respect to the logits, or the features, times the case's cotangent
     gradient_of_sum: list[Exact]  # the same with a cotangent of ones
-    hessian: list[Exact]  # the diagonal, for the sum of the unreduced losses
+    hessian: list[Exact]  # the diagonal, for the sum of the unreduced losses; empty for a linear layer's inputs
     target_gradient: list[Exact]  # by float targets, times the cotangent; empty without them, or if a loss is infinite
     summands: int  # how many numbers the reduction adds up
+    linear_weight_gradient: list[Exact] = []  # noqa: RUF012  # nobody writes into them
+    linear_weight_gradient_of_sum: list[Exact] = []  # noqa: RUF012
+    linear_bias_gradient: list[Exact] = []  # noqa: RUF012
+    linear_bias_gradient_of_sum: list[Exact] = []  # noqa: RUF012
 
 
 class Parts(NamedTuple):
@@ -53,6 +57,8 @@ class Parts(NamedTuple):
 
 def expected(case: Case) -> Expected:
     with mp.workprec(BITS):
+        if case.linear_weight is not None:
+            return _of_layer(case, case.linear_weight)
         return _per_example(case) if LOSSES[case.loss].per_example else _elementwise(case)
 
 
@@ -307,6 +313,80 @@ def _reduced(
     of_sum, by_target = _all_scaled(gradient, factor), _all_scaled(by_target, factor)
     total = _scaled(_total(values), factor)
     return Expected([total], pulled_back(of_sum), of_sum, hessian, pulled_back(by_target), len(values))
+
+
+# --- The last linear layer --------------------------------------------------------------------------------------------
+
+
+def _of_layer(case: Case, weight: Tensor) -> Expected:
+    """The answers of the logits x = f · Wᵀ + b; with g = dL/dx, dL/df = g · W, dL/dW = gᵀ · f and dL/db = Σ g."""
+    features, weights = _rows(case.logits), _rows(weight)
+    bias = case.options.get("linear_bias")
+    biases = [mp.mpf(0)] * len(weights) if bias is None else list(map(mp.mpf, bias.values))
+    sums = [[[*map(mp.fmul, f, w), b] for w, b in zip(weights, biases, strict=True)] for f in features]
+    loss = LOSSES[case.loss]
+    options = {name: given for name, given in case.options.items() if name != "linear_bias"}
+    logits = Tensor(case.shape, [mp.fsum(terms) for row in sums for terms in row])
+    answers = expected(case._replace(loss=loss.on_logits, logits=logits, options=options, linear_weight=None))
+
+    # If a logit is off by e, p and 1 - p are off by e p (1 - p), and -log p by e (1 - p), which is at most -log p: each
+    # by e relative to itself or less. In a softmax the others' error comes on top of its own.
+    bits = 53 if case.dtype == "float64" else 24
+    errors = [[_rounding(terms, bits) for terms in row] for row in sums]
+    if loss.per_example:
+        errors = [[2 * max(row)] * len(row) for row in errors]
+    flat = [error for row in errors for error in row]
+    largest = max(flat, default=mp.mpf(0))
+    if case.options.get("reduction") != "none":
+        of_values = [largest]
+    else:
+        of_values = [row[0] for row in errors] if loss.per_example else flat
+
+    def moved(numbers: list[Exact], errors: list[Number]) -> list[Exact]:
+        pairs = zip(numbers, errors, strict=True)
+        return [number._replace(shift=number.shift + error) for number, error in pairs]
+
+    answers = answers._replace(
+        value=moved(answers.value, of_values),
+        hessian=[],
+        target_gradient=moved(answers.target_gradient, [largest] * len(answers.target_gradient)),
+    )
+    found: dict[str, list[Exact]] = {}
+    for name in ("gradient", "gradient_of_sum"):
+        of_logits = iter(moved(getattr(answers, name), flat))
+        by_example = [[next(of_logits) for _ in weights] for _ in features]
+        by_class = list(zip(*by_example, strict=True)) or [()] * len(weights)
+        found[name] = [_weighted(g, w) for g in by_example for w in zip(*weights, strict=True)]
+        columns = list(zip(*features, strict=True)) or [()] * weight.shape[1]
+        found[f"linear_weight_{name}"] = [_weighted(g, f) for g in by_class for f in columns]
+        if bias is not None:
+            found[f"linear_bias_{name}"] = [_weighted(g, [mp.mpf(1)] * len(g)) for g in by_class]
+    return answers._replace(**found)
+
+
+def _rows(matrix: Tensor) -> list[list[Number]]:
+    """The rows along the last axis."""
+    n, length = math.prod(matrix.shape[:-1]), matrix.shape[-1]
+    return [list(map(mp.mpf, matrix.values[i * length : (i + 1) * length])) for i in range(n)]
+
+
+def _rounding(terms: list[Number], bits: int) -> Number:
+    """How far rounded products, and a rounded sum of them in any order, may be off, in units of 2^(1 - bits)."""
+    terms = [abs(x) for x in terms if x]
+    total = mp.fsum(terms)
+    if not terms or not mp.isfinite(total):
+        return mp.mpf(0)
+    step = mp.ldexp(1, min(x.man_exp[1] for x in terms))  # each product is a multiple of it
+    return mp.mpf(0) if total <= mp.ldexp(step, bits) else total * len(terms) / 2
+
+
+def _weighted(gradients: Sequence[Exact], factors: Sequence[Number]) -> Exact:
+    """Σ g f"""
+    pairs = list(zip(gradients, factors, strict=True))
+    sizes = [g.terms * abs(f) for g, f in pairs]
+    terms = mp.fsum(sizes)
+    shift = mp.fsum(g.shift * size for (g, _), size in zip(pairs, sizes, strict=True)) / terms if terms else mp.mpf(0)
+    return Exact(mp.fsum(g.value * f for g, f in pairs), terms, shift)
 
 
 # --- Helpers ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.text import Text
 
 import unilabel
 
-from .cases import FAMILIES, FLAGS, Case, Tensor
+from .cases import FAMILIES, FLAGS, GRADIENTS, Case, Tensor
 from .runner import Job, Run
 from .tolerances import Verdict
 
@@ -85,12 +85,12 @@ def _case(case: Case, run: Run) -> dict[str, Any]:
         "dtype": case.dtype,
         "loss": case.loss,
         "flags": list(case.flags),
-        "size": len(case.logits.values),
+        "size": math.prod(case.shape),
         "call": call(case) if status == "fail" else "",
         "status": status,
         "reason": str(answer.get("error", "") or answer.get("not applicable", "")),
         "verdicts": {name: _verdict(verdict) for name, verdict in run.verdicts.get(case.id, {}).items()},
-        "numbers": {} if len(case.logits.values) > KEPT else answer.get("numbers", {}),
+        "numbers": {} if math.prod(case.shape) > KEPT else answer.get("numbers", {}),
     }
 
 
@@ -103,7 +103,8 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 def call(case: Case) -> str:
     """The case as one would write it."""
     options = "".join(f", {name}={_literal(value)}" for name, value in case.options.items())
-    return f"{case.loss}({_literal(case.logits)}, {_literal(case.targets)}{options})"
+    weight = "" if case.linear_weight is None else f"{_literal(case.linear_weight)}, "
+    return f"{case.loss}({_literal(case.logits)}, {weight}{_literal(case.targets)}{options})"
 
 
 def _literal(value: Any, most: int = 12) -> str:
@@ -247,6 +248,8 @@ QUANTITIES = {
     "value": "value",
     "gradient": "gradient",
     "hessian": "Hessian",
+    "linear_weight_gradient": "gradient by weight",
+    "linear_bias_gradient": "gradient by bias",
     "target_gradient": "gradient by targets",
 }
 STATUSES = ("pass", "fail", "not applicable", "not run")
@@ -264,7 +267,7 @@ def _cell(cases: list[dict[str, Any]]) -> Text:
         return Text("not run", style="red")
     if counts["fail"]:
         return Text(f"{counts['fail']} of {len(cases) - counts['not applicable']} fail ✗", style="red")
-    said = _closest(cases, "value"), _closest(cases, "gradient", "target_gradient"), _closest(cases, "hessian")
+    said = _closest(cases, "value"), _closest(cases, *GRADIENTS.values(), "target_gradient"), _closest(cases, "hessian")
     return Text(" ".join(said)) + Text(" ✓", style="green")
 
 

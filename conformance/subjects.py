@@ -1,7 +1,7 @@
 """Whose losses are run: unilabel's, a framework's own ("native", "keras"), or yours ("package.module:function").
 
-For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)`, or one
-that is called in another way (see `calls`). Where it does not take an option, it raises NotApplicable: the case is
+For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)` (of a linear
+layer `f(features, linear_weight, targets, **options)`), or one that is called in another way (see `calls`). Where it does not take an option, it raises NotApplicable: the case is
 reported as not applicable, never as passed.
 """
 
@@ -76,11 +76,11 @@ def _only_options(function: LossFunction) -> LossFunction:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in parameters}
 
-    def call(logits: Array, targets: Array, **options: Any) -> Array:
+    def call(*operands: Array, **options: Any) -> Array:
         unknown = [] if takes_all else [name for name in options if name not in names]
         if unknown:
             raise NotApplicable(f"takes no {', '.join(unknown)}")
-        return function(logits, targets, **options)
+        return function(*operands, **options)
 
     return call
 
@@ -171,9 +171,36 @@ def _torch() -> dict[str, LossFunction]:
         loss = functional.nll_loss(log_p, y.long(), weight, ignore_index=ignore_index, reduction=own)
         return loss / _examples(log_p, -1) if reduction == "batchmean" else loss
 
-    return {
-        function.__name__: function for function in (multilabel_logistic_loss, softmax_nll, binary_cross_entropy, nll)
-    }
+    def linear_softmax_nll(
+        features: Array,
+        linear_weight: Array,
+        y: Array,
+        *,
+        linear_bias: Array = None,
+        weight: Array = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Array:
+        index = y.ndim < features.ndim
+        if features.ndim > 2:
+            raise NotApplicable("takes one axis of examples")
+        if not index and reduction == "mean" and weight is not None:
+            raise NotApplicable("divides distributions by the number of examples")
+        loss = functional.linear_cross_entropy(
+            features,
+            linear_weight,
+            y.long() if index else y,
+            linear_bias=linear_bias,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction="sum" if reduction == "batchmean" else reduction,
+            label_smoothing=label_smoothing,
+        )
+        return loss / _examples(features, -1) if reduction == "batchmean" else loss
+
+    own = multilabel_logistic_loss, softmax_nll, binary_cross_entropy, nll, linear_softmax_nll
+    return {function.__name__: function for function in own}
 
 
 def _optax() -> dict[str, LossFunction]:

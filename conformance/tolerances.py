@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from mpmath import mp
 
-from .cases import DTYPES, LARGEST, LOSSES, Case, Tensor
+from .cases import DTYPES, GRADIENTS, LARGEST, LOSSES, Case, Tensor
 from .oracle import Exact, Expected
 
 # ULP for (value, gradient), as measured with each framework's exp and log1p. Other backends get NumPy's bounds.
@@ -18,6 +19,8 @@ HESSIAN = 2  # more for the Hessian diagonal: its products have one factor more 
 SUM = 20  # more for a sum or a mean of many numbers, and for a row of more than LONG classes
 LONG = 4096
 HALF = 0.51  # the bound for float16 and bfloat16, which are computed in float32 and rounded once
+SCALED = 2  # more for the gradients by a linear layer's inputs, which may be divided after they are added up
+WITH_COTANGENT = ("autodiff", "autodiff, the others frozen")  # of the ways to a gradient; the others have that of the sum
 FLUSH = ("torch", "jax", "tensorflow")  # these may flush subnormal numbers to 0, intermediate results too
 
 
@@ -40,13 +43,14 @@ class Verdict(NamedTuple):
 
 
 def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]], backend: str) -> dict[str, Verdict]:
-    """A verdict on each quantity (value, gradient, hessian) that a backend computed, in one way or several."""
+    """A verdict on each quantity (value, gradients, hessian) that a backend computed, in one way or several."""
     per_example = LOSSES[case.loss].per_example
+    shape, half = case.shape, case.dtype in ("float16", "bfloat16")
     table = PER_EXAMPLE if per_example else ELEMENTS_POS_WEIGHT if "pos_weight" in case.options else ELEMENTS
     value, gradient = table.get(backend, table["numpy"])
     factors = FACTOR * len({"weight", "sample_weight"} & case.options.keys())
     value, gradient = value + factors, gradient + factors + FACTOR
-    long = SUM if per_example and len(case.logits.values) > LONG else 0
+    long = SUM if per_example and math.prod(shape) > LONG else 0
     reduced = min(SUM, exact.summands - 1)
     bounds: dict[str, float] = {
         "value": value + long + reduced,
@@ -55,23 +59,32 @@ def judge(case: Case, exact: Expected, numbers: dict[str, dict[str, list[str]]],
         # With class weights the divisor depends on the targets, and so the mean is in their gradient.
         "target_gradient": value + long + FACTOR + (reduced if "weight" in case.options else 0),
     }
-    if case.dtype in ("float16", "bfloat16"):
+    sums: dict[str, float] = {}
+    if case.linear_weight is not None:
+        # Sums of products with the logits' gradients, which may be as far off as ever. In epsilons of the terms: each
+        # of the n numbers that are added up is rounded n times or less, by half of one.
+        by_class, by_example = (gradient + long + SCALED + n / 2 for n in (shape[-1], math.prod(shape[:-1])))
+        sums = {"gradient": by_class, "linear_weight_gradient": by_example, "linear_bias_gradient": by_example}
+        bounds |= dict.fromkeys(sums, 1)
+    if half:
         bounds = dict.fromkeys(bounds, HALF)
     verdicts = {}
     for quantity, ways in numbers.items():
         compared = []
         for how, got in ways.items():
-            of_sum = quantity == "gradient" and how != "autodiff"
-            answers = getattr(exact, "gradient_of_sum" if of_sum else quantity)
+            of_sum = quantity in GRADIENTS.values() and how not in WITH_COTANGENT
+            answers = getattr(exact, f"{quantity}_of_sum" if of_sum else quantity)
             if quantity == "target_gradient" and not answers:
                 continue  # the loss is infinite
-            compared.append(_compare(case, answers, got, bounds[quantity], backend, how))
+            compared.append(_compare(case, answers, got, bounds[quantity], sums.get(quantity, 0), backend, how))
         if compared:
             verdicts[quantity] = max(compared, key=lambda verdict: (verdict.failed, verdict.ulp))
     return verdicts
 
 
-def _compare(case: Case, exact: list[Exact], got: list[str], bound: float, backend: str, how: str) -> Verdict:
+def _compare(
+    case: Case, exact: list[Exact], got: list[str], bound: float, of_sum: float, backend: str, how: str
+) -> Verdict:
     bits, low = DTYPES[case.dtype]
     worst = Verdict(bound=bound)
     seen = set()  # large cases repeat a few different numbers
@@ -80,7 +93,7 @@ def _compare(case: Case, exact: list[Exact], got: list[str], bound: float, backe
             continue
         seen.add((id(right), text))
         with mp.workprec(200):
-            ulp, limit = _error(right, mp.mpf(float.fromhex(text)), bits, low, LARGEST[case.dtype], bound)
+            ulp, limit = _error(right, mp.mpf(float.fromhex(text)), bits, low, LARGEST[case.dtype], bound, of_sum)
             if ulp > limit and not (backend in FLUSH and _flushed(case, right, float.fromhex(text), low)):
                 if not worst.failed or ulp > worst.ulp:
                     answer = mp.nstr(right.value, 17)
@@ -90,8 +103,10 @@ def _compare(case: Case, exact: list[Exact], got: list[str], bound: float, backe
     return worst
 
 
-def _error(right: Exact, got: Any, bits: int, low: int, largest: float, bound: float) -> tuple[Any, Any]:
-    """The error in ULP, and the largest that is allowed."""
+def _error(
+    right: Exact, got: Any, bits: int, low: int, largest: float, bound: float, of_sum: float
+) -> tuple[Any, Any]:
+    """The error in ULP, and the largest that is allowed: `bound`, and `of_sum` epsilons of the computing dtype."""
     value, terms, shift = right
     limit = mp.mpf(bound)
     if mp.isnan(value) or mp.isnan(got):
@@ -105,7 +120,9 @@ def _error(right: Exact, got: Any, bits: int, low: int, largest: float, bound: f
     exponent = max(int(mp.floor(mp.log(scale, 2))), low) if scale > 0 else low
     ulp = mp.ldexp(1, exponent - bits + 1)
     # Half precision is computed in float32, where the rounding of the shift is too small to see in the result.
-    return abs(got - value) / ulp, limit + (shift * mp.ldexp(scale, 1 - bits) / ulp if bits >= 24 else 0)
+    allowed = shift * mp.ldexp(scale, 1 - bits) if bits >= 24 else mp.mpf(0)
+    allowed += of_sum * mp.ldexp(scale, 1 - max(bits, 24))
+    return abs(got - value) / ulp, limit + allowed / ulp
 
 
 def _flushed(case: Case, right: Exact, got: float, low: int) -> bool:

@@ -8,10 +8,14 @@ place of the first two it may have a "problem". Whatever the framework or the su
 from __future__ import annotations
 
 import fnmatch
+import importlib
+import itertools
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,7 @@ import unilabel
 from unilabel.backend import Backend, backend_named, backend_of
 
 from .calls import NotApplicable, Way
-from .cases import Case, Tensor, cases
+from .cases import GRADIENTS, MULTILABEL, Case, Tensor, cases
 from .modes import put
 from .subjects import OURS, find, imported
 
@@ -96,18 +100,33 @@ def answer(
     way: Way = Way(),  # noqa: B008  # it is a tuple
 ) -> dict[str, Any]:
     """{"numbers": {quantity: {how: values}}}, or {"error": …}, or {"not applicable": …}."""
+    ours = subject == "unilabel"
     try:
         case, call = find(subject, case, claims, backend, way)
-        return {"numbers": _computed(backend, device, case, call, subject == "unilabel", mode)}
+        with _short_blocks() if ours and "blocks" in case.flags else nullcontext():
+            return {"numbers": _computed(backend, device, case, call, ours, mode)}
     except NotApplicable as reason:
         return {"not applicable": str(reason)}
     except BaseException as error:  # sys.exit() in a loss is wrong, too
         return {"error": _said(error)}
 
 
+@contextmanager
+def _short_blocks() -> Iterator[None]:
+    """In it unilabel's blocks of a linear layer's logits are as short as they get: a real one has millions of logits."""
+    module: Any = importlib.import_module("unilabel.formulas.linear")
+    whole, module.BLOCK = module.BLOCK, 1
+    try:
+        yield
+    finally:
+        module.BLOCK = whole
+
+
 def _wrong_kind(backend: Backend, device: str, case: Case, result: Any, quantity: str) -> str:
     """What is wrong with the framework, dtype, shape or device of a result. Empty if all are right."""
-    shape = case.cotangent.shape if quantity == "value" else case.logits.shape
+    shapes = {GRADIENTS[name]: tensor.shape for name, tensor in case.inputs.items()}
+    shapes |= {"value": case.cotangent.shape, "hessian": case.shape, "target_gradient": case.targets.shape}
+    shape = shapes[quantity]
     right = (backend.name, case.dtype, shape, device)
     kind = (backend_of(result).name, backend.dtype(result), tuple(result.shape), backend.device(result))
     return "" if kind == right else f"Expected kind {right}. Received: {kind}."
@@ -126,18 +145,25 @@ def _computed(
         exact = data.astype("float64" if case.dtype == "float64" else "float32")
         return backend.cast(backend.asarray(exact, device=device), case.dtype)
 
-    logits, targets = array(case.logits, "float64"), array(case.targets, "int32")
+    inputs = {name: array(tensor, "float64") for name, tensor in case.inputs.items()}
+    targets = array(case.targets, "int32")
     options = {name: given for name, given in case.options.items() if not isinstance(given, Tensor)}
     arrays = {
         name: array(given, "bool" if name == "where" else "float64")
         for name, given in case.options.items()
-        if isinstance(given, Tensor)
+        if isinstance(given, Tensor) and name not in inputs
     }
     unreduced = case.options.get("reduction") == "none"
     summed = options | ({"reduction": "sum"} if unreduced else {})
 
-    def called(x: Any, z: Any, arrays: dict[str, Any]) -> Any:
-        return loss(x, z, **options, **arrays)
+    def arguments(inputs: dict[str, Any], z: Any, arrays: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The bias of a linear layer is an option; what comes before the targets is not."""
+        operands = [given for name, given in inputs.items() if name not in case.options]
+        return [*operands, z], {name: given for name, given in inputs.items() if name in case.options} | arrays
+
+    def called(*given: Any) -> Any:
+        operands, more = arguments(*given)
+        return loss(*operands, **options, **more)
 
     numbers: dict[str, dict[str, list[str]]] = {}
 
@@ -148,40 +174,74 @@ def _computed(
             raise TypeError(f"{quantity} by {how}: {problem}")
         numbers.setdefault(quantity, {})[how] = _hex(backend, result)
 
+    def take_gradients(how: str, gradients: dict[str, Any]) -> None:
+        for name, gradient in gradients.items():
+            take(GRADIENTS[name], how, gradient)
+
     run = put(called, backend.name, mode)
     if not ours or not backend.autodiff:  # the vjp needs a result of the right kind
-        take("value", "the loss", run(logits, targets, arrays))
+        take("value", "the loss", run(inputs, targets, arrays))
     if backend.autodiff:
         cotangent = array(case.cotangent, "float64")
-        value, gradient = backend.vjp(lambda x: run(x, targets, arrays), logits, cotangent)
+        value, gradients = _by_autodiff(backend, lambda inputs: run(inputs, targets, arrays), inputs, cotangent)
         take("value", "the loss" if ours else "the loss, differentiated", value)
-        take("gradient", "autodiff", gradient)
+        take_gradients("autodiff", gradients)
+        for name in inputs if "frozen" in case.flags else ():
+            own = {name: inputs[name]}
+            _, gradients = _by_autodiff(backend, lambda own: run(inputs | own, targets, arrays), own, cotangent)
+            take_gradients("autodiff, the others frozen", gradients)
         if ours and all(isinstance(z, float) for z in case.targets.values) and case.targets.values:
-            value, gradient = backend.vjp(lambda z: run(logits, z, arrays), targets, cotangent)
+            value, gradient = backend.vjp(lambda z: run(inputs, z, arrays), targets, cotangent)
             take("value", "the loss, differentiated by targets", value)
             take("target_gradient", "autodiff", gradient)
-        if unreduced and mode == "eager" and case.loss == "multilabel_logistic_loss":  # whose Hessian is diagonal
-            ones = array(Tensor(case.logits.shape, [1.0] * len(case.logits.values)), "float64")
-            gradient, hessian = backend.vjp(
-                lambda x: backend.vjp(lambda x: run(x, targets, arrays), x, ones)[1], logits, ones
-            )
+        if unreduced and mode == "eager" and case.loss == MULTILABEL:  # whose Hessian is diagonal
+            ones = array(Tensor(case.shape, [1.0] * math.prod(case.shape)), "float64")
+
+            def gradient_of_sum(x: Any) -> Any:
+                return backend.vjp(lambda x: run({"logits": x}, targets, arrays), x, ones)[1]
+
+            gradient, hessian = backend.vjp(gradient_of_sum, inputs["logits"], ones)
             take("gradient", "autodiff, to be differentiated", gradient)
             take("hessian", "autodiff", hessian)
     if ours:
-        value_and_grad, grad_and_hess = unilabel.value_and_grad(loss), unilabel.grad_and_hess(loss)
+        value_and_grad = unilabel.value_and_grad(loss)
+        linear = case.linear_weight is not None
+        grad_and_hess = unilabel.grad_and_hess(loss) if unreduced and not linear else None
 
-        def closed_forms(x: Any, z: Any, arrays: dict[str, Any]) -> Any:
-            first = value_and_grad(x, z, **options, **arrays)
-            return first + (grad_and_hess(x, z, **summed, **arrays) if unreduced else ())
+        def closed_forms(*given: Any) -> Any:
+            operands, more = arguments(*given)
+            value, found = value_and_grad(*operands, **options, **more)
+            return value, found if linear else (found,), grad_and_hess and grad_and_hess(*operands, **summed, **more)
 
-        value, gradient, *more = put(closed_forms, backend.name, mode)(logits, targets, arrays)
+        value, found, both = put(closed_forms, backend.name, mode)(inputs, targets, arrays)
         take("value", "value_and_grad", value)
-        take("gradient", "value_and_grad", gradient)
-        if unreduced:
-            gradient, hessian = more
+        take_gradients("value_and_grad", dict(zip(inputs, found, strict=False)))  # it may have None for a bias
+        if both is not None:
+            gradient, hessian = both
             take("gradient", "grad_and_hess", gradient)
             take("hessian", "grad_and_hess", hessian)
     return numbers
+
+
+def _by_autodiff(
+    backend: Backend, function: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], cotangent: Any
+) -> tuple[Any, dict[str, Any]]:
+    """function(inputs), and its derivative by all of them at once: by one array that holds them end to end."""
+    if len(inputs) == 1:
+        ((name, x),) = inputs.items()
+        value, gradient = backend.vjp(lambda x: function({name: x}), x, cotangent)
+        return value, {name: gradient}
+    xp = backend.namespace(cotangent)
+    sizes = [math.prod(x.shape) for x in inputs.values()]
+    ends = list(itertools.accumulate(sizes))
+
+    def apart(flat: Any) -> dict[str, Any]:
+        parts = zip(inputs.items(), sizes, ends, strict=True)
+        return {name: xp.reshape(flat[end - size : end], tuple(x.shape)) for (name, x), size, end in parts}
+
+    flat = xp.concat([xp.reshape(x, (size,)) for x, size in zip(inputs.values(), sizes, strict=True)])
+    value, gradient = backend.vjp(lambda flat: function(apart(flat)), flat, cotangent)
+    return value, apart(gradient)
 
 
 def _hex(backend: Backend, array: Any) -> list[str]:
