@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from .. import formulas
 from ..backend import Array, Backend
-from ..formulas import Loss, Namespace, Operands, Options
+from ..formulas import Linear, Loss, Namespace, Operands, Options
 from ..namespace import Extended
 from .array_api import sum_in_blocks
 
@@ -122,12 +123,49 @@ class MlxBackend(Backend):
 
         return run(x, *given.values())
 
+    def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+        given = {name: array for name, array in (inputs._asdict() | operands._asdict()).items() if array is not None}
+
+        def put(arrays: Any) -> tuple[Linear, Operands]:
+            named = dict(zip(given, arrays, strict=True))
+            layer = Linear(**{name: named.pop(name) for name in Linear._fields if name in named})
+            return layer, Operands(**named)
+
+        @mx.custom_function
+        def run(*arrays: Array) -> Array:
+            return Backend.linear_loss(self, loss, options, *put(arrays))
+
+        @run.vjp
+        def pullback(primals: Any, cotangent: Array, _: Array) -> list[Array]:
+            inputs, operands = put(primals)
+            needed = Linear(*(array is not None for array in inputs))
+            unreduced = options.reduction == "none"
+            call = loss, options, inputs, operands, needed, cotangent if unreduced else None
+            _, found = formulas.in_blocks(differentiable, _run, formulas.rows_of_blocks(inputs), *call)
+            if not unreduced:
+                found = Linear(*(None if a is None else a * cotangent.astype(a.dtype) for a in found))
+            layer = [array for array in formulas.rounded(standard, found, inputs) if array is not None]
+
+            # Targets and weights: by autodiff of the value.
+            def of_operands(*arrays: Array) -> Array:
+                value = functools.partial(formulas.value, standard)
+                return formulas.expression(standard, value, loss, options, *put([*primals[: len(layer)], *arrays]))
+
+            _, gradients = mx.vjp(of_operands, primals[len(layer) :], [cotangent])
+            return [*layer, *gradients]
+
+        return run(*given.values())
+
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return formulas.activation(differentiable, function, x, half)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         (value,), (gradient,) = mx.vjp(function, [x], [cotangent])
         return value, gradient
+
+
+def _run(formula: Any, *call: Any) -> Any:
+    return formula(differentiable, *call)
 
 
 backend = MlxBackend()

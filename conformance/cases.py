@@ -222,7 +222,7 @@ class Maker:
         yield self.case(SOFTMAX, self.numbers(shape, low, high), self.chosen((rows,), *range(classes)), **options)
         yield self.case(SOFTMAX, self.numbers(shape, low, high), self.distributions(rows, classes), **options)
 
-    def layer(self, rows: int, classes: int, length: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
+    def layer(self, rows: int, classes: int, length: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
         """Features, and a linear layer's weight and bias, whose logits are exact in every dtype: multiples of 1/4."""
         weight, bias = self.multiples((classes, length), 4, 0.5), self.multiples((classes,), 4, 0.5)
         return self.multiples((rows, length), 4, 0.5), {"linear_weight": weight, "linear_bias": bias}
@@ -232,7 +232,7 @@ class Maker:
         weight, bias = self.numbers((classes, length), -1, 1), self.numbers((classes,), -1, 1)
         return self.numbers((rows, length), -2, 2), {"linear_weight": weight, "linear_bias": bias}
 
-    def linear(self, layer: tuple[Tensor, dict[str, Tensor]], of: Any = range(5), **options: Any) -> Iterator[Case]:
+    def linear(self, layer: tuple[Tensor, dict[str, Tensor]], of: Any = range(4), **options: Any) -> Iterator[Case]:
         """A layer with random targets of every kind, the class indices some of these."""
         features, made = layer
         (rows, _), (classes, _) = features.shape, made["linear_weight"].shape
@@ -615,39 +615,36 @@ def flat(make: Maker) -> Iterator[Case]:
 def linear(make: Maker) -> Iterator[Case]:
     """The losses on the last linear layer's inputs, with every option. The logits are exact, the gradients are sums."""
     for reduction in REDUCTIONS:
-        yield from make.linear(make.layer(4, 5), reduction=reduction)
-    mask = Tensor((4, 5), [True, False, True, True, False] * 2 + [True, True, False, True, True] * 2)
-    yield from make.linear(make.layer(4, 5), of=(0, 3), reduction="none", where=mask)
-    yield from make.linear(make.layer(4, 5), reduction="mean", where=Tensor((4, 1), [True, False, True, True]))
-    features, layer = make.layer(4, 5)
-    y, labels = make.chosen((4,), *range(5)), make.chosen((4, 5), 0, 1)
-    weights = {"weight": make.numbers((5,), 0.1, 3), "sample_weight": make.numbers((4,), 0.1, 3)}
-    yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights)
+        yield from make.linear(make.layer(3, 4), reduction=reduction)
+    mask = [[True, False, True, True], [True, True, False, True], [True, False, False, True]]
+    yield from make.linear(make.layer(3, 4), of=(0, 3), reduction="none", where=mask)
+    yield from make.linear(make.layer(3, 4), reduction="mean", where=[[True], [False], [True]])
+    features, layer = make.layer(3, 4)
+    y, labels = make.chosen((3,), *range(4)), make.chosen((3, 4), 0, 1)
+    weights = {"weight": make.numbers((4,), 0.1, 3), "sample_weight": make.numbers((3,), 0.1, 3)}
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights, flag="frozen")
     yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights, label_smoothing=0.1, reduction="none")
-    yield make.case(LINEAR_SOFTMAX, features, make.distributions(4, 5), **layer, **weights)
-    yield make.case(LINEAR_SOFTMAX, features, [0, -100, 4, -100], **layer, **weights, ignore_index=-100, flag="masked")
+    yield make.case(LINEAR_SOFTMAX, features, [0, -100, 3], **layer, **weights, ignore_index=-100, flag="masked")
     smoothed: dict[str, Any] = layer | {"label_smoothing": 0.1}
-    row = make.tensor([True, True, False, True, True])
-    yield make.case(LINEAR_SOFTMAX, features, [0, 1, 1, 3], **smoothed, ignore_index=1, where=row, reduction="sum")
-    weights = {"weight": make.numbers((4, 1), 0.1, 3), "pos_weight": make.numbers((5,), 0.1, 30)}
+    row = make.tensor([True, True, False, True])
+    yield make.case(LINEAR_SOFTMAX, features, [0, 1, 3], **smoothed, ignore_index=1, where=row, reduction="sum")
+    weights = {"weight": make.numbers((3, 1), 0.1, 3), "pos_weight": make.numbers((4,), 0.1, 30)}
     yield make.case(LINEAR_MULTILABEL, features, labels, **smoothed, **weights, where=row, reduction="mean")
-    weights = {"weight": make.numbers((5,), 0.1, 3), "pos_weight": make.numbers((4, 5), 0.1, 30)}
-    yield make.case(LINEAR_MULTILABEL, features, make.numbers((4, 5), 0, 1), **layer, **weights, reduction="none")
+    weights = {"weight": make.numbers((4,), 0.1, 3), "pos_weight": make.numbers((3, 4), 0.1, 30)}
+    yield make.case(LINEAR_MULTILABEL, features, make.numbers((3, 4), 0, 1), **layer, **weights, reduction="none")
     del layer["linear_bias"]
-    yield make.case(LINEAR_SOFTMAX, features, y, **layer, flag="frozen")
-    yield make.case(LINEAR_SOFTMAX, features, y, **layer, reduction="none")
-    yield make.case(LINEAR_MULTILABEL, features, labels, **layer)
-    for loss, targets in ((LINEAR_SOFTMAX, y), (LINEAR_MULTILABEL, labels)):
-        several = make.multiples((2, 2, 3), 4, 0.5)  # of examples, along two axes
-        targets = targets._replace(shape=(2, 2, *targets.shape[1:]))
-        mask: dict[str, Any] = {"where": make.chosen((2, 1, 5), True, True, False)} if loss == LINEAR_MULTILABEL else {}
-        yield make.case(loss, several, targets, **layer, **mask, reduction="none")
-    one = make.multiples((3,), 4, 0.5)
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer)
+    yield make.case(LINEAR_MULTILABEL, features, labels, **layer, reduction="none")
+    several = make.multiples((2, 2, 2), 4, 0.5)  # of examples, along two axes
+    yield make.case(LINEAR_SOFTMAX, several, make.chosen((2, 2), *range(4)), **layer, reduction="none")
+    keep = [[[True, False, True, True]], [[False, True, True, True]]]
+    yield make.case(LINEAR_MULTILABEL, several, make.chosen((2, 2, 4), 0, 1), where=keep, **layer, reduction="none")
+    one = make.multiples((2,), 4, 0.5)
     yield make.case(LINEAR_SOFTMAX, one, 2, **layer)
-    yield make.case(LINEAR_MULTILABEL, one, make.chosen((5,), 0, 1), **layer, flag="frozen")
-    of_one, single = make.layer(4, 1, 1)
-    yield make.case(LINEAR_MULTILABEL, of_one, make.chosen((4, 1), 0, 1), **single)
-    yield make.case(LINEAR_SOFTMAX, of_one, [0] * 4, **single)
+    yield make.case(LINEAR_MULTILABEL, one, make.chosen((4,), 0, 1), **layer, flag="frozen")
+    of_one, single = make.layer(3, 1, 1)
+    yield make.case(LINEAR_MULTILABEL, of_one, make.chosen((3, 1), 0, 1), **single)
+    yield make.case(LINEAR_SOFTMAX, of_one, [0] * 3, **single)
 
 
 @family
@@ -657,23 +654,20 @@ def linear_limits(make: Maker) -> Iterator[Case]:
     for x in (17.0, 30.0, 80.0):
         sure: dict[str, Any] = {"linear_weight": [[x, 0.0], [0.0, x], [-x, 1.0]], "flag": "confident"}
         yield make.case(LINEAR_SOFTMAX, unit, [0, 1], **sure, reduction="none")
-        yield make.case(LINEAR_SOFTMAX, unit, [2, 1], **sure)
         yield make.case(LINEAR_MULTILABEL, unit, [[1, 0, 0], [0, 1, 0]], **sure, reduction="none")
     large: dict[str, Any] = {"linear_weight": [[32.0, 0.0], [0.0, 32.0], [-32.0, 1.0]], "reduction": "none"}
     far = [[1024.0, 0.0], [0.0, -1024.0]]
     yield make.case(LINEAR_SOFTMAX, far, [0, 1], **large)
     yield make.case(LINEAR_MULTILABEL, far, [[1, 0, 0], [0, 1, 0]], **large)
-    features, layer = make.layer(4, 5)
-    y = make.chosen((4,), *range(5))
-    bias = Tensor((5,), [4096.0] * 5)
-    yield make.case(LINEAR_SOFTMAX, features, y, **layer | {"linear_bias": bias}, flag="offset", reduction="none")
+    features, layer = make.layer(3, 4)
+    y, bias = make.chosen((3,), *range(4)), {"linear_bias": Tensor((4,), [4096.0] * 4)}
+    yield make.case(LINEAR_SOFTMAX, features, y, **layer | bias, flag="offset", reduction="none")
     columns = {"linear_weight": [[1024.0, 0.5], [1024.0, -1.0], [1024.0, 2.0]]}
     yield make.case(LINEAR_SOFTMAX, [[4.0, 1.0], [8.0, -0.5]], [0, 2], **columns, flag="offset")
-    zeros, weight = Tensor((4, 3), [0.0] * 12), layer["linear_weight"]
+    zeros, weight = Tensor((3, 2), [0.0] * 6), layer["linear_weight"]
     yield make.case(LINEAR_SOFTMAX, zeros, y, linear_weight=weight, flag="zero logit", reduction="none")
-    yield make.case(LINEAR_MULTILABEL, zeros, make.chosen((4, 5), 0, 1), linear_weight=weight, flag="zero logit")
-    small = features._replace(shape=(2, 3), values=features.values[:6])
-    weight = weight._replace(shape=(3, 3), values=weight.values[:9])
+    yield make.case(LINEAR_MULTILABEL, zeros, make.chosen((3, 4), 0, 1), linear_weight=weight, flag="zero logit")
+    small, weight = make.multiples((2, 2), 4, 0.5), make.multiples((3, 2), 4, 0.5)
 
     def shifted(*bias: float) -> dict[str, Any]:
         return {"linear_weight": weight, "linear_bias": make.tensor([*bias])}
@@ -690,10 +684,10 @@ def linear_limits(make: Maker) -> Iterator[Case]:
         nothing: dict[str, Any] = shifted(0.5, 0.0, 1.0) | {"flag": "nothing takes part", "reduction": reduction}
         yield make.case(LINEAR_SOFTMAX, small, [-100, -100], **nothing, ignore_index=-100)
         yield make.case(LINEAR_MULTILABEL, small, labels, **nothing, where=False)
-        yield make.case(LINEAR_SOFTMAX, Tensor((0, 3), []), Tensor((0,), []), **nothing)
+        yield make.case(LINEAR_SOFTMAX, Tensor((0, 2), []), Tensor((0,), []), **nothing)
         wrong: dict[str, Any] = shifted(0.5, 0.0, 1.0) | {"flag": "wrong index", "reduction": reduction}
         yield make.case(LINEAR_SOFTMAX, small, [3, 1], **wrong)
-    yield make.case(LINEAR_MULTILABEL, Tensor((0, 3), []), Tensor((0, 3), []), **nothing)
+    yield make.case(LINEAR_MULTILABEL, Tensor((0, 2), []), Tensor((0, 3), []), **nothing)
     out = shifted(0.5, 0.0, 1.0) | {"flag": "wrong index", "where": [True, False, True], "reduction": "none"}
     yield make.case(LINEAR_SOFTMAX, small, [1, 2], **out)
 
@@ -703,23 +697,25 @@ def linear_blocks(make: Maker) -> Iterator[Case]:
     """Several blocks of examples: of unilabel's own, which are shrunk here, or of whoever has them as short as this."""
     flag = "blocks"
     for reduction in REDUCTIONS:
-        (features, layer), whole = make.layer(10, 5), {"reduction": reduction, "flag": flag}
-        yield make.case(LINEAR_SOFTMAX, features, make.chosen((10,), *range(5)), **layer, **whole)
-        yield make.case(LINEAR_MULTILABEL, features, make.chosen((10, 5), 0, 1), **layer, **whole)
-    features, layer = make.layer(7, 5)  # no block of which is as long as the others
-    ignored: dict[str, Any] = {"ignore_index": -100, "weight": make.numbers((5,), 0.1, 3)}
-    ignored["sample_weight"] = make.numbers((7,), 0.1, 3)
-    y = [-100] * 3 + [0, 1, 4, 2]  # a block in which nobody takes part
+        (features, layer), whole = make.layer(7, 4), {"reduction": reduction, "flag": flag}
+        yield make.case(LINEAR_SOFTMAX, features, make.chosen((7,), *range(4)), **layer, **whole)
+        yield make.case(LINEAR_MULTILABEL, features, make.chosen((7, 4), 0, 1), **layer, **whole)
+    features, layer = make.layer(6, 4)
+    ignored: dict[str, Any] = {"ignore_index": -100, "weight": make.numbers((4,), 0.1, 3)}
+    ignored["sample_weight"] = make.numbers((6,), 0.1, 3)
+    y = [-100] * 3 + [0, 1, 3]  # a block in which nobody takes part
     yield make.case(LINEAR_SOFTMAX, features, y, **layer, **ignored, flag="blocks, masked")
-    mask = Tensor((7, 5), [False] * 15 + [True, True, False, True] * 5)
-    some: dict[str, Any] = {"where": mask, "reduction": "mean", "flag": "blocks, masked"}
-    yield make.case(LINEAR_MULTILABEL, features, make.chosen((7, 5), 0, 1), **layer, **some)
+    mask, labels = Tensor((6, 4), [False] * 12 + [True, True, False] * 4), make.chosen((6, 4), 0, 1)
+    yield make.case(LINEAR_MULTILABEL, features, labels, where=mask, **layer, reduction="mean", flag="blocks, masked")
+    nobody: dict[str, Any] = {"reduction": "mean", "flag": "blocks, nothing takes part"}
+    yield make.case(LINEAR_SOFTMAX, features, [-100] * 6, **layer, **ignored, **nobody)
+    yield make.case(LINEAR_MULTILABEL, features, labels, where=[[False]] * 6, **layer, **nobody)
     soft: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none", "flag": flag}
-    yield make.case(LINEAR_SOFTMAX, features, make.distributions(7, 5), **layer, **soft)
-    classes, below = 131, {"linear_bias": Tensor((131,), [-20.0] * 131), "flag": flag}  # a class of 0 would be all
-    features, layer = make.layer(3, classes, 1)
-    yield make.case(LINEAR_SOFTMAX, features, [0, 130, 77], **layer | below)
-    yield make.case(LINEAR_MULTILABEL, features, make.chosen((3, classes), 0, 0, 0, 1), **layer | below)
+    yield make.case(LINEAR_SOFTMAX, features, make.distributions(6, 4), **layer, **soft)
+    below = {"linear_bias": Tensor((37,), [-20.0] * 37), "flag": flag}  # beside them a logit of 0 would be all there is
+    features, layer = make.layer(3, 37, 1)
+    yield make.case(LINEAR_SOFTMAX, features, [0, 36, 22], **layer | below)
+    yield make.case(LINEAR_MULTILABEL, features, Tensor((3, 37), [0] * 111), **layer | below)
     n, even = 300, {"linear_weight": [[0.0], [0.0]], "flag": "blocks, half sum, long sum", "reduction": "sum"}
     ones = Tensor((n, 1), [1.0] * n)
     yield make.case(LINEAR_SOFTMAX, ones, Tensor((n,), [0] * n), linear_bias=[0.0, 0.0], **even)
@@ -730,7 +726,7 @@ def linear_blocks(make: Maker) -> Iterator[Case]:
 def linear_rounded(make: Maker) -> Iterator[Case]:
     """Any features and weights: the logits are rounded, and with them the losses."""
     for reduction in ("none", "mean"):
-        yield from make.linear(make.rounded_layer(4, 5, 6), reduction=reduction)
+        yield from make.linear(make.rounded_layer(3, 4, 5), reduction=reduction)
 
 
 @family

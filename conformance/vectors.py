@@ -18,12 +18,12 @@ from mpmath import mp
 
 import unilabel
 
-from .cases import DTYPES, FAMILIES, FLAGS, FULL, LONG, LOSSES, Case, Tensor, cases
+from .cases import DTYPES, FAMILIES, FLAGS, FULL, GRADIENTS, LONG, LOSSES, Case, Tensor, cases
 from .oracle import BITS, Exact, Expected, expected
 
 FOLDER = Path(__file__).parent / "vectors"
 SCHEMA = "schema.json"
-FORMAT = 1  # of the files: raised when readers have to change
+FORMAT = 2  # of the files: raised when readers have to change
 SEED = 0
 DIGITS = {"float64": 40}  # 20 for the other dtypes; counted from the first digit of the number or its terms
 SMALLEST = -16_000  # binary exponent: a number closer to 0 is written as 0
@@ -70,7 +70,7 @@ def write(folder: Path) -> list[str]:
 
 
 def load(file: Path) -> list[tuple[Case, Expected]]:
-    """The cases of a file and their answers, in the digits that it has; the last two answers are not in every test."""
+    """The cases of a file and their answers, in the digits that it has; not every test has all answers."""
     document = json.loads(file.read_text("utf-8"))
     loaded = []
     for test in document["tests"]:
@@ -80,13 +80,14 @@ def load(file: Path) -> list[tuple[Case, Expected]]:
             flags=tuple(test["flags"]),
             dtype=test["dtype"],
             loss=test["loss"],
-            logits=_given(test["logits"]),
+            logits=_given(test["features" if "features" in test else "logits"]),
             targets=_given(test["targets"]),
             options={name: x if name == "reduction" else _given(x) for name, x in test["options"].items()},
             cotangent=_given(test["cotangent"]),
+            linear_weight=_given(test.get("linear_weight")),
         )
         with mp.workprec(BITS):
-            names = ("value", "gradient", "gradient_of_sum", "hessian", "target_gradient")
+            names = set(Expected._fields) - {"summands"}
             answers = {name: _exact(test[name]) if name in test else [] for name in names}
         loaded.append((case, Expected(**answers, summands=test["summands"])))
     return loaded
@@ -138,35 +139,39 @@ def _difference(there: str, right: str) -> str:
 
 def _test(case: Case) -> dict[str, Any]:
     exact = expected(case)
+    inputs = {name: _written(tensor) for name, tensor in case.inputs.items() if name not in case.options}
     test: dict[str, Any] = {
         "id": case.id,
         "comment": _comment(case),
         "flags": list(case.flags),
         "dtype": case.dtype,
         "loss": case.loss,
-        "logits": _written(case.logits),
+        **inputs,
         "targets": _written(case.targets),
         "options": {name: _written(given) for name, given in case.options.items()},
         "cotangent": _written(case.cotangent),
         "value": _answers(exact.value, case.cotangent.shape, case.dtype),
-        "gradient": _answers(exact.gradient, case.logits.shape, case.dtype),
-        "gradient_of_sum": _answers(exact.gradient_of_sum, case.logits.shape, case.dtype),
     }
+    for name, tensor in case.inputs.items():
+        for answer in (GRADIENTS[name], f"{GRADIENTS[name]}_of_sum"):
+            test[answer] = _answers(getattr(exact, answer), tensor.shape, case.dtype)
     if exact.target_gradient:
-        test["target_gradient"] = _answers(exact.target_gradient, case.logits.shape, case.dtype)
-    if case.options.get("reduction") == "none":  # other reductions add nothing new
+        test["target_gradient"] = _answers(exact.target_gradient, case.targets.shape, case.dtype)
+    if case.linear_weight is None and case.options.get("reduction") == "none":  # other reductions add nothing new
         test["hessian"] = _answers(exact.hessian, case.logits.shape, case.dtype)
     return test | {"summands": exact.summands}
 
 
 def _comment(case: Case) -> str:
-    """'4×5 logits, class indices; reduction none, where'"""
+    """'4×5 logits, class indices; reduction none, where', or '4×3 features, 5 classes, labels'"""
     loss = LOSSES[case.loss]
     soft = any(isinstance(z, float) for z in case.targets.values)
     kinds = ("class indices", "distributions") if loss.per_example else ("labels", "soft labels")
     targets = kinds[soft]
     shape = "×".join(map(str, case.logits.shape))
     options = [name if isinstance(given, Tensor) else f"{name} {given}" for name, given in case.options.items()]
+    if case.linear_weight is not None:
+        targets = f"{case.shape[-1]} classes, {targets}"
     return f"{shape} {loss.takes}, {targets}" + "; " * bool(options) + ", ".join(options)
 
 

@@ -30,6 +30,9 @@ JAX = ("--backend", "jax", "--dtype", "float32", "--case", "seed", "--case", "ma
 # Has the native functions. A Hessian, and a gradient by targets, are by autodiff.
 EAGER = ("--backend", "torch", "--dtype", "float32")
 STRICT = ("--backend", "array_api_strict", "--dtype", "float32")  # has the namespace's defaults
+LINEAR = (*NUMPY, "--case", "linear*")
+LINEAR_HALF = (*HALF, "--case", "linear*")
+LINEAR_TORCH = (*EAGER, "--case", "linear*")
 
 
 class Mutation(NamedTuple):
@@ -646,6 +649,100 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "tangent: outside the mask": ("xp.where(keep, tangent, 0.0)", "tangent", JAX),
     },
+    "formulas/linear.py": {
+        "linear: bias left out": ("xp.linear(features, weight, bias)", "xp.linear(features, weight, None)", LINEAR),
+        "linear: bias twice": (
+            "x = xp.linear(features, weight, bias)",
+            "x = xp.linear(features, weight, bias) + (0.0 if bias is None else bias)",
+            LINEAR,
+        ),
+        "linear: features, gradient, sign of the weight": (
+            "xp.matmul(gradient, inputs.linear_weight)",
+            "xp.matmul(gradient, xp.abs(inputs.linear_weight))",
+            LINEAR,
+        ),
+        "linear: weight, gradient, of the last block": (
+            "xp.add_product(weight, gradient, inputs.features)",
+            "xp.add_product(None, gradient, inputs.features)",
+            LINEAR,
+        ),
+        "linear: bias, gradient, of the last block": (
+            "xp.add_product(bias, gradient, xp.ones_like",
+            "xp.add_product(None, gradient, xp.ones_like",
+            LINEAR,
+        ),
+        "linear: bias, gradient, by the first feature": (
+            "xp.ones_like(inputs.features[:, :1])",
+            "inputs.features[:, :1]",
+            LINEAR,
+        ),
+        "linear: gradient, the cotangent left out": (
+            "of_block, x, operands, cotangent)",
+            "of_block, x, operands, 0 * cotangent + 1)",
+            LINEAR_TORCH,
+        ),
+        "linear: blocks, each with its own mean": (
+            'reduction=options.reduction if final else "sum"',
+            "reduction=options.reduction",
+            LINEAR,
+        ),
+        "linear: blocks, the divisor of the first": ("reduce.or_infinity(xp, xp.sum(counts))", "counts[0, ...]", LINEAR),
+        "linear: blocks, mean of nothing": ("reduce.or_infinity(xp, xp.sum(counts))", "xp.sum(counts)", LINEAR),
+        "linear: blocks, what is left out counts": (
+            "n * lengths.count(xp, inputs.linear_weight, (0,)) if per_element else n",
+            "n",
+            LINEAR,
+        ),
+        "linear: blocks, sum for batchmean": (
+            'if options.reduction == "sum":\n        return None',
+            'if options.reduction in ("sum", "batchmean"):\n        return None',
+            LINEAR,
+        ),
+        "linear: blocks, value, sum for mean": ("value = value / divisor", "pass", LINEAR),
+        "linear: blocks, gradients of the sum for the mean": (
+            "found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))",
+            "pass",
+            LINEAR,
+        ),
+        "linear: blocks, value of the last": ("value = xp.sum(value)", "value = value[-1, ...]", LINEAR),
+        "linear: blocks, the first repeated": ("features[part, ...],", "features[: part.stop - part.start, ...],", LINEAR),
+        "linear: half, blocks rounded before the sum": (
+            "copy=False) if final else xp.reshape(values, (1,))",
+            "copy=False) if final else xp.astype(xp.reshape(xp.astype(values, rows.features.dtype), (1,)), xp.float32)",
+            LINEAR_HALF,
+        ),
+        "linear: half, logits rounded": (
+            "    x = xp.linear(features, weight, bias)\n",
+            "    x = xp.astype(xp.astype(xp.linear(features, weight, bias), rows.features.dtype), weight.dtype)\n",
+            LINEAR_HALF,
+        ),
+        "linear: half, multiplied in itself": (
+            "(None if a is None else reduce.working(xp, options, a) for a in inputs[1:])",
+            "inputs[1:]",
+            LINEAR_HALF,
+        ),
+    },
+    "linear.py": {
+        "linear multilabel: bias not passed on": (
+            "_run(LOGISTIC, Linear(features, linear_weight, linear_bias)",
+            "_run(LOGISTIC, Linear(features, linear_weight, None)",
+            LINEAR,
+        ),
+        "linear softmax: bias not passed on": (
+            "_run(SOFTMAX, Linear(features, linear_weight, linear_bias)",
+            "_run(SOFTMAX, Linear(features, linear_weight, None)",
+            LINEAR,
+        ),
+        "linear multilabel: pos_weight not passed on": ("pos_weight=pos_weight, ", "", LINEAR),
+        "linear multilabel: smoothing not passed on": (
+            "Given(reduction, -1, label_smoothing, validate=validate)",
+            "Given(reduction, -1, validate=validate)",
+            LINEAR,
+        ),
+        "linear softmax: sample_weight not passed on": ("sample_weight=sample_weight, ", "", LINEAR),
+        "linear softmax: weight not passed on": ("weight=weight, sample_weight=", "sample_weight=", LINEAR),
+        "linear softmax: ignore_index not passed on": ("ignore_index=ignore_index, ", "", LINEAR),
+    },
     "lengths.py": {
         "mean of no examples": ("xp.longest(known, 1)", "(known or math.nan)"),
     },
@@ -686,7 +783,16 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "torch: the softplus of x is x from 20 on": ("softplus(x, 1, 60.0)", "softplus(x, 1, 20.0)", WIDE),
         "torch: the sign of the label 1": ("torch.rsub(z, 1, alpha=2)", "torch.rsub(z, 1)", EAGER),
         "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
+        "torch: products, of the last block": (
+            "total.addmm_(x.t(), y)",
+            "torch.mm(x.t(), y)",
+            LINEAR_TORCH,
+        ),
         "torch: argmax, the last class": ("alpha=classes, out", "alpha=0, out", EAGER),
+    },
+    "../backends/torch_linear.py": {
+        "torch: linear, cotangent of a reduced loss left out": ("gradient.mul_(scale)", "pass", LINEAR_TORCH),
+        "torch: linear, cotangents left out": ("cotangent if unreduced else None)", "None)", LINEAR_TORCH),
     },
 }
 MUTATIONS = {name: Mutation(file, *bug) for file, bugs in BUGS.items() for name, bug in bugs.items()}
