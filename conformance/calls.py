@@ -72,8 +72,9 @@ def template(text: str, loss: str) -> Template:
     names, options = (*FIRST[LOSSES[loss].takes], "targets"), _options(loss)
 
     def refuse(why: str) -> ValueError:
+        first = ", ".join(names)
         return ValueError(
-            f'expected a call such as "f({", ".join(names)}, reduction=reduction)", of {", ".join(names)}, literals, and '
+            f'expected a call such as "f({first}, reduction=reduction)", of {first}, literals, and '
             f"as keywords the options {', '.join(options)}; received {text!r}: {why}"
         )
 

@@ -70,7 +70,7 @@ FLAGS = {
     "long sum": "a sum of many equal numbers, whose rounding errors all have the same sign",
     "cotangent": "an incoming gradient that differs from element to element",
     "frozen": "one input of the linear layer is differentiated, and the others are not: its gradient is the same",
-    "blocks": "several blocks of examples, or of classes: each counts once, as does the bias, and what pads one does not",
+    "blocks": "several blocks of examples, or of classes: each counts once, as does the bias, and padding does not",
 }
 
 
@@ -82,7 +82,9 @@ class Case(NamedTuple):
     flags: tuple[str, ...]
     dtype: str
     loss: str
-    logits: Tensor  # or what the loss takes in their place: probabilities, log-probabilities, features of shape (..., D)
+    logits: (
+        Tensor  # or what the loss takes in their place: probabilities, log-probabilities, features of shape (..., D)
+    )
     targets: Tensor
     options: dict[str, Any]  # as the loss takes them; arrays as Tensor
     cotangent: Tensor
@@ -222,17 +224,17 @@ class Maker:
         yield self.case(SOFTMAX, self.numbers(shape, low, high), self.chosen((rows,), *range(classes)), **options)
         yield self.case(SOFTMAX, self.numbers(shape, low, high), self.distributions(rows, classes), **options)
 
-    def layer(self, rows: int, classes: int, length: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    def layer(self, rows: int, classes: int, length: int = 2) -> tuple[Tensor, dict[str, Any]]:
         """Features, and a linear layer's weight and bias, whose logits are exact in every dtype: multiples of 1/4."""
         weight, bias = self.multiples((classes, length), 4, 0.5), self.multiples((classes,), 4, 0.5)
         return self.multiples((rows, length), 4, 0.5), {"linear_weight": weight, "linear_bias": bias}
 
-    def rounded_layer(self, rows: int, classes: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def rounded_layer(self, rows: int, classes: int, length: int) -> tuple[Tensor, dict[str, Any]]:
         """The same of any numbers, so that the logits are rounded."""
         weight, bias = self.numbers((classes, length), -1, 1), self.numbers((classes,), -1, 1)
         return self.numbers((rows, length), -2, 2), {"linear_weight": weight, "linear_bias": bias}
 
-    def linear(self, layer: tuple[Tensor, dict[str, Tensor]], of: Any = range(4), **options: Any) -> Iterator[Case]:
+    def linear(self, layer: tuple[Tensor, dict[str, Any]], of: Any = range(4), **options: Any) -> Iterator[Case]:
         """A layer with random targets of every kind, the class indices some of these."""
         features, made = layer
         (rows, _), (classes, _) = features.shape, made["linear_weight"].shape
@@ -621,7 +623,7 @@ def linear(make: Maker) -> Iterator[Case]:
     yield from make.linear(make.layer(3, 4), reduction="mean", where=[[True], [False], [True]])
     features, layer = make.layer(3, 4)
     y, labels = make.chosen((3,), *range(4)), make.chosen((3, 4), 0, 1)
-    weights = {"weight": make.numbers((4,), 0.1, 3), "sample_weight": make.numbers((3,), 0.1, 3)}
+    weights: dict[str, Any] = {"weight": make.numbers((4,), 0.1, 3), "sample_weight": make.numbers((3,), 0.1, 3)}
     yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights, flag="frozen")
     yield make.case(LINEAR_SOFTMAX, features, y, **layer, **weights, label_smoothing=0.1, reduction="none")
     yield make.case(LINEAR_SOFTMAX, features, [0, -100, 3], **layer, **weights, ignore_index=-100, flag="masked")
@@ -674,8 +676,8 @@ def linear_limits(make: Maker) -> Iterator[Case]:
 
     yield make.case(LINEAR_SOFTMAX, small, [0, 2], **shifted(0.5, -inf, 1.0), flag="excluded class", reduction="none")
     yield make.case(LINEAR_SOFTMAX, small, [0, 0], **shifted(inf, 0.5, 1.0), flag="infinite logit")
-    labels = [[1, 0, 1], [1, 0, 0]]
-    yield make.case(LINEAR_MULTILABEL, small, labels, **shifted(inf, -inf, 1.0), flag="infinite logit", reduction="none")
+    labels, certain = [[1, 0, 1], [1, 0, 0]], shifted(inf, -inf, 1.0)
+    yield make.case(LINEAR_MULTILABEL, small, labels, **certain, flag="infinite logit", reduction="none")
     hidden: dict[str, Any] = shifted(0.5, nan, 1.0) | {"where": [True, False, True], "flag": "masked"}
     yield make.case(LINEAR_SOFTMAX, small, [0, 2], **hidden)
     yield make.case(LINEAR_MULTILABEL, small, labels, **hidden, reduction="none")
@@ -712,11 +714,15 @@ def linear_blocks(make: Maker) -> Iterator[Case]:
     yield make.case(LINEAR_MULTILABEL, features, labels, where=[[False]] * 6, **layer, **nobody)
     soft: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none", "flag": flag}
     yield make.case(LINEAR_SOFTMAX, features, make.distributions(6, 4), **layer, **soft)
-    below = {"linear_bias": Tensor((37,), [-20.0] * 37), "flag": flag}  # beside them a logit of 0 would be all there is
+    below: dict[str, Any] = {
+        "linear_bias": Tensor((37,), [-20.0] * 37),
+        "flag": flag,
+    }  # beside them a logit of 0 would be all there is
     features, layer = make.layer(3, 37, 1)
     yield make.case(LINEAR_SOFTMAX, features, [0, 36, 22], **layer | below)
     yield make.case(LINEAR_MULTILABEL, features, Tensor((3, 37), [0] * 111), **layer | below)
-    n, even = 300, {"linear_weight": [[0.0], [0.0]], "flag": "blocks, half sum, long sum", "reduction": "sum"}
+    n, flags = 300, "blocks, half sum, long sum"
+    even: dict[str, Any] = {"linear_weight": [[0.0], [0.0]], "flag": flags, "reduction": "sum"}
     ones = Tensor((n, 1), [1.0] * n)
     yield make.case(LINEAR_SOFTMAX, ones, Tensor((n,), [0] * n), linear_bias=[0.0, 0.0], **even)
     yield make.case(LINEAR_MULTILABEL, ones, Tensor((n, 2), [1, 0] * n), linear_bias=[0.0, 0.0], **even)

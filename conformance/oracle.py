@@ -28,7 +28,7 @@ class Exact(NamedTuple):
 
     value: Number
     terms: Number
-    shift: Number = 0  # in units of the dtype's epsilon, relative to the number. Of features, that of rounded logits too
+    shift: Number = 0  # in units of the dtype's epsilon, relative to the number; of rounded products, theirs too
 
 
 class Expected(NamedTuple):
@@ -40,10 +40,10 @@ class Expected(NamedTuple):
     hessian: list[Exact]  # the diagonal, for the sum of the unreduced losses; empty for a linear layer's inputs
     target_gradient: list[Exact]  # by float targets, times the cotangent; empty without them, or if a loss is infinite
     summands: int  # how many numbers the reduction adds up
-    linear_weight_gradient: list[Exact] = []  # noqa: RUF012  # nobody writes into them
-    linear_weight_gradient_of_sum: list[Exact] = []  # noqa: RUF012
-    linear_bias_gradient: list[Exact] = []  # noqa: RUF012
-    linear_bias_gradient_of_sum: list[Exact] = []  # noqa: RUF012
+    linear_weight_gradient: Sequence[Exact] = ()
+    linear_weight_gradient_of_sum: Sequence[Exact] = ()
+    linear_bias_gradient: Sequence[Exact] = ()
+    linear_bias_gradient_of_sum: Sequence[Exact] = ()
 
 
 class Parts(NamedTuple):
@@ -351,7 +351,7 @@ def _of_layer(case: Case, weight: Tensor) -> Expected:
         hessian=[],
         target_gradient=moved(answers.target_gradient, [largest] * len(answers.target_gradient)),
     )
-    found: dict[str, list[Exact]] = {}
+    found: dict[str, Any] = {}
     for name in ("gradient", "gradient_of_sum"):
         of_logits = iter(moved(getattr(answers, name), flat))
         by_example = [[next(of_logits) for _ in weights] for _ in features]

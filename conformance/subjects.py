@@ -1,8 +1,8 @@
 """Whose losses are run: unilabel's, a framework's own ("native", "keras"), or yours ("package.module:function").
 
-For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)` (of a linear
-layer `f(features, linear_weight, targets, **options)`), or one that is called in another way (see `calls`). Where it does not take an option, it raises NotApplicable: the case is
-reported as not applicable, never as passed.
+For each loss of unilabel a subject may have a function with the same signature, `f(logits, targets, **options)` or
+`f(features, linear_weight, targets, **options)`, or one that is called in another way (see `calls`). Where it does not
+take an option, it raises NotApplicable: the case is reported as not applicable, never as passed.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _torch() -> dict[str, LossFunction]:
         *,
         linear_bias: Array = None,
         weight: Array = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> Array:

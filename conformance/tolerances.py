@@ -20,7 +20,7 @@ SUM = 20  # more for a sum or a mean of many numbers, and for a row of more than
 LONG = 4096
 HALF = 0.51  # the bound for float16 and bfloat16, which are computed in float32 and rounded once
 SCALED = 2  # more for the gradients by a linear layer's inputs, which may be divided after they are added up
-WITH_COTANGENT = ("autodiff", "autodiff, the others frozen")  # of the ways to a gradient; the others have that of the sum
+WITH_COTANGENT = ("autodiff", "autodiff, the others frozen")  # ways to a gradient; others have that of the sum
 FLUSH = ("torch", "jax", "tensorflow")  # these may flush subnormal numbers to 0, intermediate results too
 
 
@@ -103,9 +103,7 @@ def _compare(
     return worst
 
 
-def _error(
-    right: Exact, got: Any, bits: int, low: int, largest: float, bound: float, of_sum: float
-) -> tuple[Any, Any]:
+def _error(right: Exact, got: Any, bits: int, low: int, largest: float, bound: float, of_sum: float) -> tuple[Any, Any]:
     """The error in ULP, and the largest that is allowed: `bound`, and `of_sum` epsilons of the computing dtype."""
     value, terms, shift = right
     limit = mp.mpf(bound)

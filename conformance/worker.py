@@ -8,8 +8,8 @@ place of the first two it may have a "problem". Whatever the framework or the su
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
-import itertools
 import json
 import math
 import os
@@ -113,7 +113,7 @@ def answer(
 
 @contextmanager
 def _short_blocks() -> Iterator[None]:
-    """In it unilabel's blocks of a linear layer's logits are as short as they get: a real one has millions of logits."""
+    """In it unilabel's blocks of examples, which have millions of logits, are as short as they get."""
     module: Any = importlib.import_module("unilabel.formulas.linear")
     whole, module.BLOCK = module.BLOCK, 1
     try:
@@ -183,13 +183,18 @@ def _computed(
         take("value", "the loss", run(inputs, targets, arrays))
     if backend.autodiff:
         cotangent = array(case.cotangent, "float64")
-        value, gradients = _by_autodiff(backend, lambda inputs: run(inputs, targets, arrays), inputs, cotangent)
+        by_one = case.linear_weight is None
+        flat = inputs["logits"] if by_one else array(_end_to_end(case.inputs), "float64")
+
+        def apart(flat: Any) -> dict[str, Any]:
+            return {"logits": flat} if by_one else _apart(backend, case.inputs, flat)
+
+        value, gradient = backend.vjp(lambda flat: run(apart(flat), targets, arrays), flat, cotangent)
         take("value", "the loss" if ours else "the loss, differentiated", value)
-        take_gradients("autodiff", gradients)
+        take_gradients("autodiff", apart(gradient))
         for name in inputs if "frozen" in case.flags else ():
-            own = {name: inputs[name]}
-            _, gradients = _by_autodiff(backend, lambda own: run(inputs | own, targets, arrays), own, cotangent)
-            take_gradients("autodiff, the others frozen", gradients)
+            of_one = functools.partial(lambda name, x: run(inputs | {name: x}, targets, arrays), name)
+            take(GRADIENTS[name], "autodiff, the others frozen", backend.vjp(of_one, inputs[name], cotangent)[1])
         if ours and all(isinstance(z, float) for z in case.targets.values) and case.targets.values:
             value, gradient = backend.vjp(lambda z: run(inputs, z, arrays), targets, cotangent)
             take("value", "the loss, differentiated by targets", value)
@@ -204,9 +209,9 @@ def _computed(
             take("gradient", "autodiff, to be differentiated", gradient)
             take("hessian", "autodiff", hessian)
     if ours:
-        value_and_grad = unilabel.value_and_grad(loss)
+        value_and_grad: Any = unilabel.value_and_grad(loss)
         linear = case.linear_weight is not None
-        grad_and_hess = unilabel.grad_and_hess(loss) if unreduced and not linear else None
+        grad_and_hess: Any = unilabel.grad_and_hess(loss) if unreduced and not linear else None
 
         def closed_forms(*given: Any) -> Any:
             operands, more = arguments(*given)
@@ -223,25 +228,19 @@ def _computed(
     return numbers
 
 
-def _by_autodiff(
-    backend: Backend, function: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], cotangent: Any
-) -> tuple[Any, dict[str, Any]]:
-    """function(inputs), and its derivative by all of them at once: by one array that holds them end to end."""
-    if len(inputs) == 1:
-        ((name, x),) = inputs.items()
-        value, gradient = backend.vjp(lambda x: function({name: x}), x, cotangent)
-        return value, {name: gradient}
-    xp = backend.namespace(cotangent)
-    sizes = [math.prod(x.shape) for x in inputs.values()]
-    ends = list(itertools.accumulate(sizes))
+def _end_to_end(tensors: dict[str, Tensor]) -> Tensor:
+    """One tensor for all of them, so that one call differentiates by all of them."""
+    values = [value for tensor in tensors.values() for value in tensor.values]
+    return Tensor((len(values),), values)
 
-    def apart(flat: Any) -> dict[str, Any]:
-        parts = zip(inputs.items(), sizes, ends, strict=True)
-        return {name: xp.reshape(flat[end - size : end], tuple(x.shape)) for (name, x), size, end in parts}
 
-    flat = xp.concat([xp.reshape(x, (size,)) for x, size in zip(inputs.values(), sizes, strict=True)])
-    value, gradient = backend.vjp(lambda flat: function(apart(flat)), flat, cotangent)
-    return value, apart(gradient)
+def _apart(backend: Backend, tensors: dict[str, Tensor], flat: Any) -> dict[str, Any]:
+    """Arrays of these shapes from one that holds them end to end."""
+    xp, arrays, start = backend.namespace(flat), {}, 0
+    for name, tensor in tensors.items():
+        end = start + math.prod(tensor.shape)
+        arrays[name], start = xp.reshape(flat[start:end], tensor.shape), end
+    return arrays
 
 
 def _hex(backend: Backend, array: Any) -> list[str]:

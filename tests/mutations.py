@@ -686,7 +686,11 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "reduction=options.reduction",
             LINEAR,
         ),
-        "linear: blocks, the divisor of the first": ("reduce.or_infinity(xp, xp.sum(counts))", "counts[0, ...]", LINEAR),
+        "linear: blocks, the divisor of one": (
+            "reduce.or_infinity(xp, xp.sum(counts))",
+            "counts[0, ...]",
+            LINEAR,
+        ),
         "linear: blocks, mean of nothing": ("reduce.or_infinity(xp, xp.sum(counts))", "xp.sum(counts)", LINEAR),
         "linear: blocks, what is left out counts": (
             "n * lengths.count(xp, inputs.linear_weight, (0,)) if per_element else n",
@@ -705,7 +709,11 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             LINEAR,
         ),
         "linear: blocks, value of the last": ("value = xp.sum(value)", "value = value[-1, ...]", LINEAR),
-        "linear: blocks, the first repeated": ("features[part, ...],", "features[: part.stop - part.start, ...],", LINEAR),
+        "linear: blocks, the first repeated": (
+            "features[part, ...],",
+            "features[: part.stop - part.start, ...],",
+            LINEAR,
+        ),
         "linear: half, blocks rounded before the sum": (
             "copy=False) if final else xp.reshape(values, (1,))",
             "copy=False) if final else xp.astype(xp.reshape(xp.astype(values, rows.features.dtype), (1,)), xp.float32)",

@@ -39,11 +39,16 @@ def parsed(command):
 
 
 FAMILIES = ("seed", "confident", "zero", "infinite", "masked", "targets", "shapes", "smoothed", "probabilities")
+FAMILIES += ("linear", "linear_limits")
 # By function: the options it takes, and PEERS' failures that it has, by flag.
 THEIRS = {
     "torch.nn.functional:cross_entropy": (
         {"weight", "ignore_index", "label_smoothing"},
         {"confident", "soft saturated", "offset", "excluded class", "infinite logit", "masked", "nothing takes part"},
+    ),
+    "torch.nn.functional:linear_cross_entropy": (
+        {"linear_bias", "weight", "ignore_index", "label_smoothing"},
+        {"confident", "infinite logit", "nothing takes part", "wrong index"},
     ),
     "optax:softmax_cross_entropy_with_integer_labels": ({"where"}, {"confident", "offset", "infinite logit"}),
     "optax:sigmoid_binary_cross_entropy": (set(), {"second derivative", "infinite logit"}),
@@ -62,6 +67,7 @@ def applies(name, case):
     last = axis in (-1, len(case.logits.shape) - 1)
     kind = {
         "torch.nn.functional:cross_entropy": axis == 1 or (last and len(case.logits.shape) < 3),
+        "torch.nn.functional:linear_cross_entropy": True,
         "optax:softmax_cross_entropy_with_integer_labels": is_index,
         "keras.losses:binary_crossentropy": case.logits.shape and last and case.options.get("reduction") != "none",
         "keras.losses:sparse_categorical_crossentropy": is_index and last,
@@ -261,6 +267,8 @@ LOG_LOSS = ["--subject", "sklearn.metrics:log_loss", "--loss", "cross_entropy"]
         (["--call", "f(probs, targets, weight)"], "weight is no keyword, so that it could not be left out"),
         (["--call", "f(probs, **targets)"], "it has a **, or"),
         (["--call", "f(probs)"], "it has no targets"),
+        (["--loss", "linear_softmax_nll", "--call", "f(features, targets)"], "it has no linear_weight"),
+        (["--loss", "linear_softmax_nll", "--call", "f(logits, targets)"], "linear_softmax_nll has no logits"),
         (["--call", "f(probs, targets, reduction=reduction)", "--reduction", "none"], "expected one of both"),
         (["--call", "f(probs, targets, axis=axis)", "--axis", "1"], "expected one of both"),
         (["--reduction", "classmean"], "is one number for all classes of an example, and has no classmean"),

@@ -5,10 +5,21 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from mpmath import mp, mpf
 from unilabel.conformance import oracle
-from unilabel.conformance.cases import LOSSES, MULTILABEL, SOFTMAX, Maker, nearest
+from unilabel.conformance.cases import (
+    DTYPES,
+    LINEAR_MULTILABEL,
+    LINEAR_SOFTMAX,
+    LOSSES,
+    MULTILABEL,
+    SOFTMAX,
+    Maker,
+    cases,
+    nearest,
+)
 from unilabel.conformance.tolerances import judge
 
 
@@ -189,8 +200,121 @@ def test_hessian_is_the_derivative_of_the_gradient():
 
 def test_the_table_of_losses_is_unilabels():
     """The suite has its own table, as the oracle shares nothing with the code that it judges."""
+    from unilabel.linear import LINEAR
     from unilabel.losses import FORMULAS
 
     takes = {"logits": "logits", "probs": "probabilities", "log_probs": "log-probabilities"}
-    table = {loss.name: (loss.per_example, takes[loss.takes]) for loss in FORMULAS.values()}
+    table = {loss.name: (loss.per_example, takes[loss.takes], "") for loss in FORMULAS.values()}
+    table |= {function.__name__: (loss.per_example, "features", loss.name) for function, loss in LINEAR.items()}
     assert table == {name: tuple(loss) for name, loss in LOSSES.items()}
+
+
+# --- The last linear layer --------------------------------------------------------------------------------------------
+
+LAYER: dict[str, Any] = {"linear_weight": [[0.3, -1.7], [0.9, 0.2], [-0.6, 1.1]], "linear_bias": [0.7, -0.4, 0.1]}
+FEATURES = [[0.8, 1.3], [-1.1, 0.6]]
+
+
+def test_linear_losses_are_those_of_the_logits():
+    """Of logits that are exact, and of which the gradient is known: 1/2, 1/4, 1/4, and their sums."""
+    layer: dict[str, Any] = {"linear_weight": [[1.0, 0.0], [0.0, 2.0], [4.0, 0.0]], "linear_bias": [0.0, 0.5, 0.0]}
+    made = expected(LINEAR_SOFTMAX, [[0.0, 0.25], [0.0, -0.25]], [1, 0], **layer, reduction="none")
+    logits = expected(SOFTMAX, [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]], [1, 0], reduction="none")
+    assert values(made.value) == values(logits.value)
+    assert values(made.target_gradient) == values(made.hessian) == []
+    (a, b, c), (d, e, f) = values(logits.gradient_of_sum)[:3], values(logits.gradient_of_sum)[3:]
+    assert values(made.gradient_of_sum) == pytest.approx([a + 4 * c, 2 * b, d + 4 * f, 2 * e], rel=1e-15)
+    assert values(made.linear_bias_gradient_of_sum) == pytest.approx([a + d, b + e, c + f], rel=1e-15)
+    of_weight = [0, (a - d) / 4, 0, (b - e) / 4, 0, (c - f) / 4]
+    assert values(made.linear_weight_gradient_of_sum) == pytest.approx(of_weight, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "options"),
+    [
+        (LINEAR_MULTILABEL, [[0, 1, 1], [1, 0, 0]], {"pos_weight": 7.0, "where": [[True, True, False], [True] * 3]}),
+        (LINEAR_MULTILABEL, [[0.5, 1.0, 0.25], [1.0, 0.0, 0.5]], {"reduction": "none", "label_smoothing": 0.1}),
+        (LINEAR_SOFTMAX, [1, 2], {"weight": [0.5, 2.0, 3.0], "sample_weight": [0.25, 4.0], "label_smoothing": 0.1}),
+        (LINEAR_SOFTMAX, [[0.5, 0.25, 0.25], [0.1, 0.1, 0.2]], {"reduction": "none"}),
+    ],
+)
+def test_gradients_of_a_linear_layer_are_derivatives_of_the_value(loss, targets, options):
+    make, h = Maker("test", "float64", 0), mpf(2) ** -60
+    case = make.case(loss, FEATURES, targets, **LAYER, **options)
+    exact = oracle.expected(case)
+
+    def replaced(name, tensor):
+        if name == "linear_bias":
+            return case._replace(options=case.options | {name: tensor})
+        return case._replace(**{{"features": "logits"}.get(name, name): tensor})
+
+    names = {"features": "gradient", "linear_weight": "linear_weight_gradient", "linear_bias": "linear_bias_gradient"}
+    with mp.workprec(oracle.BITS):
+        for name, tensor in case.inputs.items():
+            gradient, of_sum = getattr(exact, names[name]), getattr(exact, f"{names[name]}_of_sum")
+            assert len(gradient) == len(of_sum) == len(tensor.values)
+            for i, x in enumerate(tensor.values):
+
+                def at(x, name=name, tensor=tensor, i=i):
+                    moved = tensor._replace(values=[*tensor.values[:i], x, *tensor.values[i + 1 :]])
+                    return [number.value for number in oracle.expected(replaced(name, moved)).value]
+
+                derivatives = [(a - b) / (2 * h) for a, b in zip(at(x + h), at(x - h), strict=True)]
+                assert abs(sum(derivatives) - of_sum[i].value) < mpf(2) ** -100
+                pulled_back = sum(c * d for c, d in zip(case.cotangent.values, derivatives, strict=True))
+                assert abs(pulled_back - gradient[i].value) < mpf(2) ** -100
+
+
+def test_exact_logits_are_exact():
+    """In float32, in which half precision is computed, in one order and another. Those of `linear_rounded` are not."""
+    exact = set()
+    for case in cases(tuple(DTYPES), 0):
+        if case.linear_weight is None:
+            continue
+        wide = {name: np.array(tensor.values, "float64").reshape(tensor.shape) for name, tensor in case.inputs.items()}
+        f, w, b = wide["features"], wide["linear_weight"], wide.get("linear_bias", np.zeros(case.shape[-1]))
+        dtype = "float64" if case.dtype == "float64" else "float32"
+        terms = np.append(f[..., None, :] * w, np.broadcast_to(b[:, None], (*case.shape, 1)), axis=-1)
+        right = terms.astype("longdouble").sum(-1)
+        products = f[..., None, :].astype(dtype) * w.astype(dtype)
+        narrow = np.append(products, np.broadcast_to(b.astype(dtype)[:, None], (*case.shape, 1)), axis=-1)
+        sums = [np.cumsum(order, -1, dtype=dtype)[..., -1] for order in (narrow, narrow[..., ::-1])]
+        if all(np.array_equal(x, right, equal_nan=True) for x in sums):
+            exact.add((case.family, case.dtype))
+        else:
+            assert case.family == "linear_rounded", case.id
+    assert {family for family, _ in exact} >= {"linear", "linear_limits", "linear_blocks"}
+    assert ("linear_rounded", "float32") not in exact
+
+
+def test_rounded_products_are_within_their_bound():
+    """Of random ones, in several orders; and some come close enough to show that the bound says something."""
+    rng, closest = np.random.default_rng(20261126), 0.0
+    for _ in range(300):
+        x, y = rng.normal(size=(2, 6)).astype("float32")
+        terms = [mpf(float(a)) * mpf(float(b)) for a, b in zip(x, y, strict=True)]
+        with mp.workprec(oracle.BITS):
+            allowed = float(oracle._rounding(terms, 24)) * 2.0**-23
+            right = mp.fsum(terms)
+            for order in (slice(None), slice(None, None, -1), rng.permutation(6)):
+                off = abs(float(mpf(float(np.cumsum((x * y)[order], dtype="float32")[-1])) - right))
+                assert off <= allowed
+                closest = max(closest, off / allowed)
+    assert closest > 0.1
+    assert oracle._rounding([mpf(3), mpf(0.25), mpf(0)], 24) == 0
+    assert oracle._rounding([mpf(2) ** 30, mpf(1)], 24) > 0
+
+
+@pytest.mark.parametrize("quantity", ["gradient", "linear_weight_gradient", "linear_bias_gradient"])
+def test_gradients_of_a_linear_layer_are_judged_in_units_of_their_terms(quantity):
+    """Three examples, two classes: 1 ULP and K + 2 + n/2 epsilons, K = 5 + 1 in PyTorch's row."""
+    features, layer = [[1.0], [1.0], [1.0]], {"linear_weight": [[1.0], [0.5]], "linear_bias": [0.25, 0.5]}
+    case = Maker("test", "float32", 0).case(LINEAR_SOFTMAX, features, [0, 0, 1], **layer, reduction="sum")
+    exact = oracle.expected(case)
+    answers, n = getattr(exact, f"{quantity}_of_sum"), 2 if quantity == "gradient" else 3
+    with mp.workprec(oracle.BITS):
+        limit = (6 + 1 + 2 + n / 2 + answers[0].shift) * answers[0].terms * 2.0**-23
+        step = mp.ldexp(1, int(mp.floor(mp.log(answers[0].terms, 2))) - 23)
+        for off, failed in [(0, False), (0.9, False), (1.1, True), (-1.1, True)]:
+            got = [float(x.value + (off * (limit + step) if i == 0 else 0)).hex() for i, x in enumerate(answers)]
+            assert judge(case, exact, {quantity: {"value_and_grad": got}}, "torch")[quantity].failed == failed

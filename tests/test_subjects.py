@@ -8,13 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from shared import asked_for
 from test_conformance import command
+from unilabel.conformance.cases import LINEAR_SOFTMAX, cases
 from unilabel.conformance.cli import main
+from unilabel.conformance.oracle import expected
+from unilabel.conformance.tolerances import judge
+from unilabel.conformance.worker import answer
+
+import unilabel
 
 OWN = """
 import unilabel
@@ -315,3 +323,134 @@ def test_junit(tmp_path):
     failures = suite.findall("testcase/failure")
     assert len(failures) == int(suite.get("failures") or 0) == 1
     assert "right is" in (failures[0].get("message") or "")
+
+
+# --- Failures of losses on a linear layer's inputs, each planted in one that is right ---------------------------------
+
+
+def of_layer(features, linear_weight, targets, *, linear_bias=None, reduction="mean", ignore_index=None):
+    """What is right: unilabel's loss of PyTorch's logits, in float32."""
+    import torch
+
+    wide = (None if array is None else array.float() for array in (features, linear_weight, linear_bias))
+    logits = torch.nn.functional.linear(*wide)
+    loss = unilabel.softmax_nll(logits, targets, reduction=reduction, ignore_index=ignore_index)
+    return loss.to(features.dtype)
+
+
+def frozen(features, linear_weight, *others, **options):
+    """Liger: without a gradient of the features there is none of weight and bias."""
+    if not features.requires_grad:
+        linear_weight, options = linear_weight.detach(), {name: detached(given) for name, given in options.items()}
+    return of_layer(features, linear_weight, *others, **options)
+
+
+def detached(given):
+    return given.detach() if hasattr(given, "detach") else given
+
+
+def bias_in_each_block(features, *others, linear_bias=None, **options):
+    """Cut Cross-Entropy #52."""
+    blocks = -(-max(1, len(features)) // 4)
+    return of_layer(features, *others, linear_bias=None if linear_bias is None else linear_bias * blocks, **options)
+
+
+def padded_classes(features, linear_weight, *others, linear_bias=None, **options):
+    """tokamax: classes up to a multiple of 32."""
+    import torch
+
+    more = max(0, len(linear_weight) - 32) and -len(linear_weight) % 32
+    linear_weight = torch.nn.functional.pad(linear_weight, (0, 0, 0, more))
+    linear_bias = None if linear_bias is None else torch.nn.functional.pad(linear_bias, (0, more))
+    return of_layer(features, linear_weight, *others, linear_bias=linear_bias, **options)
+
+
+def mean_of_nothing(*inputs, reduction="mean", **options):
+    """PyTorch and Cut Cross-Entropy."""
+    losses = of_layer(*inputs, reduction="none", **options)
+    kept = len(losses) if options.get("ignore_index") is None else (inputs[2] != options["ignore_index"]).sum()
+    return losses.sum() / kept if reduction == "mean" else of_layer(*inputs, reduction=reduction, **options)
+
+
+def same_cotangent_for_all(*inputs, reduction="mean", **options):
+    """Liger-Kernel #968: gradients formed in the forward pass, of the sum."""
+    losses = of_layer(*inputs, reduction=reduction, **options)
+    return losses.detach() + (losses.sum() - losses.sum().detach()) if reduction == "none" else losses
+
+
+def summed_in_its_own_dtype(*inputs, reduction="mean", **options):
+    """Liger-Kernel #512: in blocks, here of one example."""
+    if reduction != "sum":
+        return of_layer(*inputs, reduction=reduction, **options)
+    total = 0
+    for loss in of_layer(*inputs, reduction="none", **options):
+        total = total + loss
+    return total
+
+
+def p_minus_1(features, linear_weight, targets, *, linear_bias=None, **options):
+    """Liger-Kernel #1329, and PyTorch."""
+    import torch
+
+    ignored = options.pop("ignore_index", None)
+    logits = torch.nn.functional.linear(features, linear_weight, linear_bias)
+    targets = targets.long() if targets.ndim < logits.ndim else targets
+    ignored = -7 if ignored is None else ignored
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignored, **options)
+
+
+def difference_of_large_numbers(features, linear_weight, targets, *, linear_bias=None, reduction="mean"):
+    import torch
+
+    if reduction != "none":
+        return of_layer(features, linear_weight, targets, linear_bias=linear_bias, reduction=reduction)
+    logits = torch.nn.functional.linear(features, linear_weight, linear_bias)
+    if targets.ndim == logits.ndim:
+        return unilabel.softmax_nll(logits, targets, reduction="none")
+    return logits.logsumexp(-1) - unilabel.nll(logits, targets, reduction="none").neg()
+
+
+PLANTED = {
+    "frozen": frozen,
+    "blocks": bias_in_each_block,
+    "blocks, long": padded_classes,
+    "nothing takes part": mean_of_nothing,
+    "cotangent": same_cotangent_for_all,
+    "half sum": summed_in_its_own_dtype,
+    "confident": p_minus_1,
+    "offset": difference_of_large_numbers,
+}
+
+
+def wrong_cases(function, dtype, request, monkeypatch):
+    """The cases of a linear loss that a function of PyTorch's tensors fails in."""
+    backend = asked_for("torch", request)
+    module = types.ModuleType("own_subject")
+    module.loss = function
+    monkeypatch.setitem(sys.modules, "own_subject", module)
+    found = {}
+    for case in cases((dtype,), 0):
+        if case.loss == LINEAR_SOFTMAX and case.logits.shape != (2, 2, 2):
+            got = answer(backend, "cpu", case, "own_subject:loss", LINEAR_SOFTMAX)
+            if "numbers" in got:
+                verdicts = judge(case, expected(case), got["numbers"], "torch").values()
+                got = {"error": "; ".join(map(str, verdicts))} if any(v.failed for v in verdicts) else {}
+            if "error" in got:
+                found[case.id] = case, got["error"]
+    return found
+
+
+def test_what_is_right_is_right_for_all_cases_of_a_linear_layer(request, monkeypatch):
+    for dtype in ("float32", "bfloat16"):
+        assert wrong_cases(of_layer, dtype, request, monkeypatch) == {}
+
+
+@pytest.mark.parametrize(
+    "flag", [flag if flag == "blocks" else pytest.param(flag, marks=pytest.mark.full) for flag in PLANTED]
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_failures_of_linear_losses_are_found_by_their_flags(flag, request, monkeypatch):
+    dtype = "bfloat16" if flag == "half sum" else "float32"
+    found = wrong_cases(PLANTED[flag], dtype, request, monkeypatch)
+    flags = {name for case, _ in found.values() for name in case.flags}
+    assert flag.partition(",")[0] in flags, found
