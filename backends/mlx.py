@@ -118,8 +118,8 @@ class MlxBackend(Backend):
             def of_operands(*arrays: Array) -> Array:
                 return formulas.value(standard, loss, options, x, put(arrays))
 
-            _, gradients = mx.vjp(of_operands, arrays, [cotangent])
-            return [formulas.gradient(differentiable, loss, options, x, put(arrays), cotangent), *gradients]
+            first = formulas.gradient(differentiable, loss, options, x, put(arrays), cotangent)
+            return [first, *_by_autodiff(of_operands, arrays, cotangent)]
 
         return run(x, *given.values())
 
@@ -151,8 +151,7 @@ class MlxBackend(Backend):
                 value = functools.partial(formulas.value, standard)
                 return formulas.expression(standard, value, loss, options, *put([*primals[: len(layer)], *arrays]))
 
-            _, gradients = mx.vjp(of_operands, primals[len(layer) :], [cotangent])
-            return [*layer, *gradients]
+            return [*layer, *_by_autodiff(of_operands, primals[len(layer) :], cotangent)]
 
         return run(*given.values())
 
@@ -162,6 +161,19 @@ class MlxBackend(Backend):
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         (value,), (gradient,) = mx.vjp(function, [x], [cotangent])
         return value, gradient
+
+
+def _by_autodiff(function: Any, arrays: Any, cotangent: Array) -> list[Array]:
+    """The derivatives of a function by its arrays, times a cotangent: 0 by integers, through which MLX cannot go."""
+    moved = [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
+
+    def run(*some: Array) -> Array:
+        every = dict(enumerate(arrays)) | dict(zip(moved, some, strict=True))
+        return function(*every.values())
+
+    found = mx.vjp(run, [arrays[i] for i in moved], [cotangent])[1] if moved else []
+    gradients = dict(zip(moved, found, strict=True))
+    return [gradients[i] if i in gradients else mx.zeros_like(array) for i, array in enumerate(arrays)]
 
 
 def _run(formula: Any, *call: Any) -> Any:
