@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import formulas
+from .. import formulas, lengths
 from ..backend import Array, Backend
 from ..checks import fail
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
@@ -126,18 +126,57 @@ def _closed_form(formula: Any, loss: Loss, options: Options, x: Array, operands:
 # --- The last linear layer's inputs: a scan over blocks of examples ---------------------------------------------------
 
 
-def _scanned(body: Any, length: int | None, totals: Any, rows: Any) -> tuple[Any, Any]:
-    """The totals, and what the body leaves behind, of all blocks of that length and then of the rest."""
+def _length(inputs: Linear) -> int | None:
+    """The number of examples in a block, also of as many as an exporter leaves open; None: all at once."""
+    known = lengths.are_known(inputs.features.shape[0])
+    return formulas.rows_of_blocks(inputs) if known else formulas.most_rows(inputs)
+
+
+def _scanned(body: Any, length: int | None, totals: Any, rows: Any, by_autodiff: bool) -> tuple[Any, Any]:
+    """The totals, and what the body leaves behind, of all blocks of that length and then of the rest.
+
+    Of `count` blocks, the first has rows 0, count, 2 count, …: where each device has its share of the examples, it has
+    its share of each block, and nothing of them moves.
+    """
     if length is None:
         return body(totals, rows)
     n = rows.features.shape[0]
-    end = n - n % length
-    totals, parts = jax.lax.scan(body, totals, jax.tree.map(lambda a: a[:end].reshape(-1, length, *a.shape[1:]), rows))
-    parts = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), parts)
-    if end < n:
-        totals, rest = body(totals, jax.tree.map(lambda a: a[end:], rows))
-        parts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts, rest)
-    return totals, parts
+    count = n // length
+    end = count * length
+    if lengths.are_known(n):
+        dealt = jax.tree.map(lambda a: a[:end].reshape(length, count, *a.shape[1:]), rows)
+        if by_autodiff:  # the gradient of a slice would be an array of all rows for each block
+            totals, parts = jax.lax.scan(body, totals, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), dealt))
+        else:
+
+            def of_block(totals: Any, i: Array) -> tuple[Any, Any]:
+                return body(totals, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 1, False), dealt))
+
+            totals, parts = jax.lax.scan(of_block, totals, jnp.arange(count))
+    else:
+        totals, parts = _scanned_if_any(body, length, count, totals, rows)
+    parts = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:]), parts)
+    if lengths.same((end,), (n,)):
+        return totals, parts
+    totals, rest = body(totals, jax.tree.map(lambda a: a[end:], rows))
+    return totals, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), parts, rest)
+
+
+def _scanned_if_any(body: Any, length: int, count: Any, totals: Any, rows: Any) -> tuple[Any, Any]:
+    """The same where an exporter leaves the count open: JAX asks for one block, which may count for nothing."""
+    n = rows.features.shape[0]
+    if jax.core.max_dim(n, 1) != n:  # and it gathers from no empty array
+        rows = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a, shape=(1, *a.shape[1:]))]), rows)
+
+    def of_block(totals: Any, i: Array) -> tuple[Any, Any]:
+        places = jnp.arange(length) * count + i
+        some = jax.tree.map(lambda a: a.at[places].get(mode="promise_in_bounds"), rows)
+        _, parts = jax.eval_shape(body, totals, some)
+        nothing = totals, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), parts)
+        return jax.lax.cond(i < count, body, lambda *_: nothing, totals, some)
+
+    totals, parts = jax.lax.scan(of_block, totals, jnp.arange(jax.core.max_dim(count, 1)))
+    return totals, jax.tree.map(lambda a: a[:count], parts)
 
 
 @_broadcasting
@@ -154,7 +193,7 @@ def _linear(
     of_weight = jnp.zeros_like(weight) if needed.linear_weight else None
     of_bias = jnp.zeros_like(weight[:, :1]) if needed.linear_bias else None
     body = functools.partial(formulas.block, standard, run, loss, options, needed, shared)
-    totals, parts = _scanned(body, length, formulas.Totals(of_weight, of_bias), rows)
+    totals, parts = _scanned(body, length, formulas.Totals(of_weight, of_bias), rows, by_autodiff=False)
     return formulas.reduced(standard, loss, options, inputs, totals, parts)
 
 
@@ -169,7 +208,7 @@ def _linear_by_autodiff(loss: Loss, options: Options, length: int | None, inputs
     body = functools.partial(formulas.block, differentiable, run, loss, options, NOTHING)
     if length is not None:
         body = jax.checkpoint(body, prevent_cse=False)
-    totals, parts = _scanned(functools.partial(body, shared), length, formulas.Totals(), rows)
+    totals, parts = _scanned(functools.partial(body, shared), length, formulas.Totals(), rows, by_autodiff=True)
     return formulas.reduced(differentiable, loss, options, inputs, totals, parts)[0]
 
 
@@ -337,13 +376,13 @@ class JaxBackend(Backend):
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
         options, _, operands = _jit_arguments(options, inputs.features, operands)
-        return _linear_loss(loss, options, formulas.rows_of_blocks(inputs), inputs, operands)
+        return _linear_loss(loss, options, _length(inputs), inputs, operands)
 
     def linear_closed_form(
         self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
     ) -> tuple[Array, Linear]:
         options, _, operands = _jit_arguments(options, inputs.features, operands)
-        return _linear_closed_form(loss, options, formulas.rows_of_blocks(inputs), needed, inputs, operands)
+        return _linear_closed_form(loss, options, _length(inputs), needed, inputs, operands)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         return _activation(function, x, half)

@@ -45,6 +45,9 @@ class _Standard(Extended):
         total = jnp.matmul(x, jnp.ones(x.shape[-1], x.dtype))[..., None]
         return total != total
 
+    def matmul(self, x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y, out_sharding=_place_of_product(x, y))
+
     def as_index(self, targets: Array, like: Array) -> Array:
         return targets.astype(jax.dtypes.canonicalize_dtype(np.int64))
 
@@ -80,6 +83,14 @@ class _Standard(Extended):
 def _is_sharded(x: Array, axis: int) -> bool:
     """Whether an axis is explicitly sharded over devices."""
     return jax.typeof(x).sharding.spec[axis] is not None
+
+
+def _place_of_product(x: Array, y: Array) -> Any:
+    """Where JAX is to put a product of matrices; None: it knows, as what is summed is not explicitly sharded."""
+    places = jax.typeof(x).sharding, jax.typeof(y).sharding
+    if not any(_is_sharded(array, axis) for array, axis in ((x, -1), (y, -2))):
+        return None
+    return jax.sharding.NamedSharding(places[0].mesh, jax.P(places[0].spec[-2], places[1].spec[-1]))
 
 
 class _Differentiable(_Standard):

@@ -308,8 +308,12 @@ class TensorflowBackend(Backend):
         with on_device_of(inputs.features):
             operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
             arrays = [array for array in (*inputs, *operands) if array is not None and array.dtype.is_floating]
-            if internals.has_tangents(arrays):  # a ForwardAccumulator sees no custom gradients
-                return formulas.expression(differentiable, _recorded_loss, loss, options, inputs, operands)
+            # A ForwardAccumulator sees no custom gradients within a graph.
+            taped = tf.executing_eagerly() and internals.can_tape_within()
+            if internals.has_tangents(arrays) and not taped:
+                at_once = differentiable, lambda _, *call: _recorded_loss(*call), None
+                value, _ = formulas.in_blocks(*at_once, loss, options, inputs, operands, NOTHING)
+                return value
             if not internals.is_recording() and tf.executing_eagerly():
                 return _linear(loss, options, inputs, operands, NOTHING)[0]
             return tensorflow_linear.recorded(_linear, loss, options, inputs, operands)

@@ -34,6 +34,7 @@ class Internals:
         self._stop_recording = find("eager.record.stop_recording")
         self._record_operation = find("eager.record.record_operation")
         self._pack_tangents = find("eager.forwardprop_util.pack_tangents")
+        self._push_state = find("eager.forwardprop_util.push_forwardprop_state")
         program = find("eager.polymorphic_function.concrete_function.ConcreteFunction.inference_fn")
         call = find("eager.polymorphic_function.atomic_function.AtomicFunction.call_preflattened")
         self._has_program = program is not None and call is not None
@@ -49,6 +50,14 @@ class Internals:
     def has_tangents(self, arrays: Sequence[Any]) -> bool:
         """Whether a ForwardAccumulator watches one of these arrays."""
         return self._pack_tangents is None or bool(self._pack_tangents(list(arrays)).tangents)
+
+    def can_tape_within(self) -> bool:
+        """Whether a tape works in a custom gradient that a ForwardAccumulator asks for; then `taping` is around it."""
+        return self._push_state is not None
+
+    def taping(self) -> Any:
+        """A context in which a GradientTape works, as far as `can_tape_within` says so."""
+        return contextlib.nullcontext() if self._push_state is None else self._push_state()
 
     def can_pause(self) -> bool:
         """Whether what runs under `pause` is left out of all tapes."""
