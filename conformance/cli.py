@@ -26,7 +26,7 @@ from .compare_runs import differences, read
 from .html import html
 from .junit import junit
 from .modes import MODES
-from .processes import Signals
+from .processes import SHOWN, Signals
 from .report import Results, console, exit_code, results, show, visible
 from .runner import Column, Job, columns, describe, installed, run, wrong
 from .vectors import FOLDER, files, stale, write
@@ -257,9 +257,11 @@ def compare(a: Path, b: Path, ulp: float) -> None:
     try:
         worst = differences(read(a), read(b))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise click.UsageError(f"expected two files that --json wrote; received: {error!r}") from error
-    table = Table("a", "b", "cases in both", "missing in one", "largest difference, ULP")
-    table.add_column("in", overflow="fold")
+        why = f"{type(error).__name__}: {error}"[:SHOWN]  # not all that such a file may hold
+        raise click.UsageError(f"expected two files that --json wrote; received: {why}") from error
+    table = Table()
+    for header in ("a", "b", "cases in both", "missing in one", "largest difference, ULP", "in"):
+        table.add_column(header, overflow="fold")
     for row in worst:
         table.add_row(row.a, row.b, str(row.cases), str(row.missing), f"{row.ulp:.4g}", row.where)
     output = Output()

@@ -24,7 +24,7 @@ from typing import Any
 POLL = 0.1  # seconds between two looks at a worker that says nothing
 LEAVE = 5.0  # seconds for a worker to exit once it is done, and for a pipe to run dry
 CHUNK = 1 << 16
-SHOWN = 400  # characters of a worker's last words
+SHOWN = 400  # characters of a worker's last words, or of an error that quotes a file
 
 
 class Ended(Exception):

@@ -277,6 +277,15 @@ def test_what_is_missing_is_a_difference(saved, tmp_path, change):
         assert bool(re.search(r"│ \d+ +│ [1-9]\d* +│ 0 +│", result.output)) == missing, result.output
 
 
+def test_no_title_is_cut_off(saved, tmp_path):
+    """Two subjects may differ at the ends of their names only."""
+    title = f"their_package.losses:{'long_' * 20}name numpy"
+    found = saved | {"runs": [saved["runs"][0] | {"title": title}]}
+    result = compared(tmp_path, found, found)
+    first = "".join(line.split("│")[1] for line in result.output.splitlines() if line.startswith("│"))
+    assert first.replace(" ", "").startswith(title.replace(" ", ""))
+
+
 def test_missing_everywhere(saved, tmp_path):
     """Nothing is compared, and so nothing is the same."""
     for found in (saved | {"runs": []}, saved | {"runs": [saved["runs"][0] | {"cases": []}]}):
@@ -291,10 +300,11 @@ def test_missing_everywhere(saved, tmp_path):
         ({"seed": 7}, "the seeds differ, and so do the cases: 0 and 7"),
         ({"runs": 3}, "not iterable"),
         ({"runs": [3]}, "expected two files that --json wrote"),
-        ({"runs": [{}]}, "expected two files that --json wrote; received: KeyError('title')"),
+        ({"runs": [{}]}, "expected two files that --json wrote; received: KeyError: 'title'"),
         (b"", "JSONDecodeError"),
         (b"[]", "not a file that --json wrote"),
-        (b"\xff", "UnicodeDecodeError"),
+        (b"\xff" * 100_000, "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0"),
+        ({"seed": "long" * 100_000}, "the seeds differ, and so do the cases: 0 and long"),
         (b"[" * 100_000, "RecursionError"),
         (b'{"format": 2, "seed": 0, "runs": [{"title": "numpy", "cases": [[]]}]}', "expected two files"),
     ],
@@ -304,6 +314,7 @@ def test_files_that_cannot_be_compared(saved, tmp_path, change, reason):
     assert result.exit_code == 2
     assert isinstance(result.exception, SystemExit)
     assert reason in " ".join(result.output.split())
+    assert len(result.output) < 1000  # not all that is wrong with it
 
 
 def test_numbers_that_are_none(saved, tmp_path):
