@@ -231,7 +231,7 @@ def test_command(tmp_path):
     (tmp_path / "data.txt").write_text("40 3 6\n" + "1,0 0:1\n5 1:1\n2,1 2:1\n 1:2\n" * 10)
     done = command("--data", tmp_path / "data.txt", "--epochs", 2, "--picture", tmp_path / "picture.png")
     assert done.returncode == 0, done.stderr
-    assert "36 examples, and 3 held out; 3 words, 6 labels" in done.stdout
+    assert "36 examples, and 2 held out; 3 words, 6 labels" in done.stdout
     assert "numpy       loss " in done.stdout
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["popularity", "numpy"]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
