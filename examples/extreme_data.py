@@ -48,9 +48,10 @@ def read(file: Path) -> Data:
             counts = [whole(text, math.inf, f"the number of {what}") for text, what in zip(header, EACH, strict=True)]
             for position, line in enumerate(lines, 2):  # noqa: B007  # the error names it
                 if len(label_ends) <= counts[0]:
-                    found = parsed(line.rstrip("\r\n"), *counts[1:])
-                    for of_all, of_line in zip((labels, words, values), found, strict=True):
-                        of_all.extend(of_line)
+                    of_line = parsed(line.rstrip("\r\n"), *counts[1:])
+                    labels.extend(of_line[0])
+                    words.extend(of_line[1])
+                    values.extend(of_line[2])
                     label_ends.append(len(labels))
                     word_ends.append(len(words))
                 elif line.strip():
