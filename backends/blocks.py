@@ -176,7 +176,19 @@ class Call(NamedTuple):
             return array
         if self.loss.per_example:
             return array[block.full if array.ndim == self.x.ndim else block.batch]
-        return array if array.ndim < self.x.ndim or array.shape[0] == 1 else array[block.full]
+        cuts = (*block.full, *[slice(None)] * (self.x.ndim - len(block.full)))
+        if self.options.positives and name in ("targets", "values"):
+            rows = array[cuts[:-1]]
+            return rows if cuts[-1] == slice(None) else self._labels(rows, cuts[-1])
+        cuts = cuts[self.x.ndim - array.ndim :]
+        return array[tuple(slice(None) if n == 1 else cut for n, cut in zip(array.shape, cuts, strict=True))]
+
+    def _labels(self, labels: Array, part: slice) -> Array:
+        """Labels that count from the first class of a part; wrong ones stay wrong."""
+        classes, labels = self.x.shape[-1], self.xp.as_index(labels, self.x)
+        stop = min(part.stop, classes)
+        right, inside = (labels >= -1) & (labels < classes), (labels >= part.start) & (labels < stop)
+        return self.xp.where(inside, labels - part.start, self.xp.where(right, -1, stop - part.start))
 
     def divide(self, total: Any, whole: Array) -> Any:
         """A total over the divisor of the reduction. `whole` are the logits in the caller's shape."""
@@ -344,6 +356,10 @@ def _in_blocks(
         x = _flat(x, keeps_last=options.positives)
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
     cuts = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
+    if options.positives and operands.values is None and x.ndim == 2 and x.shape[1] > blockwise.block:
+        classes = x.shape[1]  # rows that the cache does not hold
+        step = math.ceil(classes / math.ceil(classes / blockwise.block))
+        cuts = [(*row, slice(start, start + step)) for row in cuts for start in range(0, classes, step)]
     return Call(blockwise, xp, loss, options, x, operands, axes, [Block(cut, cut) for cut in cuts])
 
 

@@ -242,7 +242,7 @@ def test_from_csr_refuses(arguments, error, text):
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 @pytest.mark.parametrize("options", [{}, {"where": True, "pos_weight": 3.0}], ids=["plain", "options"])
-@pytest.mark.parametrize("shape", [(64, 3000), (2, 32, 3000)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 3000), (2, 32, 3000), (9, 12_345)], ids=str)
 def test_in_blocks(name, options, shape, monkeypatch):
     backend = backend_named(name)
     module = __import__(f"unilabel.backends.{name}", fromlist=["blockwise"])
