@@ -12,11 +12,12 @@ A run of all of them compares the page with what it saw, or writes it:
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from crossed import LOSSES, PER_EXAMPLE, Row, Sample, factors, planned, quick
+from crossed import LINEAR, LOSSES, LinearSample, Row, Sample, factors, is_per_example, planned, quick
 
 PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "array API": "Array API"}
@@ -30,7 +31,8 @@ def plain(loss):
 
 @pytest.fixture
 def sample(request):
-    return Sample(request.param if isinstance(request.param, Row) else plain(request.param))
+    row = request.param if isinstance(request.param, Row) else plain(request.param)
+    return (LinearSample if row.loss in LINEAR else Sample)(row)
 
 
 def samples(framework, transform, **options):
@@ -130,17 +132,25 @@ class Table:
                 tests[tuple(cell)].append((self.results.get(test, "not run"), levels, marker))
         lines = []
         for framework, title in TITLES.items():
-            transforms = dict.fromkeys(transform for of, transform, _ in tests if of == framework)
-            if transforms:
-                lines += [f"## {title}", "", f"| | {' | '.join(f'`{loss}`' for loss in LOSSES)} |", "|---" * 6 + "|"]
-                for row in transforms:
-                    of = {loss: tests.get((framework, row, loss), []) for loss in LOSSES}
-                    kinds = [[loss for loss in LOSSES if (loss in PER_EXAMPLE) == kind] for kind in (False, True)]
-                    together = [[test for loss in kind for test in of[loss]] for kind in kinds]
-                    found = [entry(loss, of[loss], together[loss in PER_EXAMPLE]) for loss in LOSSES]
-                    lines.append(f"| {row} | {' | '.join(found)} |")
-                lines.append("")
+            tables = [self.of_losses(tests, framework, losses) for losses in (tuple(LOSSES), tuple(LINEAR))]
+            if any(tables):
+                lines += [f"## {title}", "", *itertools.chain(*tables)]
         return "\n".join(lines)
+
+    @staticmethod
+    def of_losses(tests, framework, losses):
+        """The lines of a table; none if it has no rows."""
+        transforms = dict.fromkeys(transform for of, transform, loss in tests if of == framework and loss in losses)
+        if not transforms:
+            return []
+        lines = [f"| | {' | '.join(f'`{loss}`' for loss in losses)} |", "|---" * (1 + len(losses)) + "|"]
+        for row in transforms:
+            of = {loss: tests.get((framework, row, loss), []) for loss in losses}
+            kinds = [[loss for loss in losses if is_per_example(loss) == kind] for kind in (False, True)]
+            together = [[test for loss in kind for test in of[loss]] for kind in kinds]
+            found = [entry(loss, of[loss], together[is_per_example(loss)]) for loss in losses]
+            lines.append(f"| {row} | {' | '.join(found)} |")
+        return [*lines, ""]
 
     def with_page(self):
         """The page as it is, and as it should be."""

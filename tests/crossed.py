@@ -10,12 +10,15 @@ import itertools
 import random
 
 import numpy as np
-from unilabel.conformance.cases import LOSSES, Maker, Tensor
+from unilabel.conformance import cases
+from unilabel.conformance.cases import Maker, Tensor
 from unilabel.conformance.oracle import expected
 
 import unilabel as ul
 
 SEED = 20261125
+LOSSES = {name: loss for name, loss in cases.LOSSES.items() if loss.takes != "features"}
+LINEAR = {f"linear_{name}": name for name in ("multilabel_logistic_loss", "softmax_nll")}  # and the loss of its logits
 PER_EXAMPLE = tuple(name for name, loss in LOSSES.items() if loss.per_example)
 ELEMENTWISE = tuple(name for name in LOSSES if name not in PER_EXAMPLE)
 RANGES = {"multilabel_logistic_loss": (-6, 6), "softmax_nll": (-6, 6), "nll": (-6, -0.01)}
@@ -47,7 +50,7 @@ class Row:
     @property
     def touches(self):
         """The loss, and the levels of its kind."""
-        return {self.loss} | {(self.loss in PER_EXAMPLE, *level) for level in self.levels.items()}
+        return {self.loss} | {(is_per_example(self.loss), *level) for level in self.levels.items()}
 
     def __str__(self):
         """What is not as in a call without options."""
@@ -56,8 +59,15 @@ class Row:
         return ", ".join([self.loss, *named]).replace(" yes", "")
 
 
+def is_per_example(loss):
+    return LINEAR.get(loss, loss) in PER_EXAMPLE
+
+
 def factors(loss):
-    return FACTORS[loss in PER_EXAMPLE]
+    found = FACTORS[is_per_example(loss)]
+    if loss not in LINEAR:
+        return found
+    return {factor: levels for factor, levels in found.items() if factor != "axis"} | {"linear_bias": ("no", "yes")}
 
 
 def possible(levels):
@@ -98,7 +108,7 @@ def planned(framework, transform, losses=LOSSES, fixed=None, brief=False, pairs=
 
     Each loss is tried with every level; where a call takes seconds (`brief`), the losses of one kind share them out.
     """
-    kinds = [[loss for loss in losses if (loss in PER_EXAMPLE) == kind] for kind in (True, False)]
+    kinds = [[loss for loss in losses if is_per_example(loss) == kind] for kind in (True, False)]
     groups = [kind for kind in kinds if kind] if brief else [[loss] for loss in losses]
     return [row for group in groups for row in rows(framework, transform, group, fixed, pairs)]
 
@@ -139,8 +149,8 @@ class Sample:
     """
 
     def __init__(self, row, rows=4, classes=3, seed=0):
-        self.row, self.name, self.loss = row, row.loss, getattr(ul, row.loss)
-        self.per_example = row.loss in PER_EXAMPLE
+        self.row, self.name, self.loss = row, LINEAR.get(row.loss, row.loss), getattr(ul, row.loss)
+        self.per_example = self.name in PER_EXAMPLE
         drawn = np.random.default_rng((SEED, seed))
         two, middle = row["axis"] == "two", row["axis"] == "middle"
         classes = 2 * classes if two else classes
@@ -176,12 +186,11 @@ class Sample:
         arrays = {name: drawn.uniform(0.5, 2, size) for name, size in sizes.items() if row[name] == "yes"}
         if row["where"] != "no":
             arrays["where"] = placed(keep) if row["where"] == "of each" else placed(keep)[:1]
-        low, high = RANGES.get(row.loss, (0.01, 0.99))
-        x = drawn.uniform(low, high, shape)
+        x = self.inputs_of(drawn, shape)
         smoothing = {} if row["label_smoothing"] == "no" else {"label_smoothing": 0.1}
 
         case = Maker("crossed", "float64", SEED + seed).case(
-            row.loss, tensor(x), tensor(targets), **options, **smoothing,
+            self.name, tensor(x), tensor(targets), **options, **smoothing,
             **{name: tensor(array) for name, array in arrays.items()},
         )  # fmt: skip
         right = expected(case)
@@ -198,6 +207,11 @@ class Sample:
             arrays["label_smoothing"] = np.array(0.1)
             smoothing = {}
         self.x, self.targets, self.arrays, self.options = x, targets, arrays, options | smoothing
+
+    def inputs_of(self, drawn, shape):
+        """What the oracle's loss takes."""
+        low, high = RANGES.get(self.name, (0.01, 0.99))
+        return drawn.uniform(low, high, shape)
 
     @property
     def owners(self):
@@ -234,11 +248,11 @@ class Sample:
 
     def of(self, rows=4, classes=3, seed=1):
         """The same call with other lengths and numbers."""
-        return Sample(self.row, rows, classes, seed)
+        return type(self)(self.row, rows, classes, seed)
 
     def beside(self, convert):
         """The same call with its operands, but logits and targets, converted to the framework's arrays."""
-        found = object.__new__(Sample)
+        found = object.__new__(type(self))
         found.__dict__ = self.__dict__ | {"arrays": {name: convert(array) for name, array in self.arrays.items()}}
         return found
 
@@ -248,6 +262,59 @@ class Sample:
     def closed(self, form):
         """The call of `ul.value_and_grad` or `ul.grad_and_hess` of the loss."""
         return lambda x, targets=None, **more: form(self.loss)(
+            x, self.targets if targets is None else targets, **self.arrays | self.options | more
+        )
+
+
+class LinearSample(Sample):
+    """The same of a loss on the last linear layer's inputs, whose products are exact: its logits are the oracle's.
+
+    `inputs`: features, weight and maybe a bias. `through(gradient)` are their gradients, by that of the logits.
+    """
+
+    def inputs_of(self, drawn, shape):
+        def numbers(*shape):
+            return drawn.integers(-24, 25, shape) / 16
+
+        self.features, self.weight = numbers(shape[0], 2), numbers(shape[1], 2)
+        self.bias = (numbers(shape[1]),) if self.row["linear_bias"] == "yes" else ()
+        return self.on_logits(*self.inputs)
+
+    @property
+    def inputs(self):
+        return self.features, self.weight, *self.bias
+
+    @staticmethod
+    def on_logits(features, weight, bias=0.0):
+        return features @ weight.T + bias
+
+    def through(self, gradient):
+        def product(a, b):
+            found = (np.asarray(a) @ np.asarray(b)).view(Exact)
+            found.terms = getattr(a, "terms", np.abs(a)) @ getattr(b, "terms", np.abs(b))
+            return found
+
+        turned = np.asarray(gradient).T.view(Exact)
+        turned.terms = gradient.terms.T
+        of_bias = product(turned, np.ones(len(self.features))) if self.bias else None
+        found = product(gradient, self.weight), product(turned, self.features), of_bias
+        return found if self.bias else found[:2]
+
+    def __call__(self, features, linear_weight, *bias, targets=None, **more):
+        given = self.arrays | self.options | dict(zip(("linear_bias",), bias, strict=False)) | more
+        return self.loss(features, linear_weight, self.targets if targets is None else targets, **given)
+
+    def closed(self, features, linear_weight, *bias, targets=None, **more):
+        """Of `ul.value_and_grad`: the value and each gradient, without that of a bias that is not there."""
+        given = self.arrays | self.options | dict(zip(("linear_bias",), bias, strict=False)) | more
+        targets = self.targets if targets is None else targets
+        value, found = ul.value_and_grad(self.loss)(features, linear_weight, targets, **given)
+        assert (found.linear_bias is None) == (not bias)
+        return value, *found[: 2 + len(bias)]
+
+    def materialised(self, x, targets=None, **more):
+        """The loss of the logits."""
+        return getattr(ul, self.name)(
             x, self.targets if targets is None else targets, **self.arrays | self.options | more
         )
 

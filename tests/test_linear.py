@@ -213,6 +213,19 @@ def test_blocks_change_nothing_but_rounding(framework, loss, monkeypatch):
         close(array, right)
 
 
+@EACH_LOSS
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.full)])
+def test_a_hundred_thousand_classes(small, framework, loss, reduction):
+    """As many as words of a vocabulary, in blocks of four examples and one of three."""
+    layer = Layer((7,), 100_000, 4)
+    targets = layer.targets(loss)
+    value, gradient = ul.value_and_grad(loss)(layer.logits, targets, reduction=reduction)
+    got, gradients = closed(framework, loss, layer, targets, reduction=reduction)
+    close(got, value)
+    for array, right in zip(gradients, layer.through(gradient), strict=True):
+        close(array, right)
+
+
 def test_the_number_of_examples_in_a_block():
     def rows(n, classes, length):
         return LINEAR.rows_of_blocks(LINEAR.Linear(np.empty((n, length)), np.empty((classes, length))))
