@@ -20,7 +20,7 @@ from .cases import LOSSES, REDUCTIONS, Case, Tensor, class_axes
 
 Array = Any
 LossFunction = Callable[..., Array]
-KINDS = ("int64", "float", "onehot")
+KINDS = ("int64", "float", "onehot", "positives")
 RETURNED = (*REDUCTIONS, "classmean")
 # The names of what comes before the targets.
 FIRST = {
@@ -204,7 +204,7 @@ def _check_reduction(case: Case, returned: str, wanted: str) -> None:
 def _targets(way: Way, case: Case, axes: list[int]) -> tuple[Case, str | None]:
     """The case with the targets that the function takes, and the dtype to cast them to."""
     targets, kinds = case.targets, way.targets
-    if not kinds:
+    if not kinds or case.positives:
         return case, None
     if LOSSES[case.loss].per_example and len(targets.shape) == len(case.logits.shape) - len(axes):
         if "onehot" in kinds:
@@ -217,7 +217,7 @@ def _targets(way: Way, case: Case, axes: list[int]) -> tuple[Case, str | None]:
             return case, case.dtype
         raise NotApplicable("takes no float targets")
     for kind in kinds:
-        if kind != "onehot":
+        if kind in ("int64", "float"):
             return case, "int64" if kind == "int64" else case.dtype
     raise NotApplicable("takes no labels that are 0 or 1")
 

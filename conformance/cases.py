@@ -70,6 +70,7 @@ FLAGS = {
     "long sum": "a sum of many equal numbers, whose rounding errors all have the same sign",
     "cotangent": "an incoming gradient that differs from element to element",
     "frozen": "one input of the linear layer is differentiated, and the others are not: its gradient is the same",
+    "label twice": "a label that sparse targets name twice counts once",
     "blocks": "several blocks of examples, or of classes: each counts once, as does the bias, and padding does not",
 }
 
@@ -89,6 +90,7 @@ class Case(NamedTuple):
     options: dict[str, Any]  # as the loss takes them; arrays as Tensor
     cotangent: Tensor
     linear_weight: Tensor | None = None  # (C, D), of a loss that takes features
+    positives: bool = False  # the targets are those of unilabel.Positives: indices of labels, padded with -1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,7 +166,7 @@ class Maker:
     def case(self, loss: str, logits: Any, targets: Any, flag: str = "", **options: Any) -> Case:
         """A case of nested lists or Tensors, and a random cotangent. Flags are separated by commas."""
         self.count += 1
-        linear_weight = options.pop("linear_weight", None)
+        linear_weight, positives = options.pop("linear_weight", None), options.pop("positives", False)
         weight = None if linear_weight is None else self.tensor(linear_weight)
         flags = tuple(filter(None, flag.split(", ")))
         assert all(name in FLAGS for name in flags), flags
@@ -173,7 +175,8 @@ class Maker:
             name: self.tensor(value) if isinstance(value, list | Tensor) else value for name, value in options.items()
         }
         name = f"{self.dtype}/{self.family}/{self.count}"
-        case = Case(name, self.family, flags, self.dtype, loss, logits, targets, options, Tensor((), []), weight)
+        unknown = Tensor((), [])
+        case = Case(name, self.family, flags, self.dtype, loss, logits, targets, options, unknown, weight, positives)
         shape: tuple[int, ...] = ()
         if options.get("reduction") == "none":
             axes = class_axes(options, logits)
@@ -733,6 +736,41 @@ def linear_rounded(make: Maker) -> Iterator[Case]:
     """Any features and weights: the logits are rounded, and with them the losses."""
     for reduction in ("none", "mean"):
         yield from make.linear(make.rounded_layer(3, 4, 5), reduction=reduction)
+
+
+@family
+def positives(make: Maker) -> Iterator[Case]:
+    """Multilabel targets as the indices of each example's labels, in any order, padded with -1."""
+    sparse: dict[str, Any] = {"positives": True}
+    labels = Tensor((4, 3), [2, 0, -1, -1, -1, -1, 4, -1, 1, 0, 1, 2])
+    for reduction in REDUCTIONS:
+        yield make.case(MULTILABEL, make.numbers((4, 5), -8, 8), labels, **sparse, reduction=reduction)
+        features, layer = make.layer(4, 5)
+        short = {"flag": "blocks"} if reduction in ("none", "mean") else {}
+        yield make.case(LINEAR_MULTILABEL, features, labels, **layer, **sparse, **short, reduction=reduction)
+    x = make.numbers((4, 5), -8, 8)
+    twice = [[3, 3, -1, 3], [0, 1, 0, 1], [-1, 2, -1, -1], [4, 3, 2, 4]]
+    yield make.case(MULTILABEL, x, twice, **sparse, flag="label twice", reduction="none")
+    yield make.case(MULTILABEL, x, twice, **sparse, flag="label twice", pos_weight=3.0)
+    for wrong in ([[5], [0], [-1], [4]], [[0, -2], [1, -1], [-1, -1], [3, -100]]):
+        # Without pos_weight the second derivative does not depend on the targets.
+        yield make.case(MULTILABEL, x, wrong, **sparse, flag="wrong index", pos_weight=2.0, reduction="none")
+    yield make.case(LINEAR_MULTILABEL, features, [[5], [0], [-1], [4]], **layer, **sparse, flag="wrong index")
+    weights: dict[str, Any] = {"weight": make.numbers((4, 1), 0.1, 3), "pos_weight": make.numbers((5,), 0.1, 30)}
+    for smoothing in (0.0, 0.1):
+        every = {**sparse, **weights, "label_smoothing": smoothing, "reduction": "mean"}
+        keep = make.chosen((4, 5), True, True, False)
+        yield make.case(MULTILABEL, x, labels, where=keep, **every)
+        yield make.case(LINEAR_MULTILABEL, features, labels, where=keep, **layer, **every)
+    inner = make.chosen((2, 4, 2), -1, 0, 1, 2)  # the class axis is in the middle
+    yield make.case(MULTILABEL, make.numbers((2, 3, 4), -8, 8), inner, **sparse, axis=1, reduction="none")
+    p = make.numbers((4, 5), 0.01, 0.99)
+    yield make.case("binary_cross_entropy", p, labels, **sparse, reduction="none")
+    nothing: dict[str, Any] = {**sparse, "flag": "nothing takes part"}
+    yield make.case(MULTILABEL, Tensor((0, 5), []), Tensor((0, 3), []), **nothing)
+    yield make.case(MULTILABEL, x, labels, **nothing, where=False, reduction="mean")
+    sure = [[30.0, -30.0, 17.0], [-80.0, 80.0, -17.0]]
+    yield make.case(MULTILABEL, sure, [[0, 2], [1, -1]], **sparse, flag="confident", reduction="none")
 
 
 @family

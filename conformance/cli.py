@@ -146,7 +146,8 @@ READ = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--targets",
     multiple=True,
     type=click.Choice(KINDS),
-    help="What targets it takes: integers as int64; floats; class indices as one-hot rows. Repeatable. Default: all.",
+    help="What targets it takes: integers as int64; floats; class indices as one-hot rows; the indices of an example's "
+    "labels, padded with -1, as positives. Repeatable. Default: all but positives.",
 )
 @click.option("--axis", type=int, help="Its class axis, if it takes no axis. Default: the last.")
 @click.option(

@@ -57,6 +57,8 @@ class Parts(NamedTuple):
 
 def expected(case: Case) -> Expected:
     with mp.workprec(BITS):
+        if case.positives:
+            case = case._replace(targets=_dense(case), positives=False)
         if case.linear_weight is not None:
             return _of_layer(case, case.linear_weight)
         return _per_example(case) if LOSSES[case.loss].per_example else _elementwise(case)
@@ -313,6 +315,18 @@ def _reduced(
     of_sum, by_target = _all_scaled(gradient, factor), _all_scaled(by_target, factor)
     total = _scaled(_total(values), factor)
     return Expected([total], pulled_back(of_sum), of_sum, hessian, pulled_back(by_target), len(values))
+
+
+def _dense(case: Case) -> Tensor:
+    """The targets that are 1 at the labels of each example; with an index that is neither a label nor -1, NaN."""
+    (axis,) = class_axes(case.options, case.logits)
+    shape = case.shape
+    values: list[Any] = []
+    for *batch, c in ((*place[:axis], *place[axis + 1 :], place[axis]) for place in _indices(shape)):
+        labels = [_at(case.targets, (*batch, k)) for k in range(case.targets.shape[-1])]
+        wrong = any(not -1 <= label < shape[axis] for label in labels)
+        values.append(math.nan if wrong else int(c in labels))
+    return Tensor(shape, values)
 
 
 # --- The last linear layer --------------------------------------------------------------------------------------------

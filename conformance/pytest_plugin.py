@@ -28,7 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--loss": {"metavar": "NAME", "help": "the loss that package.module:function claims to be; default: its name"},
     "--call": {"metavar": "CALL", "help": "how that is called: 'f(targets, logits, weight=weight)'"},
     "--reduction": {"metavar": "NAME", "help": "what that returns, if it takes no reduction: none, mean, …"},
-    "--targets": REPEATABLE | {"metavar": "KIND", "help": "what targets that takes: int64, float, onehot; repeatable"},
+    "--targets": REPEATABLE
+    | {"metavar": "KIND", "help": "targets that it takes: int64, float, onehot, positives; repeatable"},
     "--axis": {"type": int, "metavar": "N", "help": "its class axis, if it takes no axis; default: the last"},
     "--mode": REPEATABLE | {"help": "eager (default), graph, compiled; repeatable"},
     "--timeout": {"type": float, "metavar": "SECONDS", "help": "to wait for an answer of a process; default: 300"},

@@ -104,7 +104,8 @@ def call(case: Case) -> str:
     """The case as one would write it."""
     options = "".join(f", {name}={_literal(value)}" for name, value in case.options.items())
     weight = "" if case.linear_weight is None else f"{_literal(case.linear_weight)}, "
-    return f"{case.loss}({_literal(case.logits)}, {weight}{_literal(case.targets)}{options})"
+    targets = f"Positives({_literal(case.targets)})" if case.positives else _literal(case.targets)
+    return f"{case.loss}({_literal(case.logits)}, {weight}{targets}{options})"
 
 
 def _literal(value: Any, most: int = 12) -> str:

@@ -26,6 +26,8 @@ def find(subject: str, case: Case, claims: str | None, backend: Backend, way: Wa
 
     `claims` names the loss that a package.module:function claims to be, and `way` says how it is called.
     """
+    if case.positives and subject != "unilabel" and "positives" not in way.targets:
+        raise NotApplicable("takes no indices of labels, padded with -1")
     if ":" not in subject:
         return case, _ours(subject, case.loss, backend.name)
     loss = claimed(subject, claims)

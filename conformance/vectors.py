@@ -81,7 +81,8 @@ def load(file: Path) -> list[tuple[Case, Expected]]:
             dtype=test["dtype"],
             loss=test["loss"],
             logits=_given(test["features" if "features" in test else "logits"]),
-            targets=_given(test["targets"]),
+            targets=_given(test["positives" if "positives" in test else "targets"]),
+            positives="positives" in test,
             options={name: x if name == "reduction" else _given(x) for name, x in test["options"].items()},
             cotangent=_given(test["cotangent"]),
             linear_weight=_given(test.get("linear_weight")),
@@ -147,7 +148,7 @@ def _test(case: Case) -> dict[str, Any]:
         "dtype": case.dtype,
         "loss": case.loss,
         **inputs,
-        "targets": _written(case.targets),
+        "positives" if case.positives else "targets": _written(case.targets),
         "options": {name: _written(given) for name, given in case.options.items()},
         "cotangent": _written(case.cotangent),
         "value": _answers(exact.value, case.cotangent.shape, case.dtype),
@@ -167,7 +168,7 @@ def _comment(case: Case) -> str:
     loss = LOSSES[case.loss]
     soft = any(isinstance(z, float) for z in case.targets.values)
     kinds = ("class indices", "distributions") if loss.per_example else ("labels", "soft labels")
-    targets = kinds[soft]
+    targets = "indices of labels" if case.positives else kinds[soft]
     shape = "×".join(map(str, case.logits.shape))
     options = [name if isinstance(given, Tensor) else f"{name} {given}" for name, given in case.options.items()]
     if case.linear_weight is not None:

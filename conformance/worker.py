@@ -147,6 +147,8 @@ def _computed(
 
     inputs = {name: array(tensor, "float64") for name, tensor in case.inputs.items()}
     targets = array(case.targets, "int32")
+    if case.positives and ours:
+        targets = unilabel.Positives(targets)
     options = {name: given for name, given in case.options.items() if not isinstance(given, Tensor)}
     arrays = {
         name: array(given, "bool" if name == "where" else "float64")
@@ -195,7 +197,7 @@ def _computed(
         for name in inputs if "frozen" in case.flags else ():
             of_one = functools.partial(lambda name, x: run(inputs | {name: x}, targets, arrays), name)
             take(GRADIENTS[name], "autodiff, the others frozen", backend.vjp(of_one, inputs[name], cotangent)[1])
-        if ours and all(isinstance(z, float) for z in case.targets.values) and case.targets.values:
+        if ours and case.targets.values and all(isinstance(z, float) for z in case.targets.values):
             value, gradient = backend.vjp(lambda z: run(inputs, z, arrays), targets, cotangent)
             take("value", "the loss, differentiated by targets", value)
             take("target_gradient", "autodiff", gradient)

@@ -32,6 +32,8 @@ EAGER = ("--backend", "torch", "--dtype", "float32")
 STRICT = ("--backend", "array_api_strict", "--dtype", "float32")  # has the namespace's defaults
 LINEAR = (*NUMPY, "--case", "linear*")
 LINEAR_HALF = (*HALF, "--case", "linear*")
+POSITIVES = (*NUMPY, "--case", "positives")
+POSITIVES_STRICT = (*STRICT, "--case", "positives")
 LINEAR_TORCH = (*EAGER, "--case", "linear*")
 
 
@@ -512,6 +514,29 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "where is not None:\n        exists = _and(xp, exists, xp.any(where",
             "where is not None:\n        exists = _and(xp, exists, xp.all(where",
         ),
+        "positives: padding is the last class": (
+            "index = xp.where(outside, xp.where(last < 0, 0, last), index)",
+            "index = xp.where(outside, like.shape[-1] - 1, index)",
+            POSITIVES,
+        ),
+        "positives: padding is the class 0": (
+            "index = xp.where(outside, xp.where(last < 0, 0, last), index)",
+            "index = xp.where(outside, 0, index)",
+            POSITIVES,
+        ),
+        "positives: an example without labels has the class 0": (
+            "values = last >= 0 if values is None",
+            "values = last >= -1 if values is None",
+            POSITIVES,
+        ),
+        "positives: an index out of range is none": (
+            "xp.any(xp.logical_and(outside, index != -1), axis=-1, keepdims=True)",
+            "xp.any(outside, axis=-1, keepdims=True) & False",
+            POSITIVES,
+        ),
+        "positives: padding makes it NaN": ("xp.logical_and(outside, index != -1)", "outside", POSITIVES),
+        "positives: C is an index": ("(index < 0) | (index >= xp.extent(like, -1))", "index < 0", POSITIVES_STRICT),
+        "positives: what is below -1 is padding": ("index != -1), axis=-1", "index >= 0), axis=-1", POSITIVES),
         "distribution: ignore_index forgets empty examples": (
             "exists = _and(xp, exists, xp.any(where, axis=axis, keepdims=True))\n\n    counts",
             "exists = xp.any(where, axis=axis, keepdims=True) if exists is None else exists\n\n    counts",
@@ -757,6 +782,11 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "namespace.py": {
         "heaviside: of the other side": ("self.astype(x >= 0, x.dtype)", "self.astype(x <= 0, x.dtype)"),
         "an infinity is a NaN": ("return total != total", "return ~self.isfinite(total)"),
+        "scatter: a label twice counts twice": (
+            "found = self.where(classes == index[..., k : k + 1], values[..., k : k + 1], found)",
+            "found = found + self.where(classes == index[..., k : k + 1], values[..., k : k + 1], 0.0)",
+            POSITIVES_STRICT,
+        ),
         "guard of 0·inf left out": (
             "self.where(self.logical_and(weight == 0, self.isinf(size)), 0.0, size), weight)",
             "size, weight)",

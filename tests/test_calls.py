@@ -221,6 +221,26 @@ def test_targets_are_what_it_takes(kinds, framework, monkeypatch):
     assert taken == set().union(*(wanted[kind] for kind in kinds))
 
 
+def test_indices_of_labels_are_for_who_takes_them(framework, monkeypatch):
+    """As they are, padded with -1; whoever does not say so is never given them."""
+    losses = "multilabel_logistic_loss", "linear_multilabel_logistic_loss"
+    chosen = [case for case in cases(("float32",), 0) if case.family in ("seed", "positives") and case.loss in losses]
+
+    def function(*operands, **options):
+        *first, y = operands
+        return (ul.linear_multilabel_logistic_loss if len(first) > 1 else ul.multilabel_logistic_loss)(
+            *first, ul.Positives(y), **options
+        )
+
+    backend, device = own(framework, monkeypatch, function)
+    for case in chosen:
+        result = judged(backend, device, case, Way(targets=("positives",)))
+        assert result == ("pass" if case.positives else "takes no labels that are 0 or 1"), case
+        for way in (Way(), Way(targets=("int64", "float"))):
+            if case.positives:
+                assert judged(backend, device, case, way) == "takes no indices of labels, padded with -1"
+
+
 def test_what_is_not_applicable(framework, monkeypatch):
     backend, device = own(framework, monkeypatch, lambda x, y: ul.softmax_nll(x, y, reduction="none"))
     found = {}

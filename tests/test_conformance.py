@@ -150,7 +150,7 @@ def test_same_seed_same_cases():
         (["--subject", "json:dumps"], "Say which it is: one of multilabel_logistic_loss, softmax_nll, "),
         (["--loss", "softmax"], "'softmax' is none of multilabel_logistic_loss, softmax_nll, "),
         (["--case", "nonsense"], "no case matches 'nonsense'. Families: seed, "),
-        (["--case", "large"], "linear_rounded, large (with --full)."),
+        (["--case", "large"], "positives, large (with --full)."),
         (["--seed", "one"], "'one' is not a valid integer"),
         *(
             (["--timeout", x], f"expected a positive number of seconds, received {x}.")

@@ -305,6 +305,24 @@ def test_rounded_products_are_within_their_bound():
     assert oracle._rounding([mpf(2) ** 30, mpf(1)], 24) > 0
 
 
+def test_indices_of_labels_are_their_dense_targets():
+    """In any order, one twice, none; along the class axis, wherever it is. A wrong one makes its example NaN."""
+    logits, sparse = [[0.5, -1.0, 2.0], [0.0, 1.0, -0.5], [1.0, 1.0, 1.0]], [[2, 0, -1], [1, 1, 1], [-1, -1, -1]]
+    dense = [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+    right = expected(MULTILABEL, logits, dense, reduction="none")
+    got = expected(MULTILABEL, logits, sparse, positives=True, reduction="none")
+    assert got == right
+    columns = [list(column) for column in zip(*logits, strict=True)]
+    got = expected(MULTILABEL, columns, sparse, positives=True, axis=0)
+    assert got.value == expected(MULTILABEL, columns, [list(c) for c in zip(*dense, strict=True)], axis=0).value
+    layer = LAYER | {"reduction": "none"}
+    made = expected(LINEAR_MULTILABEL, FEATURES, sparse[:2], positives=True, **layer)
+    assert made == expected(LINEAR_MULTILABEL, FEATURES, dense[:2], **layer)
+    for wrong in (3, -2, -100):
+        found = expected(MULTILABEL, logits[:2], [[0, wrong], [1, -1]], positives=True, reduction="none").value
+        assert [math.isnan(value) for value in values(found)] == [True] * 3 + [False] * 3
+
+
 @pytest.mark.parametrize("quantity", ["gradient", "linear_weight_gradient", "linear_bias_gradient"])
 def test_gradients_of_a_linear_layer_are_judged_in_units_of_their_terms(quantity):
     """Three examples, two classes: 1 ULP and K + 2 + n/2 epsilons, K = 5 + 1 in PyTorch's row."""

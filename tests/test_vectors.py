@@ -130,6 +130,16 @@ def test_schema_of_linear_losses_refuses(without, more, schema):
         schema.validate(document)
 
 
+@pytest.mark.parametrize("change", [{"targets": {"shape": [1], "values": [0]}}, {"positives": None}])
+def test_schema_has_either_targets_or_positives(change, schema):
+    document = json.loads((FOLDER / "positives.json").read_text("utf-8"))
+    schema.validate(document)
+    test = document["tests"][0] | change
+    document["tests"][0] = {key: given for key, given in test.items() if given is not None}
+    with pytest.raises(ValidationError):
+        schema.validate(document)
+
+
 # --- Reading the files ------------------------------------------------------------------------------------------------
 
 
