@@ -136,12 +136,10 @@ def main(
             for option in dict.fromkeys(named or option_cases.OPTIONS)
         ]
     elif timed and linear:
-        chosen = [linear_cases.BY_NAME[name] for name in dict.fromkeys(shapes)]
-        some = chosen or (linear_cases.QUICK if quick else linear_cases.SHAPES)
-        cases = [
-            linear_cases.Case(loss, shape) for shape in some for loss in dict.fromkeys(losses or linear_cases.OURS)
-        ]
-        jobs += [job for s in first for case in cases for job in _linear(s, case, seconds, busy)]
+        some = [linear_cases.BY_NAME[name] for name in dict.fromkeys(shapes)]
+        some = some or list(linear_cases.QUICK if quick else linear_cases.SHAPES)
+        of_linear = [linear_cases.Case(loss, shape) for shape in some for loss in losses or linear_cases.OURS]
+        jobs += [job for s in first for case in of_linear for job in _linear(s, case, seconds, busy)]
     elif timed:
         cases = measure.QUICK if quick else measure.LARGE if large else measure.CASES
         jobs += [(s.backend, "speed", measure.speed, (s, case, seconds, busy)) for s in setups for case in cases]

@@ -108,31 +108,31 @@ def torch(loss: str, peer: str) -> Function:
         return lambda features, weight, bias, y: F.linear_cross_entropy(
             features, weight, y, linear_bias=bias, options=chunks
         )
-    function = {"bce": F.binary_cross_entropy_with_logits, "nll": F.cross_entropy}[loss]
-    return lambda features, weight, bias, y: function(F.linear(features, weight, bias), y)
+    functions: dict[str, Function] = {"bce": F.binary_cross_entropy_with_logits, "nll": F.cross_entropy}
+    return lambda features, weight, bias, y: functions[loss](F.linear(features, weight, bias), y)
 
 
 def jax(loss: str, peer: str) -> Function:
     import jax.numpy as jnp
     import optax
 
-    function = {
+    functions: dict[str, Function] = {
         "bce": optax.sigmoid_binary_cross_entropy,
         "nll": optax.softmax_cross_entropy_with_integer_labels,
-    }[loss]
-    return lambda features, weight, bias, y: function(jnp.dot(features, weight.T) + bias, y).mean()
+    }
+    return lambda features, weight, bias, y: functions[loss](jnp.dot(features, weight.T) + bias, y).mean()
 
 
 def tensorflow(loss: str, peer: str) -> Function:
     import tensorflow as tf
 
-    function = {
+    functions: dict[str, Function] = {
         "bce": tf.nn.sigmoid_cross_entropy_with_logits,
         "nll": tf.nn.sparse_softmax_cross_entropy_with_logits,
-    }[loss]
+    }
 
     def run(features: Array, weight: Array, bias: Array, y: Array) -> Any:
-        return tf.reduce_mean(function(y, tf.matmul(features, weight, transpose_b=True) + bias))
+        return tf.reduce_mean(functions[loss](y, tf.matmul(features, weight, transpose_b=True) + bias))
 
     return run
 
