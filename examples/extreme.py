@@ -10,6 +10,7 @@ labels that each example has. Each framework trains the model in its own way; th
 Without a file the data is made up: labels whose frequencies follow Zipf's law, and words that go with them. A tenth of
 the examples is held out. Precision at k is the share of right ones among the k labels of highest logit; the
 propensity-scored one weighs a label by how seldom it is seen (Jain et al., 2016), over the best that can be reached.
+The memory is that of a step beyond what is held before it, at its peak.
 """
 
 from __future__ import annotations

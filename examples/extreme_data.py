@@ -45,7 +45,7 @@ def read(file: Path) -> Data:
             header = lines.readline().split()
             if len(header) != 3:
                 raise ValueError(f"expected 'examples words labels'; received {' '.join(header)!r}")
-            counts = [whole(text, math.inf, f"the number of {what}") for text, what in zip(header, EACH, strict=True)]
+            counts = [whole(text, 1 << 31, f"the number of {what}") for text, what in zip(header, EACH, strict=True)]
             for position, line in enumerate(lines, 2):  # noqa: B007  # the error names it
                 if len(label_ends) <= counts[0]:
                     of_line = parsed(line.rstrip("\r\n"), *counts[1:])
@@ -76,12 +76,11 @@ def parsed(line: str, words: int, labels: int) -> tuple[list[int], list[int], li
     )
 
 
-def whole(text: str, end: float, what: str) -> int:
+def whole(text: str, end: int, what: str) -> int:
     if text.isascii() and text.isdigit() and int(text) < end:
         return int(text)
-    below = f" below {end}" if end < math.inf else ""
     hint = "; the line of an example without labels begins with a blank" if ":" in text else ""
-    raise ValueError(f"expected {what}, a whole number{below}{hint}; received {text!r}")
+    raise ValueError(f"expected {what}, a whole number below {end}{hint}; received {text!r}")
 
 
 def number(text: str) -> float:

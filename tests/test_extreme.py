@@ -17,7 +17,7 @@ sys.path.append(str(ROOT / "examples"))
 import extreme  # noqa: E402
 import extreme_data  # noqa: E402
 
-TEXT = "5 6 9\n3,1 0:1 5:0.5\n 2:2.0\n8 \n\n7,7,0 1:1e1 1:-2 4:0\n"
+TEXT = "5 6 9\n3,1 0:1 5:0.5\n 2:2.0\n8 \n\n7,7,0 1:1e1 1:-2 4:0 3:-8\n"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_read(text, tmp_path):
     file = tmp_path / "data.txt"
     file.write_bytes(text.encode())
     words, labels = extreme_data.read(file)
-    right = [[2 / 3, 0, 0, 0, 0, 1 / 3], [0, 0, 1, 0, 0, 0], [0] * 6, [0] * 6, [0, 1, 0, 0, 0, 0]]
+    right = [[2 / 3, 0, 0, 0, 0, 1 / 3], [0, 0, 1, 0, 0, 0], [0] * 6, [0] * 6, [0, 0.5, 0, -0.5, 0, 0]]
     np.testing.assert_array_equal(words.toarray(), np.float32(right))
     assert [np.flatnonzero(row).tolist() for row in labels.toarray()] == [[1, 3], [], [8], [], [0, 7]]
     assert (words.dtype, labels.dtype) == ("float32", bool)
@@ -66,8 +66,13 @@ def test_it_reads_what_scikit_learn_reads(data, tmp_path):
     [
         ("", 1, "expected 'examples words labels'; received ''"),
         ("5 6\n", 1, "expected 'examples words labels'; received '5 6'"),
-        ("3,1 0:1 5:0.5\n", 1, "expected the number of examples, a whole number; received '3,1'"),
-        ("-5 6 9\n", 1, "expected the number of examples, a whole number; received '-5'"),
+        ("3,1 0:1 5:0.5\n", 1, "expected the number of examples, a whole number below 2147483648; received '3,1'"),
+        (
+            "5 6 2147483648\n",
+            1,
+            "expected the number of labels, a whole number below 2147483648; received '2147483648'",
+        ),
+        ("-5 6 9\n", 1, "expected the number of examples, a whole number below 2147483648; received '-5'"),
         (TEXT.replace("3,1", "3,9"), 2, "expected a label, a whole number below 9; received '9'"),
         (TEXT.replace("3,1", "3,-1"), 2, "expected a label, a whole number below 9; received '-1'"),
         (TEXT.replace("3,1", "3,,1"), 2, "expected a label, a whole number below 9; received ''"),
@@ -163,18 +168,30 @@ def test_predictions_are_the_highest_logits(data):
 # --- The training -----------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_has_each_example_once(data):
-    batches = [*extreme.batches(data, 6, np.random.default_rng(0))]  # 3072 rows, and 600 examples: five epochs and more
-    sums = np.zeros(50)
+def test_an_epoch_has_each_example_once():
+    """600 examples with a word and a label of their own, in 3072 rows: five epochs, and the beginning of a sixth."""
+    own = sparse.eye_array(600, dtype="float32", format="csr")
+    data = extreme_data.Data(own, own.astype(bool))
+    batches = [*extreme.batches(data, 6, np.random.default_rng(0))]
     for batch in batches:
+        np.testing.assert_array_equal(batch.words, batch.labels[:, 0])
+        np.testing.assert_array_equal(batch.rows, np.arange(extreme.BATCH))
+    words = np.concatenate([batch.words for batch in batches])
+    epochs = [words[i : i + 600] for i in range(0, 3000, 600)]
+    assert all(sorted(epoch) == list(range(600)) for epoch in epochs)
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_a_batch_is_padded(data):
+    """With values of 0 and labels of -1, to few lengths; the words of an example follow each other, in its row."""
+    for batch in extreme.batches(data, 3, np.random.default_rng(0)):
         assert len(batch.words) == len(batch.values) == len(batch.rows)
-        assert (np.diff(batch.rows) >= 0).all()
         for length in (len(batch.words), batch.labels.shape[1]):
             assert length & (length - 1) == 0
-        np.add.at(sums, batch.words, batch.values)
-    counts = np.bincount(np.concatenate([batch.labels.ravel() for batch in batches[:5]]) + 1, minlength=41)[1:]
-    assert (counts >= 4 * data.labels.sum(axis=0)).all()  # 2560 rows: each four times, some five times
-    assert (counts <= 5 * data.labels.sum(axis=0)).all()
+        assert (np.diff(batch.rows) >= 0).all()
+        some = np.isin(np.arange(extreme.BATCH), batch.rows[batch.values > 0])  # the others have no words
+        np.testing.assert_allclose(np.bincount(batch.rows, batch.values), 1 * some)
+        assert {len(set(row[row >= 0])) - sum(row >= 0) for row in batch.labels} == {0}
 
 
 def test_a_tenth_is_held_out(data):
