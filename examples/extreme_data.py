@@ -154,7 +154,7 @@ def scored_precisions(best: Array, labels: Sparse, propensity: Array) -> list[fl
 
 
 def recalls(best: Array, labels: Sparse, counts: Array) -> tuple[Array, Array]:
-    """How often labels have been seen, from 1 to 2, 2 to 4 and so on, and the share of these that is predicted."""
+    """How often labels have been seen (never, once, 2 or 3 times, 4 to 7, ...), and the share that is predicted."""
     group = np.ceil(np.log2(counts + 1)).astype(int)
     found = np.bincount(group[best[hits(best, labels)]], minlength=group.max() + 1)
     there = np.bincount(group, labels.sum(axis=0), minlength=group.max() + 1)
