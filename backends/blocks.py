@@ -355,7 +355,7 @@ def _in_blocks(
         operands = Operands(*(_flat(a, keeps_last=options.positives) for a in operands))
         x = _flat(x, keeps_last=options.positives)
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
-    cuts = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
+    cuts: list[tuple[slice, ...]] = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
     if options.positives and operands.values is None and x.ndim == 2 and x.shape[1] > blockwise.block:
         classes = x.shape[1]  # rows that the cache does not hold
         step = math.ceil(classes / math.ceil(classes / blockwise.block))

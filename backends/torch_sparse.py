@@ -35,7 +35,7 @@ def of_tensor(targets: Any) -> Padded:
         rows, columns = rows[values != 0], columns[values != 0]
     counts = torch.bincount(rows, minlength=math.prod(shape[:-1]))
     found = padded(xp, counts, columns, values, shape, are_ones)
-    if not values.requires_grad:
+    if found.values is None or not values.requires_grad:
         return found
     pads = torch.arange(found.indices.shape[-1], device=counts.device) >= counts[:, None]
     pads = pads.reshape(found.indices.shape)  # what repeats an element is not differentiated
