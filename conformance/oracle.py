@@ -399,7 +399,8 @@ def _weighted(gradients: Sequence[Exact], factors: Sequence[Number]) -> Exact:
     pairs = list(zip(gradients, factors, strict=True))
     sizes = [g.terms * abs(f) for g, f in pairs]
     terms = mp.fsum(sizes)
-    shift = mp.fsum(g.shift * size for (g, _), size in zip(pairs, sizes, strict=True)) / terms if terms else mp.mpf(0)
+    shifts = mp.fsum(g.shift * size for (g, _), size in zip(pairs, sizes, strict=True))
+    shift = shifts / terms if terms and mp.isfinite(terms) else mp.mpf(0)
     return Exact(mp.fsum(g.value * f for g, f in pairs), terms, shift)
 
 
