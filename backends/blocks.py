@@ -353,7 +353,7 @@ def _in_blocks(
     dense = [a for a in operands[len(sparse) :] if a is not None and a.ndim > 0]
     if contiguous(x) and all(a.shape == x.shape and contiguous(a) for a in dense):
         operands = Operands(*(_flat(a, keeps_last=options.positives) for a in operands))
-        x = _flat(x, keeps_last=options.positives)
+        x = _flat(x, keeps_last=options.positives) if x.ndim else x.reshape(1)
     step = max(1, min(blockwise.block, size // 2) * x.shape[0] // size)
     cuts: list[tuple[slice, ...]] = [(slice(start, start + step),) for start in range(0, x.shape[0], step)]
     if options.positives and operands.values is None and x.ndim == 2 and x.shape[1] > blockwise.block:
