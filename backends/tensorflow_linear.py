@@ -68,6 +68,7 @@ def by_autodiff(
     rows, shared = formulas.cut(differentiable, options, inputs, operands)
     unreduced = options.reduction == "none"
     layer, others = moving
+    all_moving: Any = True
 
     def block(shared: Shared, rows: Rows) -> tuple[Any, Any]:
         totals, (values, counts, features) = formulas.block(
@@ -80,7 +81,7 @@ def by_autodiff(
         _length(inputs),
         shared,
         rows._replace(cotangent=cotangent),
-        (Shared(layer.linear_weight, layer.linear_bias, others), Rows(layer.features, others, True)),
+        (Shared(layer.linear_weight, layer.linear_bias, others), Rows(layer.features, others, all_moving)),
     )
     parts = Parts(values if unreduced else value, counts, features)
     return formulas.reduced(differentiable, loss, options, inputs, totals, parts)
@@ -118,7 +119,8 @@ def recorded(closed: Any, loss: Loss, options: Options, inputs: Linear, operands
     watched = Linear(*map(is_watched, inputs))
     # A tape outside of a graph is not seen from within.
     wanted = watched if eager else Linear(*(array is not None for array in inputs))
-    others = Operands(*(a is not None and a.dtype.is_floating and (not eager or is_watched(a)) for a in operands))
+    floating: list[Any] = [a is not None and a.dtype.is_floating for a in operands]
+    others = Operands(*(yes and (not eager or is_watched(a)) for yes, a in zip(floating, operands, strict=True)))
     moved = [i for i, moves in enumerate((*wanted, *others)) if moves]
 
     def put(arrays: Any) -> tuple[Linear, Operands]:
@@ -129,11 +131,11 @@ def recorded(closed: Any, loss: Loss, options: Options, inputs: Linear, operands
         """Of targets and weights: by autodiff of the expression. `layer`: what of it moves besides."""
         if not any(others):
             return []
-        *rest, count = *arrays, sum(others)
-        copies = [tf.identity(array) for array in rest[-count:]]
+        first = len(moved) - sum(others)
+        copies = [tf.identity(array) for array in arrays[first:]]
         with internals.taping(), tf.GradientTape() as tape:
             tape.watch(copies)
-            value, _ = by_autodiff(loss, options, *put([*rest[:-count], *copies]), NOTHING, None, (layer, others))
+            value, _ = by_autodiff(loss, options, *put([*arrays[:first], *copies]), NOTHING, None, (layer, others))
         result: list[Array] = tape.gradient(value, copies, cotangent, unconnected_gradients="zero")
         return result
 

@@ -10,26 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 from capabilities import END, START, Table, marks_of, plan_of
-from crossed import FACTORS, LOSSES, PER_EXAMPLE, Row, Sample, close, factors, planned, possible, quick
+from crossed import FACTORS, LOSSES, PER_EXAMPLE, Row, Sample, close, factors, is_per_example, planned, possible, quick
 
 FRAMEWORKS = {name: name for name in ("numpy", "torch", "jax", "tensorflow")} | {"array_api_strict": "array API"}
 
 
-def marks_of_framework(name):
+LINEAR = ("jax", "tensorflow")  # have rows of the losses on the last linear layer's inputs
+
+
+def marks_of_framework(name, linear=False):
     """The capability marks of a framework's tests, less of those that not every machine can run."""
-    modules = map(importlib.import_module, (f"test_in_{name.lower().replace(' ', '_')}", "test_threads"))
-    return [mark for module in modules for mark in marks_of(module).values()]
+    files = [f"test_in_{name.lower().replace(' ', '_')}", "test_threads"]
+    files += [f"test_linear_in_{name}"] if linear and name in LINEAR else []
+    return [mark for file in files for mark in marks_of(importlib.import_module(file)).values()]
 
 
 def pytest_generate_tests(metafunc):
     """As tests are collected: once JAX has run, its own cannot be imported any more."""
-    if "marks" in metafunc.fixturenames:
+    for fixture in {"marks", "all_marks"} & set(metafunc.fixturenames):
         wanted = metafunc.config.getoption("--backend") or FRAMEWORKS
         found = [
-            pytest.param(marks_of_framework(name), id=name) for backend, name in FRAMEWORKS.items() if backend in wanted
+            pytest.param(marks_of_framework(name, fixture == "all_marks"), id=name)
+            for backend, name in FRAMEWORKS.items()
+            if backend in wanted
         ]
         none = pytest.param([], marks=pytest.mark.skip(reason="none of --backend has a table"))
-        metafunc.parametrize("marks", found or [none])
+        metafunc.parametrize(fixture, found or [none])
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------
@@ -58,13 +64,13 @@ def test_a_quick_run_touches_every_loss_and_level(marks):
             assert tried == set(levels), f"{factor} of losses {'per example' if per_example else 'per element'}"
 
 
-def test_every_cell_has_the_defaults_and_every_level_with_options(marks):
+def test_every_cell_has_the_defaults_and_every_level_with_options(all_marks):
     """Of each loss; where a call takes seconds, all but the defaults of the losses of one kind together."""
-    for mark in marks:
+    for mark in all_marks:
         fixed, cells = mark.kwargs.get("fixed", {}), {}
         for row in plan_of(mark):
             assert possible(row.levels)
-            cells.setdefault(row.loss in PER_EXAMPLE if mark.kwargs.get("brief") else row.loss, []).append(row)
+            cells.setdefault(is_per_example(row.loss) if mark.kwargs.get("brief") else row.loss, []).append(row)
         for rows in cells.values():
             choices = {
                 factor: (fixed[factor],) if factor in fixed else levels
@@ -295,6 +301,10 @@ def test_known(sample):
 def test_fixed(sample):
     pass
 
+@pytest.mark.capability("jax", "of features", losses=("linear_softmax_nll",), brief=True)
+def test_linear(sample):
+    pass
+
 @pytest.mark.slow
 @pytest.mark.capability("jax", "slow", looped=True)
 def test_slow():
@@ -317,6 +327,10 @@ RIGHT = """
 | known |  |  |  |  | [no](https://example.com/1) |
 | unreduced |  |  |  |  | ✓ (reduction none) |
 | slow | `pytest -m slow` | `pytest -m slow` | `pytest -m slow` | `pytest -m slow` | `pytest -m slow` |
+
+| | `linear_multilabel_logistic_loss` | `linear_softmax_nll` |
+|---|---|---|
+| of features |  | ✓ |
 """
 
 

@@ -416,7 +416,7 @@ def test_tensorflow_unknown_batch(request, reduction, jit):
     def run(features, weight, bias, targets):
         return gradients(linear, targets)(features, weight, bias)
 
-    for rows in (7, 2, *([] if jit else [0])):
+    for rows in (7, 2, 0):
         right = gradients(on_logits, targets[:rows])(features[:rows], weight, bias)
         tensorflow_close(run(features[:rows], weight, bias, targets[:rows]), right)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import repeat
-from typing import Any, Concatenate, ParamSpec, Protocol, overload
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, Protocol, overload
 
 from . import formulas
 from .canonical import Canonical, Given, canonical, canonical_linear
@@ -26,6 +26,14 @@ class LikeLoss(Protocol[Options]):
     ) -> tuple[Array, Array]: ...
 
 
+class LikeLinear(NamedTuple, Generic[Array]):
+    """What type checkers take a `Linear` of gradients for: the bias's is None if no bias was given."""
+
+    features: Array
+    linear_weight: Array
+    linear_bias: Any
+
+
 class LikeLinearLoss(Protocol[Options]):
     """The same for a loss on the last linear layer's inputs."""
 
@@ -33,7 +41,7 @@ class LikeLinearLoss(Protocol[Options]):
 
     def __call__(
         self, features: Array, linear_weight: Any, targets: Any, *args: Options.args, **options: Options.kwargs
-    ) -> tuple[Array, Linear]: ...
+    ) -> tuple[Array, LikeLinear[Array]]: ...
 
 
 class Derivative:
@@ -68,14 +76,14 @@ class Derivative:
     def read(self, targets: Any, options: dict[str, Any]) -> tuple[Operands, Given]:
         """The operands and options of a call."""
         if not options.keys() <= self.defaults.keys():
-            choices, unknown = ", ".join(self.defaults), ", ".join(sorted(options.keys() - self.defaults.keys()))
+            choices = ", ".join(self.loss.__kwdefaults__ or {})
+            unknown = ", ".join(sorted(options.keys() - self.defaults.keys()))
             raise TypeError(f"Expected options of {self.loss.__name__}: {choices}. Received: {unknown}.")
         for option, value in self.fixed.items():
             if options.get(option, value) != value:
                 name = self.maker.__name__
                 raise ValueError(f"Expected {option} {value!r} for {name}. Received: {options[option]!r}.")
         options = self.defaults | options
-        options.pop("linear_bias", None)  # no option of a loss on logits
         return Operands(targets, None, *map(options.pop, OPERANDS, repeat(None))), Given(**options)
 
     def run(self, call: Canonical) -> tuple[Any, Any]:
@@ -98,11 +106,14 @@ class LinearValueAndGradients(Derivative):
 
     first = "features"
 
+    def __init__(self, maker: Callable[..., Any], loss: Callable[..., Any], returns: str) -> None:
+        super().__init__(maker, loss, returns)
+        del self.defaults["linear_bias"]  # an argument of its own, and no option of a loss on logits
+
     def __call__(  # type: ignore[override]  # it takes one array more
-        self, features: Any, linear_weight: Any, targets: Any, **options: Any
+        self, features: Any, linear_weight: Any, targets: Any, *, linear_bias: Any = None, **options: Any
     ) -> tuple[Any, Linear]:
-        bias = options.pop("linear_bias", None)
-        inputs = Linear(features, linear_weight, bias)
+        inputs = Linear(features, linear_weight, linear_bias)
         call = canonical_linear(LINEAR[self.loss], inputs, *self.read(targets, options))
         backend, loss, options_of_loss, inputs, operands, restore, finish = call
         needed = Linear(True, True, inputs.linear_bias is not None)
