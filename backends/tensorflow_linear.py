@@ -119,8 +119,8 @@ def recorded(closed: Any, loss: Loss, options: Options, inputs: Linear, operands
     watched = Linear(*map(is_watched, inputs))
     # A tape outside of a graph is not seen from within.
     wanted = watched if eager else Linear(*(array is not None for array in inputs))
-    floating: list[Any] = [a is not None and a.dtype.is_floating for a in operands]
-    others = Operands(*(yes and (not eager or is_watched(a)) for yes, a in zip(floating, operands, strict=True)))
+    floating: Any = (a is not None and a.dtype.is_floating and (not eager or is_watched(a)) for a in operands)
+    others = Operands(*floating)
     moved = [i for i, moves in enumerate((*wanted, *others)) if moves]
 
     def put(arrays: Any) -> tuple[Linear, Operands]:
