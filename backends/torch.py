@@ -18,7 +18,21 @@ from ..losses import FORMULAS
 from ..sparse import Padded
 from . import blocks
 from .torch_internals import internals
-from .torch_linear import LinearLoss, as_autocast, in_expression, is_autocast, without_autocast
+from .torch_linear import LOSSES, LinearLoss, aligned, in_expression, operator, recomputing, space_of
+from .torch_modes import (
+    ORDINARY,
+    as_autocast,
+    goes_to_aot_autograd,
+    is_only_compiled,
+    is_only_compiled_layer,
+    is_ordinary,
+    is_ordinary_layer,
+    is_sharded,
+    is_transformed,
+    layer_as_autocast,
+    rows_of_blocks,
+    without_autocast,
+)
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 from .torch_replay import replayed
 from .torch_sparse import is_sparse, of_tensor
@@ -82,8 +96,6 @@ blockwise = blocks.Blockwise(
     whole=replayed,
 )
 
-ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
-
 
 class _Loss(torch.autograd.Function):
     """On a CPU, forward computes the gradient too where that saves time: from the same exponentials, in the same block.
@@ -95,7 +107,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[Loss, Options, Operands], x: Array) -> Array:
         loss, options, operands = call
         ctx.loss, ctx.options, ctx.gradient, ctx.prepared = loss, options, None, None
-        keeps = not (options.half or _is_sharded(x))  # else backward computes all again, and nothing is kept
+        keeps = not (options.half or is_sharded(x))  # else backward computes all again, and nothing is kept
         if keeps and not _on_cpu(x):
             ctx.xp, ctx.prepared = eager, formulas.prepare(eager, loss, options, x, operands)
             value = formulas.value_of(eager, loss, options, x.dtype, ctx.prepared)
@@ -176,7 +188,7 @@ def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operand
     """The formula's result, where nothing is differentiated, and the namespace that it was computed with."""
     if _on_cpu(x):
         return blocks.run(blockwise, formula, loss, options, x, operands)
-    if _is_sharded(x):
+    if is_sharded(x):
         xp = _space(x)
         return formula(xp, loss, options, x, operands), xp
     return replayed(formula, eager, loss, options, x, operands), eager
@@ -191,13 +203,33 @@ def _in_block(formula: Any, loss: Loss, options: Options, x: Array, operands: Op
     return formula(eager, loss, options, x, operands, *cotangent)
 
 
+def _in_blocks(
+    loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array | None = None
+) -> tuple[Array | None, Linear]:
+    """The loss and its gradients in the compute dtype; nothing is recorded for autodiff."""
+    if is_sharded(inputs.features):
+        return in_expression(loss, options, inputs, operands, needed, cotangent)
+    rows = rows_of_blocks(inputs)
+    return formulas.in_blocks(eager, _in_block, rows, loss, options, inputs, operands, needed, cotangent)
+
+
+def _linear_in_graph(name: str, options: tuple[Any, ...], needed: tuple[bool, ...] | None, *arrays: Any) -> Any:
+    """As `_in_graph`, of the last linear layer's inputs: the loss, or with those needed a list of it and gradients."""
+    loss, given, inputs, operands = LOSSES[name], Options(*options), Linear(*arrays[:3]), Operands(*arrays[3:])
+    closed = operator(_in_blocks)
+    if needed is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs):
+        return LinearLoss.apply((closed, loss, given, operands), *inputs)
+    value, found = closed(loss, given, inputs, operands, NOTHING if needed is None else Linear(*needed))
+    return value if needed is None else [value, *(array for array in found if array is not None)]
+
+
 def _on_cpu(x: Array) -> bool:
     """Whether blocks are faster, and reading a value does not wait for a device. (A DTensor may be on a CPU, too.)"""
-    return x.device.type == "cpu" and not _is_sharded(x)
+    return x.device.type == "cpu" and not is_sharded(x)
 
 
 def _space(x: Array, autodiff: bool = False) -> Namespace:
-    if _is_sharded(x):
+    if is_sharded(x):
         return sharded_like(x, autodiff)
     return differentiable if autodiff else eager
 
@@ -213,7 +245,7 @@ class TorchBackend(Backend):
         return str(x.device)
 
     def namespace(self, x: Array) -> Namespace:
-        return sharded_like(x) if _is_sharded(x) else standard
+        return sharded_like(x) if is_sharded(x) else standard
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if torch.compiler.is_compiling():
@@ -226,7 +258,7 @@ class TorchBackend(Backend):
             return "a nested tensor"
         if x.layout is not torch.strided:
             return f"layout {x.layout}"
-        if beside is not None and _is_sharded(x) and not _is_sharded(beside):
+        if beside is not None and is_sharded(x) and not is_sharded(beside):
             return "a DTensor, but the logits are none (give its .full_tensor() or .to_local())"
         if beside is not None and x.is_meta and not beside.is_meta:
             return "a tensor on the meta device, which has no values, but the logits have"
@@ -263,60 +295,69 @@ class TorchBackend(Backend):
             # A copy: torch takes no negative strides, no foreign byte order, and warns of read-only memory.
             data = torch.from_numpy(np.array(data, dtype=data.dtype.newbyteorder("="), order="C"))
         data = data.to(place)
-        return replicated(data, like) if _is_sharded(like) and not _is_sharded(data) else data
+        return replicated(data, like) if is_sharded(like) and not is_sharded(data) else data
 
     def to_numpy(self, x: Array) -> Any:
-        if torch.compiler.is_compiling() or _is_transformed():
+        if torch.compiler.is_compiling() or is_transformed():
             raise ValueError("Expected values to read. Received: a tensor that torch traces, which has none yet.")
         try:
-            x = (x.full_tensor() if _is_sharded(x) else x).detach().cpu()
+            x = (x.full_tensor() if is_sharded(x) else x).detach().cpu()
             return x.float().numpy() if x.dtype is torch.bfloat16 else x.numpy()
         except (RuntimeError, NotImplementedError, TypeError) as error:
             text = f"Expected values to read. Received: a {type(x).__name__} on {x.device}, which has none yet."
             raise ValueError(text) from error
 
     def loss(self, loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
-        x, options = _autocast(x, options) if options.half else (x, options)
+        x, options = as_autocast(x, options) if options.half else (x, options)
         compiling = torch.compiler.is_compiling()
-        if compiling and _is_only_compiled(x, operands):
+        if compiling and is_only_compiled(x, operands) and goes_to_aot_autograd():
             return _in_graph(loss.name, tuple(options), x, *operands)
-        if compiling or not _is_ordinary(x, operands):
+        if compiling or not is_ordinary(x, operands):
             return formulas.value(_space(x, autodiff=True), loss, options, x, operands)
         if x.requires_grad and torch.is_grad_enabled():
             return _Loss.apply((loss, options, operands), x)  # PyTorch looks at each argument
         return _run(formulas.value, loss, options, x, operands)[0]
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
-        constant = not (torch.is_grad_enabled() and x.requires_grad) and _is_ordinary(x, Operands(x))
+        constant = not (torch.is_grad_enabled() and x.requires_grad) and is_ordinary(x, Operands(x))
         return formulas.activation(_space(x, autodiff=not constant), function, x, half)
 
     def closed_form(self, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> Any:
-        x, options = _autocast(x, options)
+        x, options = as_autocast(x, options)
         with torch.no_grad():
-            if not torch.compiler.is_compiling() and _is_ordinary(x, operands):
+            if not torch.compiler.is_compiling() and is_ordinary(x, operands):
                 return _run(formula, loss, options, x, operands)[0]
             return super().closed_form(formula, loss, options, x, operands)
 
     def linear_inputs(self, inputs: Linear) -> Linear:
-        return as_autocast(inputs)
+        return layer_as_autocast(aligned(inputs))
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
+        compiling = torch.compiler.is_compiling()
         with without_autocast(inputs.features):
-            if torch.compiler.is_compiling() or not _is_ordinary_layer(inputs, operands):
-                return formulas.expression(standard, self.loss, loss, options, inputs, operands)
+            if compiling and is_only_compiled_layer(inputs, operands):
+                return _linear_in_graph(loss.name, tuple(options), None, *inputs, *operands)
+            if compiling or not is_ordinary_layer(inputs, operands):
+                xp, rows = space_of(inputs, autodiff=True), rows_of_blocks(inputs)
+                call = functools.partial(formulas.value, xp), loss, options, inputs, operands
+                return formulas.expression(xp, *call, rows, recomputing(loss, options))
             if torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in inputs):
-                return LinearLoss.apply((_in_block, loss, options, operands), *inputs)
+                return LinearLoss.apply((_in_blocks, loss, options, operands), *inputs)
             return self.linear_closed_form(loss, options, inputs, operands, NOTHING)[0]
 
     def linear_closed_form(
         self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
     ) -> tuple[Array, Linear]:
-        xp, run, rows = standard, in_expression, None
-        if not torch.compiler.is_compiling() and _is_ordinary_layer(inputs, operands):
-            xp, run, rows = eager, _in_block, formulas.rows_of_blocks(inputs)
+        compiling = torch.compiler.is_compiling()
         with torch.no_grad(), without_autocast(inputs.features):
-            value, found = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
-            return value, formulas.rounded(xp, found, inputs)
+            if compiling and is_only_compiled_layer(inputs, operands):
+                value, *some = _linear_in_graph(loss.name, tuple(options), tuple(needed), *inputs, *operands)
+                left = iter(some)
+                found = Linear(*(next(left) if need else None for need in needed))
+            else:
+                closed = in_expression if compiling or not is_ordinary_layer(inputs, operands) else _in_blocks
+                value, found = closed(loss, options, inputs, operands, needed)
+            return value, formulas.rounded(eager, found, inputs)
 
     def vjp(self, function: Any, x: Array, cotangent: Array) -> tuple[Array, Array]:
         nested = x.requires_grad  # then the gradient will be differentiated again
@@ -326,64 +367,13 @@ class TorchBackend(Backend):
         return value if nested else value.detach(), gradient
 
 
-def _is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
-    """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
-    if not internals.is_eager():
-        return False
-    if not (type(x) in ORDINARY or _is_sharded(x)):
-        return False
-    for array in operands:
-        if array is not None and (array.requires_grad or not (type(array) in ORDINARY or _is_sharded(array))):
-            return False
-    return True
-
-
-def _is_ordinary_layer(inputs: Linear, operands: Operands) -> bool:
-    """The same of the last linear layer's inputs, each of which may need a gradient."""
-    return _is_ordinary(inputs.features, operands) and all(a is None or type(a) in ORDINARY for a in inputs)
-
-
-def _is_only_compiled(x: Array, operands: tuple[Any, ...]) -> bool:
-    """The same under torch.compile, and nothing but torch.compile: no export, no transform."""
-    return (
-        type(x) in ORDINARY
-        and torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
-        and _goes_to_aot_autograd()
-        and not _is_transformed()
-        and not any(array is not None and (array.requires_grad or type(array) not in ORDINARY) for array in operands)
-    )
-
-
-@constant_in_dynamo
-def _goes_to_aot_autograd() -> bool:
-    """Whether torch.compile's backend raises on second derivatives: others would silently drop those of _TracedLoss."""
-    name = internals.compiler()
-    return name == "inductor" or name.startswith("aot_")
-
-
 @constant_in_dynamo
 def _load() -> None:
     for xp in (standard, differentiable):
         xp.load()
-    torch.compiler.allow_in_graph(_in_graph)  # here, as it imports Dynamo
-
-
-@constant_in_dynamo
-def _is_transformed() -> bool:
-    return internals.is_transformed()
-
-
-def _autocast(x: Array, options: Options) -> tuple[Array, Options]:
-    """Half-precision logits in float32 under autocast, as PyTorch's own losses, whose result is float32 there."""
-    if options.half and is_autocast(x):
-        return x.to(torch.float32), options._replace(half=False)
-    return x, options
-
-
-def _is_sharded(x: Array) -> bool:
-    """Whether this is a DTensor. They are imported by those who have one."""
-    return type(x) not in ORDINARY and hasattr(x, "device_mesh")
+    operator(_in_blocks)
+    for function in (_in_graph, _linear_in_graph):
+        torch.compiler.allow_in_graph(function)  # here, as it imports Dynamo
 
 
 backend = TorchBackend()

@@ -56,6 +56,10 @@ class Internals:
         """Whether a transformation of torch.func or forward mode is at work."""
         return self._has_transforms() or self._forward_ad is None or self._forward_ad._current_level >= 0
 
+    def has_dual_numbers(self) -> bool:
+        """Whether forward mode is at work without torch.func, which alone can be in itself once more."""
+        return self._forward_ad is None or (self._forward_ad._current_level >= 0 and not self._has_transforms())
+
     def is_batched(self, cotangent: Any) -> bool:
         """Whether a backward pass is for several cotangents at once: then nothing may be written into an array."""
         return self._is_legacy_batched(cotangent) or self._has_transforms()

@@ -18,6 +18,7 @@ class _Standard(Extended):
     """Functions of the standard alone, where torch does not differentiate: DTensors have few other kernels."""
 
     stop_gradient = staticmethod(torch.Tensor.detach)
+    concat = staticmethod(torch.cat)  # torch.concat cannot be batched
 
     def scatter(self, like: Array, index: Array, values: Array) -> Array:
         return torch.zeros_like(like).scatter(-1, index, values.to(like.dtype).expand(index.shape))
@@ -162,11 +163,14 @@ def replicated(data: Array, like: Array) -> Array:
     return DTensor.from_local(data, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
-def sharded_like(x: Array, autodiff: bool = False) -> Namespace:
-    """The namespace for a DTensor, maybe with sharded classes: processes exchange a number per example, no logits."""
+def sharded_like(x: Array, autodiff: bool = False, axis: int = -1) -> Namespace:
+    """The namespace for a DTensor, maybe with sharded classes: processes exchange a number per example, no logits.
+
+    `axis` is that of the classes in x.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
-    mine = [Shard(0) if place.is_shard(x.ndim - 1) else Replicate() for place in x.placements]
+    mine = [Shard(0) if place.is_shard(axis % x.ndim) else Replicate() for place in x.placements]
 
     class Sharded(_Standard):
         groups = differentiable.groups if autodiff else ()

@@ -95,7 +95,8 @@ def test_the_library_knows_no_framework():
 
 
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "array_api")
-TESTED_IN = {"mlx": "in_array_api", "keras": "layers"} | {name: f"in_{name}" for name in FRAMEWORKS}
+TESTED_IN = {"mlx": "in_array_api", "keras": "layers", "torch_modes": "torch_internals"}
+TESTED_IN |= {name: f"in_{name}" for name in FRAMEWORKS}
 
 
 def test_the_tests_of_a_module_have_its_name():

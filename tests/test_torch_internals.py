@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, grad
 from torch.overrides import TorchFunctionMode
 from unilabel.backends import torch as backend
+from unilabel.backends import torch_modes as modes
 from unilabel.backends.torch_internals import Internals, find
 
 import unilabel as ul
@@ -109,7 +110,7 @@ def test_dynamo_looks_into_no_formula(sample):
 def test_marks_for_the_compiler(sample):
     """What `torch.compiler.assume_constant_result` sets; without it, once a tensor was seen, the same numbers."""
     marked = torch.compiler.assume_constant_result(lambda: None)
-    functions = [unilabel.backend._name_of, backend._load, backend._is_transformed, backend._goes_to_aot_autograd]
+    functions = [unilabel.backend._name_of, backend._load, modes.is_transformed, modes.goes_to_aot_autograd]
     for function in functions:
         assert marked.__dict__.items() <= function.__dict__.items()
     x = torch.tensor(sample.x)

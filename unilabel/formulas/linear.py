@@ -10,6 +10,7 @@ other, and gives the totals and the parts to `reduced`. `in_blocks` is the loop 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
 
     features: Array
     operands: Operands  # those with a row for each example
-    cotangent: Array | None = None
+    cotangent: Array | None = None  # for each loss, or one for the sum of a block's
 
 
 class Shared(NamedTuple):
@@ -66,6 +67,7 @@ class Parts(NamedTuple):
 
 
 Run = Callable[..., Any]  # of a formula of reduce.py, and its arguments after the namespace
+Recomputed = Callable[..., Any]  # of a function and its arguments: its result, which backward computes again
 
 
 def rows_of_blocks(inputs: Linear) -> int | None:
@@ -132,8 +134,8 @@ def block(
 ) -> tuple[Totals, Parts]:
     """A block of examples: totals that it is added to, and its own parts. `needed`: which gradients, of the sum.
 
-    With a cotangent for each loss, the gradients are of the losses times it, and the losses are left out. One that is
-    alone has all examples: its value is the reduced loss, and the gradients are of that.
+    With a cotangent, the gradients are of the losses times it, and the losses are left out. A block that is alone has
+    all examples: its value is the reduced loss, and the gradients are of that.
     """
     final = alone or options.reduction == "none"
     of_block = options._replace(half=False, reduction=options.reduction if final else "sum")
@@ -162,17 +164,15 @@ def reduced(
     xp: Namespace, loss: Loss, options: Options, inputs: Linear, totals: Totals, parts: Parts
 ) -> tuple[Array | None, Linear]:
     """The reduced loss, and the gradients in the compute dtype, of all blocks."""
-    value, dtype = parts.values, inputs.features.dtype
-    found = _of_inputs(xp, totals, parts.features)
+    value, found = parts.values, _of_inputs(xp, totals, parts.features)
     if options.reduction == "none":
         return value, found
-    assert value is not None
     divisor = _divisor(xp, loss, options, inputs, parts.counts)
-    value = xp.sum(value)
+    value = None if value is None else xp.sum(value)
     if divisor is not None:
-        value = value / divisor
+        value = None if value is None else value / divisor
         found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))
-    return xp.astype(value, dtype, copy=False), found
+    return None if value is None else xp.astype(value, inputs.features.dtype, copy=False), found
 
 
 def _of_inputs(xp: Namespace, totals: Totals, features: Array | None) -> Linear:
@@ -206,15 +206,25 @@ def in_blocks(
     operands: Operands,
     needed: Linear,
     cotangent: Array | None = None,
+    recomputed: Recomputed | None = None,
 ) -> tuple[Array | None, Linear]:
-    """The reduced loss and its gradients in the compute dtype, by a loop in Python over blocks of that length."""
+    """The reduced loss and its gradients in the compute dtype, by a loop in Python over blocks of that length.
+
+    With a cotangent of the reduced loss, or of each loss, the gradients times it alone.
+    """
     rows, shared = cut(xp, options, inputs, operands)
-    if length is None and cotangent is None:  # the logits' gradient can be that of the mean: nothing is scaled after
-        totals, parts = block(xp, run, loss, options, needed, shared, Totals(), rows, alone=True)
+    rows = rows._replace(cotangent=cotangent)
+    of_block = functools.partial(block, xp, run, loss, options, needed)
+    if length is None:  # the logits' gradient can be that of the mean: nothing is scaled after
+        totals, parts = of_block(shared, Totals(), rows, alone=True)
         return parts.values, _of_inputs(xp, totals, parts.features)
     totals, each = Totals(), []
-    for some in _blocks(rows._replace(cotangent=cotangent), length):
-        totals, parts = block(xp, run, loss, options, needed, shared, totals, some)
+    for some in _blocks(rows, length):
+        if recomputed is None:
+            totals, parts = of_block(shared, totals, some)
+        else:  # without the totals, which would all be kept for the backward pass
+            more, parts = recomputed(of_block, shared, Totals(), some)
+            totals = Totals(*(b if a is None else a + b for a, b in zip(totals, more, strict=True)))
         each.append(parts)
     joined = (_joined(xp, arrays) for arrays in zip(*each, strict=True))
     return reduced(xp, loss, options, inputs, totals, Parts(*joined))
@@ -224,10 +234,7 @@ def _joined(xp: Namespace, arrays: Any) -> Any:
     return arrays[0] if arrays[0] is None or len(arrays) == 1 else xp.concat(list(arrays))
 
 
-def _blocks(rows: Rows, length: int | None) -> Iterator[Rows]:
-    if length is None:
-        yield rows
-        return
+def _blocks(rows: Rows, length: int) -> Iterator[Rows]:
     features, operands, cotangent = rows
     n = features.shape[0]
     for start in range(0, n, length):
@@ -235,24 +242,52 @@ def _blocks(rows: Rows, length: int | None) -> Iterator[Rows]:
         yield Rows(
             features[part, ...],
             Operands(*(None if a is None else a[part, ...] for a in operands)),
-            None if cotangent is None else cotangent[part, ...],
+            cotangent if cotangent is None or cotangent.ndim == 0 else cotangent[part, ...],
         )
 
 
-# All at once, as an expression that a framework transforms, exports or differentiates: with all logits in memory.
+# As an expression that a framework transforms, exports or differentiates. A block that is not alone may be called by
+# `recomputed`, whose backward pass computes all of it again: else all logits would be kept.
 
 
-def expression(xp: Namespace, run: Run, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
-    """The reduced loss."""
-    _, x, operands = whole(xp, loss, options, *cut(xp, options, inputs, operands))
-    return xp.astype(run(loss, options._replace(half=False), x, operands), inputs.features.dtype, copy=False)
+def expression(
+    xp: Namespace,
+    run: Callable[..., Array],
+    loss: Loss,
+    options: Options,
+    inputs: Linear,
+    operands: Operands,
+    length: int | None = None,
+    recomputed: Recomputed | None = None,
+) -> Array:
+    """The reduced loss; `run` computes that of given logits."""
+    call = loss, options, inputs, operands, NOTHING
+    value, _ = in_blocks(xp, lambda _, *call: run(*call), length, *call, recomputed=recomputed)
+    assert value is not None
+    return value
 
 
 def gradients(
-    xp: Namespace, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array
+    xp: Namespace,
+    loss: Loss,
+    options: Options,
+    inputs: Linear,
+    operands: Operands,
+    needed: Linear,
+    cotangent: Array,
+    length: int | None = None,
+    recomputed: Recomputed | None = None,
 ) -> Linear:
     """The cotangent of the reduced loss times its derivatives, each in the dtype of its input."""
-    wide, x, operands = whole(xp, loss, options, *cut(xp, options, inputs, operands))
-    cotangent = xp.astype(cotangent, x.dtype, copy=False)
-    gradient = reduce.gradient(xp, loss, options._replace(half=False), x, operands, cotangent)
-    return rounded(xp, _of_inputs(xp, *contracted(xp, gradient, wide, needed, Totals())), inputs)
+    call = loss, options, inputs, operands, needed
+    return rounded(xp, in_blocks(xp, functools.partial(_in, xp), length, *call, cotangent, recomputed)[1], inputs)
+
+
+def block_gradients(xp: Namespace, loss: Loss, options: Options, needed: Linear, shared: Shared, rows: Rows) -> Linear:
+    """The same of one block, with the cotangent of its values."""
+    totals, parts = block(xp, functools.partial(_in, xp), loss, options, needed, shared, Totals(), rows)
+    return rounded(xp, _of_inputs(xp, totals, parts.features), Linear(rows.features, *shared[:2]))
+
+
+def _in(xp: Namespace, formula: Any, *call: Any) -> Any:
+    return formula(xp, *call)
