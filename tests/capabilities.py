@@ -31,13 +31,16 @@ def plain(loss):
 
 @pytest.fixture
 def sample(request):
-    row = request.param if isinstance(request.param, Row) else plain(request.param)
+    return sample_of(request.param if isinstance(request.param, Row) else plain(request.param))
+
+
+def sample_of(row):
     return (LinearSample if row.loss in LINEAR else Sample)(row)
 
 
 def samples(framework, transform, **options):
     """The calls that a test marked with `looped=True` has to make."""
-    return [Sample(row) for row in planned(framework, transform, **options)]
+    return [sample_of(row) for row in planned(framework, transform, **options)]
 
 
 def plan_of(mark):

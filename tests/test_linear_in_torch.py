@@ -251,7 +251,8 @@ def longer(sample):
     return sample.of(rows=11, classes=6).beside(torch.tensor)
 
 
-@pytest.mark.capability("torch", "compile (inductor)", **OF_LINEAR)
+@pytest.mark.full
+@pytest.mark.parametrize("sample", LINEAR, indirect=True)
 def test_compile(sample):
     check_lengths(torch.compile(of_arrays(sample)[0], fullgraph=True, dynamic=False), sample)
 
@@ -293,6 +294,20 @@ def test_compile_transformed(sample):
     linear, on_logits = totals(sample)
     compiled = torch.compile(transformed(linear), backend="aot_eager", fullgraph=True)
     close(compiled(*inputs), transformed(on_logits)(*inputs))
+
+
+def test_a_compiled_loss_comes_in_blocks_of_any_number(monkeypatch):
+    """Of two examples each; the compiler does not see them."""
+    monkeypatch.setattr(FORMULAS, "BLOCK", 1)
+    block, seen = FORMULAS.block, []
+    monkeypatch.setattr(FORMULAS, "block", lambda *call: seen.append(1) or block(*call))
+    loss = torch.compile(ul.linear_softmax_nll, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (6, 20):
+        seen.clear()
+        features, weight = torch.ones(n, 2, requires_grad=True), torch.ones(7, 2, requires_grad=True)
+        loss(features, weight, torch.ones(n, dtype=torch.int64)).backward()
+        assert len(seen) == n / 2
+    assert features.grad is not None
 
 
 class Module(torch.nn.Module):
@@ -383,10 +398,6 @@ def doubly(function, inputs):
     return grad(sum((array**2).sum() for array in gradients), inputs)
 
 
-def compiled(function, inputs):
-    return grad(torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs), inputs)
-
-
 MANY = 16  # blocks
 WAYS = {
     "backward": lambda function, inputs: grad(function(*inputs), inputs),
@@ -394,7 +405,6 @@ WAYS = {
     "func.grad": lambda function, inputs: torch.func.grad(function, (0, 1))(*inputs),
     "func.jvp": lambda function, inputs: jvp(function, inputs, inputs),
     "jvp of func.grad": lambda function, inputs: jvp(torch.func.grad(function, (0, 1)), inputs, inputs),
-    "compile": compiled,
 }
 
 
