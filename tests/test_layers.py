@@ -449,11 +449,17 @@ truth = rng.normal(size=(4, 3))
 scores = x @ truth
 labels, attributes = scores.argmax(1), scores > 0
 
+
+def of_positives(x, y, **options):
+    return ul.multilabel_logistic_loss(x, attributes, **options)
+
+
 for y, loss, direct in [
     (labels, SoftmaxNLL(weight=np.array([0.5, 1, 2]), label_smoothing=0.1), ul.softmax_nll),
     (labels[:, None], SoftmaxNLL(ignore_index=0), ul.softmax_nll),
     (np.eye(3)[labels], SoftmaxNLL(), ul.softmax_nll),
     (attributes, MultilabelLogisticLoss(pos_weight=[2.0, 1.0, 1.0]), ul.multilabel_logistic_loss),
+    (np.where(attributes, [0, 1, 2], -1), MultilabelLogisticLoss(positives=True), of_positives),
 ]:
     again = type(loss).from_config(loss.get_config())
     assert again.get_config() == loss.get_config()

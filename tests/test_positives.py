@@ -280,6 +280,46 @@ def test_no_targets_of_the_logits_shape_are_made():
     )  # the gradient, and a few blocks of two examples for each of two threads
 
 
+# --- Modules and layers -----------------------------------------------------------------------------------------------
+
+
+def test_modules_of_torch_take_them(request):
+    asked_for("torch", request)
+    import torch
+
+    from unilabel.layers.torch import LinearMultilabelLogisticLoss, MultilabelLogisticLoss
+
+    given, z = ul.Positives(torch.tensor(LABELS)), dense(LABELS)
+    right = ul.multilabel_logistic_loss(LOGITS, z, pos_weight=2.0)
+    close(MultilabelLogisticLoss(pos_weight=2.0)(torch.tensor(LOGITS), given), right)
+    head, features = LinearMultilabelLogisticLoss(3, C).double(), torch.tensor(LOGITS[:, :3])
+    close(head(features, given).detach(), head(features, torch.tensor(z)).detach())
+
+
+def test_layers_of_keras_take_them(request):
+    asked_for("tensorflow", request)
+    import os
+
+    os.environ["KERAS_BACKEND"] = "tensorflow"  # before Keras is imported
+    import keras
+
+    from unilabel.layers.keras import LinearMultilabelLogisticLoss, MultilabelLogisticLoss
+
+    right = ul.multilabel_logistic_loss(LOGITS, dense(LABELS))
+    for loss, targets in (
+        (MultilabelLogisticLoss(dtype="float64"), ul.Positives(LABELS)),
+        (MultilabelLogisticLoss(dtype="float64"), ul.Positives(LABELS.tolist())),
+        (MultilabelLogisticLoss(dtype="float64", positives=True), LABELS),
+    ):
+        close(loss(targets, LOGITS), right)
+    features, labels = keras.Input((3,)), keras.Input((K,), dtype="int32")
+    head = LinearMultilabelLogisticLoss(C)
+    model = keras.Model([features, labels], head(features, ul.Positives(labels)))
+    x = np.random.default_rng(SEED).normal(size=(N, 3)).astype("float32")
+    got, right = model([x, LABELS]), head(x, dense(LABELS))
+    np.testing.assert_allclose(got, right, rtol=1e-6)
+
+
 # --- Compilers, transforms, data loaders ------------------------------------------------------------------------------
 
 
