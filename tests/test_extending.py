@@ -89,7 +89,7 @@ POWER = {
     },
     "canonical.py": {
         "    validate: bool = False\n": "    validate: bool = False\n    power: float = 1.0\n",
-        "ignore_index, eps, _ = given": "ignore_index, eps, _, power = given",
+        "ignore_index, eps, _, positives = given": "ignore_index, eps, _, power, positives = given",
         "        half=name in HALVES,\n": """        half=name in HALVES,
         power=checks.fraction("power", power, 8.0),
 """,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .checks import fail
+from .compilers import as_it_is_in_autograph
 from .sparse import places
 
 
@@ -80,3 +81,6 @@ class Positives(NamedTuple):
         padded = np.full(there.shape, -1, signed)
         padded[there] = indices[places(np, starts, counts, length)[there]]
         return cls(padded)
+
+
+as_it_is_in_autograph(Positives)
