@@ -200,7 +200,8 @@ class Sample:
         summed = expected(case._replace(options=case.options | {"reduction": "sum"}, cotangent=tensor(1.0)))
         self.gradient_of_sum = Exact.of(summed.gradient, shape)
         largest = np.argmax(np.abs(self.gradient_of_sum))
-        divided = float(self.gradient.flat[largest] / self.gradient_of_sum.flat[largest])
+        of_sum = self.gradient_of_sum.flat[largest]  # 0 if no example takes part
+        divided = float(self.gradient.flat[largest] / of_sum) if of_sum else 1.0
         self.hessian = Exact.of(right.hessian, shape).scaled(divided)
 
         if row["label_smoothing"] == "array":
