@@ -142,6 +142,7 @@ class Recomputed(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         moved = tuple(i for i, tangent in enumerate(tangents[2:]) if tangent is not None)
         function, some = _of_some(ctx.function, moved, ctx.saved_tensors)
+        some = tuple(a.contiguous() for a in some)  # of an expanded one, such as a sum's cotangent, it makes no dual
         return torch.func.jvp(function, some, tuple(tangents[2 + i] for i in moved))[1]
 
 
