@@ -117,21 +117,24 @@ def _run_cached(formula: Any, loss: Loss, options: Options, x: Array, operands: 
     with internals.pause(), tf.device(x.device):
         program = _programs.get(key, 0)
         if isinstance(program, int):
-            program = _compile_if_repeated(key, formula, loss, options, names, arrays)
+            size = max(array.shape.num_elements() for array in arrays)
+            if formula.__name__.startswith("linear"):  # of features and weight
+                size = max(size, x.shape[0] * more[0].shape[0])  # their logits
+            program = _compile_if_repeated(key, formula, loss, options, names, arrays, size >= LARGE)
         return formula(standard, loss, options, x, operands, *more) if program is None else program(*arrays)
 
 
 def _compile_if_repeated(
-    key: Any, formula: Any, loss: Loss, options: Options, names: tuple[str, ...], arrays: Any
+    key: Any, formula: Any, loss: Loss, options: Options, names: tuple[str, ...], arrays: Any, large: bool
 ) -> Any:
-    """The program of a call that has come a few times, or has large arrays; else None, and the call is counted."""
+    """The program of a call that has come a few times, or is large; else None, and the call is counted."""
     with _compile_lock:
         found = _programs.get(key, 0)
         if not isinstance(found, int):
             return found
         if len(_programs) >= 1000:  # shapes that never come again
             _programs.clear()
-        if found < REPEATED and max(array.shape.num_elements() for array in arrays) < LARGE:
+        if found < REPEATED and not large:
             _programs[key] = found + 1
             return None
 
