@@ -19,6 +19,7 @@ import unilabel as ul
 SEED = 20261125
 LOSSES = {name: loss for name, loss in cases.LOSSES.items() if loss.takes != "features"}
 LINEAR = {f"linear_{name}": name for name in ("multilabel_logistic_loss", "softmax_nll")}  # and the loss of its logits
+OF_LINEAR = {"losses": tuple(LINEAR), "brief": True}  # of a row of docs/transforms.md
 PER_EXAMPLE = tuple(name for name, loss in LOSSES.items() if loss.per_example)
 ELEMENTWISE = tuple(name for name in LOSSES if name not in PER_EXAMPLE)
 RANGES = {"multilabel_logistic_loss": (-6, 6), "softmax_nll": (-6, 6), "nll": (-6, -0.01)}

@@ -244,7 +244,6 @@ def command(*arguments):
 
 def test_command(tmp_path):
     """A small file, its precision beside that of the popular labels, and a picture."""
-    pytest.importorskip("matplotlib")
     (tmp_path / "data.txt").write_text("40 3 6\n" + "1,0 0:1\n5 1:1\n2,1 2:1\n 1:2\n" * 10)
     done = command("--data", tmp_path / "data.txt", "--epochs", 2, "--picture", tmp_path / "picture.png")
     assert done.returncode == 0, done.stderr

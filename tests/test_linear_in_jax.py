@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_in_jax  # asks for eight devices, before JAX starts
-from crossed import LINEAR
+from crossed import LINEAR, OF_LINEAR
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,7 +18,6 @@ from test_linear import close
 import unilabel as ul
 
 assert test_in_jax.jax is jax
-OF_LINEAR = {"losses": tuple(LINEAR), "brief": True}
 
 
 @pytest.fixture(autouse=True)

@@ -6,15 +6,13 @@ import weakref
 import numpy as np
 import pytest
 import tensorflow as tf
-from crossed import LINEAR
+from crossed import OF_LINEAR
 from test_in_tensorflow import check, traced
 from test_linear import close
 from unilabel.backends import tensorflow
 from unilabel.backends.tensorflow_namespaces import differentiable, standard
 
 import unilabel as ul
-
-OF_LINEAR = {"losses": tuple(LINEAR), "brief": True}
 
 
 @pytest.fixture(autouse=True)

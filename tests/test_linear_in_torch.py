@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from capabilities import samples
-from crossed import LINEAR
+from crossed import LINEAR, OF_LINEAR
 from test_in_torch import in_two_processes
 from torch.autograd import forward_ad, grad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 import unilabel as ul
 
 FORMULAS = sys.modules["unilabel.formulas.linear"]
-OF_LINEAR = {"losses": tuple(LINEAR), "brief": True}
 
 
 @pytest.fixture(autouse=True)

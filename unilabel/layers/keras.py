@@ -102,10 +102,8 @@ class MultilabelLogisticLoss(_Loss):
         return super().get_config() | {"positives": self.positives}
 
     def call(self, y_true: Array, y_pred: Array) -> Array:
-        if self.positives and not isinstance(y_true, Positives):
-            y_true = Positives(y_true)
-        if isinstance(y_true, Positives):
-            pass
+        if self.positives or isinstance(y_true, Positives):
+            y_true = y_true if isinstance(y_true, Positives) else Positives(y_true)
         elif len(y_true.shape) == 1 and tuple(y_pred.shape[1:]) == (1,):
             y_true = keras.ops.expand_dims(y_true, -1)
         elif len(y_pred.shape) == 1 and tuple(y_true.shape[1:]) == (1,):
