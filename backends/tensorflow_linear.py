@@ -128,11 +128,11 @@ def recorded(closed: Any, loss: Loss, options: Options, inputs: Linear, operands
         return Linear(*(every[i] for i in range(3))), Operands(*(every[i] for i in range(3, len(given))))
 
     def of_operands(arrays: Any, cotangent: Array | None, layer: Linear) -> list[Array]:
-        """Of targets and weights: by autodiff of the expression. `layer`: what of it moves besides."""
+        """Of targets and weights, in the compute dtype, by autodiff of the expression. `layer`: what else moves."""
         if not any(others):
             return []
         first = len(moved) - sum(others)
-        copies = [tf.identity(array) for array in arrays[first:]]
+        copies = [formulas.working(differentiable, options, tf.identity(array)) for array in arrays[first:]]
         with internals.taping(), tf.GradientTape() as tape:
             tape.watch(copies)
             value, _ = by_autodiff(loss, options, *put([*arrays[:first], *copies]), NOTHING, None, (layer, others))

@@ -216,7 +216,7 @@ def _in_blocks(
 def _linear_in_graph(name: str, options: tuple[Any, ...], needed: tuple[bool, ...] | None, *arrays: Any) -> Any:
     """As `_in_graph`, of the last linear layer's inputs: the loss, or with those needed a list of it and gradients."""
     loss, given, inputs, operands = LOSSES[name], Options(*options), Linear(*arrays[:3]), Operands(*arrays[3:])
-    closed = operator(_in_blocks)
+    closed = _linear_operator
     if needed is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs):
         return LinearLoss.apply((closed, loss, given, operands), *inputs)
     value, found = closed(loss, given, inputs, operands, NOTHING if needed is None else Linear(*needed))
@@ -367,13 +367,18 @@ class TorchBackend(Backend):
         return value if nested else value.detach(), gradient
 
 
+_linear_operator: Any = None  # `_in_blocks` as an operator of PyTorch, which `_load` makes
+
+
 @constant_in_dynamo
 def _load() -> None:
+    global _linear_operator
     for xp in (standard, differentiable):
         xp.load()
-    operator(_in_blocks)
     for function in (_in_graph, _linear_in_graph):
         torch.compiler.allow_in_graph(function)  # here, as it imports Dynamo
+    if _linear_operator is None:
+        _linear_operator = operator(_in_blocks)
 
 
 backend = TorchBackend()

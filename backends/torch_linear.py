@@ -62,7 +62,6 @@ class LinearLoss(torch.autograd.Function):
         return None, *formulas.rounded(eager, found, inputs)
 
 
-@functools.cache
 def operator(closed: Any) -> Any:
     """The same function as an operator of PyTorch, into which compilers do not look.
 

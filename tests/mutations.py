@@ -727,7 +727,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             'if options.reduction in ("sum", "batchmean"):\n        return None',
             LINEAR,
         ),
-        "linear: blocks, value, sum for mean": ("value = value / divisor", "pass", LINEAR),
+        "linear: blocks, value, sum for mean": ("None if value is None else value / divisor", "value", LINEAR),
         "linear: blocks, gradients of the sum for the mean": (
             "found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))",
             "pass",
