@@ -35,7 +35,7 @@ COMMON = {
 FACTORS = {
     True: COMMON
     | {"targets": ("indices", "distribution"), "sample_weight": ("no", "yes"), "ignore_index": ("no", "yes")},
-    False: COMMON | {"targets": ("integer", "bool", "float"), "pos_weight": ("no", "yes")},
+    False: COMMON | {"targets": ("integer", "bool", "float", "positives"), "pos_weight": ("no", "yes")},
 }
 
 
@@ -144,9 +144,10 @@ class Sample:
     """A planned call in float64, of 4 examples with 3 classes (6 on two axes), as NumPy arrays, and what is right.
 
     The first axis is always one of examples. `arrays` are the operands beside logits and targets, by name; `options`
-    all else. Right by the oracle: `value`; `gradient`, of the value's sum by the logits; `pulled_back`, the same with
-    the value's `cotangent`; `hessian`, the diagonal of the second derivative of the value's sum; and
-    `gradient_of_sum`, the gradient if the reduction were "sum".
+    all else. `targets` of `ul.Positives` are their indices, and `dense` what they stand for. Right by the oracle:
+    `value`; `gradient`, of the value's sum by the logits; `pulled_back`, the same with the value's `cotangent`;
+    `hessian`, the diagonal of the second derivative of the value's sum; and `gradient_of_sum`, the gradient if the
+    reduction were "sum".
     """
 
     def __init__(self, row, rows=4, classes=3, seed=0):
@@ -179,8 +180,8 @@ class Sample:
         elif row["targets"] == "distribution":
             targets = placed(of_each / of_each.sum(-1, keepdims=True))
         else:
-            kind = {"integer": lambda z: (z < 0.5).astype("int64"), "bool": lambda z: z < 0.5, "float": lambda z: z}
-            targets = kind[row["targets"]](placed(of_each))
+            kind = {"bool": lambda z: z < 0.5, "float": lambda z: z}
+            targets = kind.get(row["targets"], lambda z: (z < 0.5).astype("int64"))(placed(of_each))
         of_classes = (2, classes // 2) if two and not self.per_example else (classes,)
         of_classes += (1,) if middle and not self.per_example else ()
         sizes = {"weight": of_classes, "sample_weight": batch, "pos_weight": shape}
@@ -208,7 +209,8 @@ class Sample:
         if row["label_smoothing"] == "array":
             arrays["label_smoothing"] = np.array(0.1)
             smoothing = {}
-        self.x, self.targets, self.arrays, self.options = x, targets, arrays, options | smoothing
+        self.dense, self.targets = targets, padded(of_each < 0.5) if row["targets"] == "positives" else targets
+        self.x, self.arrays, self.options = x, arrays, options | smoothing
 
     def inputs_of(self, drawn, shape):
         """What the oracle's loss takes."""
@@ -258,13 +260,18 @@ class Sample:
         found.__dict__ = self.__dict__ | {"arrays": {name: convert(array) for name, array in self.arrays.items()}}
         return found
 
+    def as_targets(self, targets=None):
+        """These targets, or else its own, as the loss takes them."""
+        targets = self.targets if targets is None else targets
+        return ul.Positives(targets) if self.row["targets"] == "positives" else targets
+
     def __call__(self, x, targets=None, **more):
-        return self.loss(x, self.targets if targets is None else targets, **self.arrays | self.options | more)
+        return self.loss(x, self.as_targets(targets), **self.arrays | self.options | more)
 
     def closed(self, form):
         """The call of `ul.value_and_grad` or `ul.grad_and_hess` of the loss."""
         return lambda x, targets=None, **more: form(self.loss)(
-            x, self.targets if targets is None else targets, **self.arrays | self.options | more
+            x, self.as_targets(targets), **self.arrays | self.options | more
         )
 
 
@@ -304,21 +311,26 @@ class LinearSample(Sample):
 
     def __call__(self, features, linear_weight, *bias, targets=None, **more):
         given = self.arrays | self.options | dict(zip(("linear_bias",), bias, strict=False)) | more
-        return self.loss(features, linear_weight, self.targets if targets is None else targets, **given)
+        return self.loss(features, linear_weight, self.as_targets(targets), **given)
 
     def closed(self, features, linear_weight, *bias, targets=None, **more):
         """Of `ul.value_and_grad`: the value and each gradient, without that of a bias that is not there."""
         given = self.arrays | self.options | dict(zip(("linear_bias",), bias, strict=False)) | more
-        targets = self.targets if targets is None else targets
-        value, found = ul.value_and_grad(self.loss)(features, linear_weight, targets, **given)
+        value, found = ul.value_and_grad(self.loss)(features, linear_weight, self.as_targets(targets), **given)
         assert (found.linear_bias is None) == (not bias)
         return value, *found[: 2 + len(bias)]
 
     def materialised(self, x, targets=None, **more):
         """The loss of the logits."""
-        return getattr(ul, self.name)(
-            x, self.targets if targets is None else targets, **self.arrays | self.options | more
-        )
+        return getattr(ul, self.name)(x, self.as_targets(targets), **self.arrays | self.options | more)
+
+
+def padded(targets):
+    """The labels of each example, the last one first and, if there is room, twice; then -1, to as many as classes."""
+    length = targets.shape[-1]
+    rows = (np.flatnonzero(labels)[::-1] for labels in targets.reshape(-1, length))
+    rows = [np.append(row, [*row[:1], *[-1] * length])[:length] for row in rows]
+    return np.reshape(rows, targets.shape)
 
 
 def tensor(array):

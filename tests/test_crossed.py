@@ -118,7 +118,7 @@ def textbook(sample, x, **changed):
         ]()
         losses = -(weight * z * log_p).sum(-1) * of_example
     else:
-        z = sample.targets * (1 - smoothing) + smoothing / 2
+        z = sample.dense * (1 - smoothing) + smoothing / 2
         p = 1 / (1 + np.exp(-x)) if sample.name == "multilabel_logistic_loss" else x
         losses = -(options.get("pos_weight", 1.0) * z * np.log(p) + (1 - z) * np.log(1 - p))
         losses, share = options.get("weight", 1.0) * losses * keep, keep * 1.0

@@ -248,7 +248,7 @@ def mx():
 def called(sample, loss=None):
     """The call as a function of all its arrays."""
     loss = loss or sample.loss
-    return lambda x, targets, arrays: loss(x, targets, **arrays, **sample.options)
+    return lambda x, targets, arrays: loss(x, sample.as_targets(targets), **arrays, **sample.options)
 
 
 def arrays_of(library, sample):

@@ -101,7 +101,7 @@ def total(sample):
 
 def exact(sample, dtype="float64", **arrays):
     """The oracle's answers to the same call with other operands: x, targets, weight, ..."""
-    given = {"x": sample.x, "targets": sample.targets, "cotangent": sample.cotangent, **sample.arrays} | arrays
+    given = {"x": sample.x, "targets": sample.dense, "cotangent": sample.cotangent, **sample.arrays} | arrays
     given = {name: tensor(np.asarray(array)) for name, array in given.items()}
     if "label_smoothing" in given:
         (given["label_smoothing"],) = given["label_smoothing"].values
@@ -201,7 +201,7 @@ def test_single_logits(sample):
 
     def one(x, targets, arrays):
         def loss(form=lambda loss: loss, **more):
-            return lambda x: form(sample.loss)(x, targets, **arrays | options | more)
+            return lambda x: form(sample.loss)(x, sample.as_targets(targets), **arrays | options | more)
 
         value, gradient = jax.value_and_grad(loss())(x)
         return value, gradient, *loss(ul.value_and_grad)(x), *loss(ul.grad_and_hess, reduction="sum")(x)

@@ -211,7 +211,7 @@ def test_cotangents_of_gathered_rows(sample, compiled):
 
 def exact(sample, **arrays):
     """The oracle's answers to the same call with other operands."""
-    given = {"x": sample.x, "targets": sample.targets, **sample.arrays} | arrays
+    given = {"x": sample.x, "targets": sample.dense, **sample.arrays} | arrays
     given = {name: tensor(np.asarray(array)) for name, array in given.items()}
     if "label_smoothing" in given:
         (given["label_smoothing"],) = given["label_smoothing"].values
@@ -970,7 +970,7 @@ for sample in samples("tensorflow", "MirroredStrategy", fixed={"reduction": "non
     def step(x, y, cotangent, arrays):
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(x)
-            values = sample.loss(x + zero, y, **arrays, **of_all, **sample.options)
+            values = sample.loss(x + zero, sample.as_targets(y), **arrays, **of_all, **sample.options)
         total = tape.gradient(values, zero, cotangent)
         total = tf.distribute.get_replica_context().all_reduce("sum", total)
         return values, tape.gradient(values, x, cotangent), total

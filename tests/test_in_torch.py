@@ -50,7 +50,7 @@ def check(got, right, ulp=16):
 def called(sample, loss=None):
     """The call as a function of all its arrays, as compilers and exporters want it."""
     loss = loss or sample.loss
-    return lambda x, targets, arrays: loss(x, targets, **arrays, **sample.options)
+    return lambda x, targets, arrays: loss(x, sample.as_targets(targets), **arrays, **sample.options)
 
 
 def arrays_of(sample):
@@ -300,7 +300,9 @@ def test_gradients_of_each_example(sample):
 
     def loss(parameters, x, targets, arrays):
         where = {"where": of_all["where"][0]} if "where" in of_all else {}
-        return sample.loss(functional_call(model, parameters, (x,)), targets, **options, **arrays, **of_all | where)
+        return sample.loss(
+            functional_call(model, parameters, (x,)), sample.as_targets(targets), **options, **arrays, **of_all | where
+        )
 
     inputs = torch.tensor(sample.x), torch.tensor(sample.targets), of_each
     each = vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(parameters, *inputs)
@@ -482,7 +484,9 @@ def test_compile_marked_dynamic(sample):
 def test_compile_closed_forms(sample):
     def both(x, targets, arrays):
         first = called(sample, ul.value_and_grad(sample.loss))(x, targets, arrays)
-        return first, ul.grad_and_hess(sample.loss)(x, targets, **arrays, **sample.options | {"reduction": "sum"})
+        return first, ul.grad_and_hess(sample.loss)(
+            x, sample.as_targets(targets), **arrays, **sample.options | {"reduction": "sum"}
+        )
 
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)
     for one in (sample, other(sample, rows=7, classes=6)):
@@ -941,7 +945,7 @@ def each_its_examples(rank):
         mine = slice(2 * rank, 2 * rank + 2)
         of_each = {name: array[mine] if array.shape[:1] == (4,) else array for name, array in sample.arrays.items()}
         x, targets = torch.tensor(sample.x[mine]), torch.tensor(sample.targets[mine])
-        sample.loss(model(x), targets, **sample.options, **of_each).backward()
+        sample.loss(model(x), sample.as_targets(targets), **sample.options, **of_each).backward()
         right = np.asarray(sample.gradient)
         np.testing.assert_allclose(model.module.bias.grad, right.sum(0), rtol=1e-13, atol=1e-15)
         np.testing.assert_allclose(model.module.weight.grad, right.T @ sample.x, rtol=1e-13, atol=1e-15)

@@ -216,8 +216,12 @@ def test_gradients_of_each_example(sample):
             options = sample.options | of_all | arrays | {"reduction": "sum"}
             weight, *bias = layer
             if is_linear:  # noqa: B023
-                return sample.loss(features, weight, targets, linear_bias=bias[0] if bias else None, **options)
-            return getattr(ul, sample.name)(torch.nn.functional.linear(features, *layer), targets, **options)
+                return sample.loss(
+                    features, weight, sample.as_targets(targets), linear_bias=bias[0] if bias else None, **options
+                )
+            return getattr(ul, sample.name)(
+                torch.nn.functional.linear(features, *layer), sample.as_targets(targets), **options
+            )
 
         found.append(vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(tuple(layer), features, targets, of_each))
     close(*found)
@@ -231,7 +235,7 @@ def of_arrays(sample):
 
     def function(inputs, targets, arrays):
         bias = {"linear_bias": inputs[2]} if len(inputs) == 3 else {}
-        return sample.loss(*inputs[:2], targets, **arrays, **sample.options, **bias)
+        return sample.loss(*inputs[:2], sample.as_targets(targets), **arrays, **sample.options, **bias)
 
     return function, (inputs_of(sample), torch.tensor(sample.targets), sample.arrays)
 
@@ -272,7 +276,9 @@ def test_compile_any_length(sample, backend):
 def test_compile_closed_form(sample):
     def form(inputs, targets, arrays):
         bias = {"linear_bias": inputs[2]} if len(inputs) == 3 else {}
-        value, found = ul.value_and_grad(sample.loss)(*inputs[:2], targets, **arrays, **sample.options, **bias)
+        value, found = ul.value_and_grad(sample.loss)(
+            *inputs[:2], sample.as_targets(targets), **arrays, **sample.options, **bias
+        )
         return value, *found[: len(inputs)]
 
     given = of_arrays(sample)[1]
@@ -547,7 +553,9 @@ def each_its_examples(rank):
         right = grad(both(sample.beside(torch.tensor))[1](*(inputs := inputs_of(sample))), inputs)
         mine = slice(4 * rank, 4 * rank + 4)
         arrays = {name: array[mine] if array.shape[:1] == (8,) else array for name, array in sample.arrays.items()}
-        call = functools.partial(sample.loss, targets=torch.tensor(sample.targets[mine]), **arrays, **sample.options)
+        call = functools.partial(
+            sample.loss, targets=sample.as_targets(torch.tensor(sample.targets[mine])), **arrays, **sample.options
+        )
         model = torch.nn.parallel.DistributedDataParallel(Head(*sample.inputs[1:]))
         model(call, torch.tensor(sample.inputs[0][mine])).backward()
         close([parameter.grad for parameter in model.parameters()], list(right[1:]))

@@ -253,8 +253,11 @@ def elementwise_shapes(loss: Loss, shape: Shape, axes: tuple[int, ...], operands
     """The operands of an elementwise loss."""
     if positives:
         batch: Shape = tuple(n for i, n in enumerate(shape, -len(shape)) if i not in axes)
-        expected = f"labels of shape {shape_text((*batch, 'K'))}, for {loss.takes} of shape {shape_text(shape)}"
-        has_shape("targets", operands.targets, (*batch, *operands.targets.shape[-1:]), lambda: expected)
+        labels, takes = (*batch, *operands.targets.shape[-1:]), (*batch, "K")
+        text = "labels of shape {}, for {} of shape {}"
+        has_shape(
+            "targets", operands.targets, labels, lambda: text.format(shape_text(takes), loss.takes, shape_text(shape))
+        )
     else:
         has_shape("targets", operands.targets, shape, lambda: f"the shape of the {loss.takes}, {shape_text(shape)}")
     broadcasts("weight", operands.weight, shape, loss.takes)
