@@ -76,9 +76,13 @@ class _Standard(Extended):
         if any(_is_sharded(like, i) for i in range(like.ndim)):
             return super().scatter(like, index, values)
         found = jnp.zeros(like.shape, values.dtype)  # of booleans, as a scatter's result is in memory
-        values = jnp.broadcast_to(values, index.shape)
-        rows = [jax.lax.broadcasted_iota(index.dtype, index.shape, i) for i in range(index.ndim - 1)]
-        return found.at[*rows, index].set(values, mode="promise_in_bounds").astype(like.dtype)
+
+        def write(found: Array, index: Array, values: Array) -> Array:
+            return found.at[index].set(values, mode="promise_in_bounds")
+
+        for _ in range(like.ndim - 1):  # a row of its own for each example, as a mesh that shards them wants to know
+            write = jax.vmap(write)
+        return write(found, index, jnp.broadcast_to(values, index.shape)).astype(like.dtype)
 
 
 def _is_sharded(x: Array, axis: int) -> bool:

@@ -134,7 +134,11 @@ class _Standard(Extended):
 
     def scatter(self, like: Array, index: Array, values: Array) -> Array:
         values = tf.reshape(tf.broadcast_to(values, tf.shape(index)), [-1])
-        n, classes = tf.size(index, tf.int64) // tf.shape(index, tf.int64)[-1], tf.shape(like, tf.int64)[-1]
+        size = like.shape.num_elements()
+        # tf.vectorized_map can scatter by int32 alone.
+        dtype = tf.int32 if size is not None and size < 1 << 31 else tf.int64
+        index, (n, classes) = tf.cast(index, dtype), (tf.size(index, dtype), tf.shape(like, dtype)[-1])
+        n //= tf.shape(index, dtype)[-1]
         places = tf.reshape(index, [n, -1]) + classes * tf.range(n)[:, None]  # in all rows, one after the other
         found = tf.zeros([n * classes], values.dtype)  # of booleans, as a scatter's result is in memory
         found = tf.tensor_scatter_nd_update(found, tf.reshape(places, [-1, 1]), values)

@@ -71,6 +71,12 @@ def factors(loss):
     return {factor: levels for factor, levels in found.items() if factor != "axis"} | {"linear_bias": ("no", "yes")}
 
 
+def allowed(loss, fixed=None):
+    """The levels of each factor, less those that a transform cannot do with."""
+    found = {factor: (fixed or {}).get(factor, levels) for factor, levels in factors(loss).items()}
+    return {factor: (levels,) if isinstance(levels, str) else levels for factor, levels in found.items()}
+
+
 def possible(levels):
     return (levels.get("targets"), levels.get("ignore_index")) != ("distribution", "yes")
 
@@ -83,10 +89,9 @@ def combined(levels, size):
 def rows(framework, transform, losses, fixed=None, pairs=False):
     """The calls that a transform is tried with, for losses of one kind: all levels, and for each loss the defaults.
 
-    `fixed` holds the levels that the transform cannot do without: {"reduction": "none"}.
+    `fixed` holds the level that the transform cannot do without, or those that it can do with: {"reduction": "none"}.
     """
-    fixed = {factor: level for factor, level in (fixed or {}).items() if factor in factors(losses[0])}
-    choices, size = factors(losses[0]) | {factor: (level,) for factor, level in fixed.items()}, 2 if pairs else 1
+    choices, size = allowed(losses[0], fixed), 2 if pairs else 1
     plan = [Row(loss, {factor: levels[0] for factor, levels in choices.items()}) for loss in losses]
     drawn = random.Random(f"{SEED} {framework} {transform} {losses}")
     missing = set()

@@ -10,7 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from capabilities import END, START, Table, marks_of, plan_of
-from crossed import FACTORS, LOSSES, PER_EXAMPLE, Row, Sample, close, factors, is_per_example, planned, possible, quick
+from crossed import (
+    FACTORS,
+    LOSSES,
+    PER_EXAMPLE,
+    Row,
+    Sample,
+    allowed,
+    close,
+    factors,
+    is_per_example,
+    planned,
+    possible,
+    quick,
+)
 
 FRAMEWORKS = {name: name for name in ("numpy", "torch", "jax", "tensorflow")} | {"array_api_strict": "array API"}
 
@@ -67,15 +80,12 @@ def test_a_quick_run_touches_every_loss_and_level(marks):
 def test_every_cell_has_the_defaults_and_every_level_with_options(all_marks):
     """Of each loss; where a call takes seconds, all but the defaults of the losses of one kind together."""
     for mark in all_marks:
-        fixed, cells = mark.kwargs.get("fixed", {}), {}
+        cells = {}
         for row in plan_of(mark):
             assert possible(row.levels)
             cells.setdefault(is_per_example(row.loss) if mark.kwargs.get("brief") else row.loss, []).append(row)
         for rows in cells.values():
-            choices = {
-                factor: (fixed[factor],) if factor in fixed else levels
-                for factor, levels in factors(rows[0].loss).items()
-            }
+            choices = allowed(rows[0].loss, mark.kwargs.get("fixed"))
             first = {factor: levels[0] for factor, levels in choices.items()}
             with_options = [row for row in rows if row.levels != first]
             assert {row.loss for row in rows if row.levels == first} == {row.loss for row in rows}, mark

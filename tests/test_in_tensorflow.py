@@ -876,7 +876,7 @@ def test_keras_fit(sample):
     """A step of gradient descent: the loss that Keras reports, averaged if it is not reduced, and what is learned."""
     inputs = keras.layers.Input(sample.x.shape[1:])
     layer = Shift()
-    indices = sample.row["targets"] == "indices"
+    indices = sample.row["targets"] in ("indices", "positives")
     model = keras.Model(inputs, layer(inputs))
     model.compile(keras.optimizers.SGD(1.0), loss=lambda y, x: sample(x, tf.cast(y, tf.int64) if indices else y))
     targets = sample.targets.astype("int64" if indices else "float32")
