@@ -172,12 +172,8 @@ def spread(sample, where, place):
     at["where"] = P(rows if masked else None, classes)
     layer = P(rows, None), P(classes, None), P(classes)
     of_value = P() if cotangent.ndim == 0 else P(rows) if sample.per_example else logits
-    specs = (
-        layer[: len(inputs)],
-        logits if targets.ndim == 2 else P(rows),
-        {name: at[name] for name in arrays},
-        of_value,
-    )
+    of_targets = P(rows) if sample.row["targets"] in ("indices", "positives") else logits
+    specs = layer[: len(inputs)], of_targets, {name: at[name] for name in arrays}, of_value
     places = jax.tree.map(lambda spec: NamedSharding(where, spec), specs, is_leaf=lambda spec: isinstance(spec, P))
     return jax.device_put((inputs, targets, arrays, cotangent), places)
 
