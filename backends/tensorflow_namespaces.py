@@ -24,19 +24,21 @@ def _sum(x: Array, axis: int | None = None, keepdims: bool = False) -> Array:
     TensorFlow and XLA add the numbers of a row one after the other, or a few in turn, and of a million equal ones lose
     up to four digits. So the eighths of a row are added to each other, which makes it an eighth as long: in float32
     once, as float64 has digits enough for the rest, in float64 again and again. (XLA would undo a reshape to short
-    rows; float64 from the start takes more time and memory.)
+    rows; float64 from the start takes more time and memory.) All elements are not made one row, if it can be helped:
+    XLA would divide each place in it by the number of classes to find what is broadcast.
     """
     n = x.shape.num_elements() if axis is None else x.shape[-1]
     if n is not None and n <= SHORT:
         return tf.reduce_sum(x, axis=axis, keepdims=keepdims)
-    if axis is None:
+    if axis is None and n is None:
         x = tf.reshape(x, [-1])
     rounds = 1 if x.dtype == tf.float32 else 4 if n is None else math.ceil(math.log(n / PARTS, PARTS))
-    n = tf.shape(x)[-1] if n is None else n
     for _ in range(rounds):
-        *parts, rest = tf.split(x, [n // PARTS] * PARTS + [n % PARTS], axis=-1)
-        x, n = tf.concat([tf.add_n(parts), rest], axis=-1), n // PARTS + n % PARTS
-    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=-1, keepdims=keepdims), x.dtype)
+        of = -1 if n is None or axis is not None else max(range(x.shape.rank), key=lambda i: x.shape[i])
+        length = tf.shape(x)[-1] if x.shape[of] is None else x.shape[of]
+        *parts, rest = tf.split(x, [length // PARTS] * PARTS + [length % PARTS], axis=of)
+        x = tf.concat([tf.add_n(parts), rest], axis=of)
+    return tf.cast(tf.reduce_sum(tf.cast(x, tf.float64), axis=axis, keepdims=keepdims), x.dtype)
 
 
 def on_device_of(x: Array) -> Any:

@@ -1,6 +1,7 @@
 """One fixture for every backend. A framework that is asked for and missing is a failure, never a skip."""
 
 import os
+import sys
 
 os.environ["JAX_ENABLE_X64"] = "1"  # before JAX is imported: float64 is tested on it too
 
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """XLA maps memory for each program that it has compiled; of Linux a process gets 65,530 pieces, or it crashes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 class Framework:

@@ -733,7 +733,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "pass",
             LINEAR,
         ),
-        "linear: blocks, value of the last": ("value = xp.sum(value)", "value = value[-1, ...]", LINEAR),
+        "linear: blocks, value of the last": ("None if value is None else xp.sum(value)", "value[-1, ...]", LINEAR),
         "linear: blocks, the first repeated": (
             "features[part, ...],",
             "features[: part.stop - part.start, ...],",

@@ -70,21 +70,22 @@ Run = Callable[..., Any]  # of a formula of reduce.py, and its arguments after t
 Recomputed = Callable[..., Any]  # of a function and its arguments: its result, which backward computes again
 
 
-def rows_of_blocks(inputs: Linear) -> int | None:
+def rows_of_blocks(inputs: Linear, times: int = 1) -> int | None:
     """The number of examples in a block; None: all at once, as they are few or their number is not known.
 
-    If they can be, all blocks are equally long: some compilers copy what is over.
+    `times`: how often `BLOCK` logits it may have. If they can be, all blocks are equally long: some compilers copy what
+    is over.
     """
-    n, rows = inputs.features.shape[0], most_rows(inputs)
+    n, rows = inputs.features.shape[0], most_rows(inputs, times)
     if rows is None or not lengths.are_known(n) or n <= rows:
         return None
     return next((size for size in range(rows, rows // 2, -1) if n % size == 0), rows)
 
 
-def most_rows(inputs: Linear) -> int | None:
+def most_rows(inputs: Linear, times: int = 1) -> int | None:
     """The number of examples of a block that is no larger than the weight, or holds `BLOCK` logits; None: not known."""
     classes, length = inputs.linear_weight.shape
-    return max(BLOCK // classes, min(length, ROWS), 1) if lengths.are_known(classes, length) else None
+    return max(times * BLOCK // classes, min(length, ROWS), 1) if lengths.are_known(classes, length) else None
 
 
 def cut(xp: Namespace, options: Options, inputs: Linear, operands: Operands) -> tuple[Rows, Shared]:
