@@ -896,7 +896,7 @@ def spread_over_processes(rank):
         class_axis = {"last": 1, "middle": 1, "two": 2}[sample.row["axis"]]
         for axis in (0, class_axis):  # classes on 2 and 1
             x = spread(sample.x, Shard(axis)).requires_grad_()
-            indices = sample.row["targets"] == "indices"
+            indices = sample.row["targets"] in ("indices", "positives")
             place = Replicate() if indices and axis else Shard(axis)
             replicated = sample.beside(lambda array: spread(array, Replicate()))
             for call, targets in ((replicated, spread(sample.targets, place)), (sample, sample.targets)):
