@@ -47,6 +47,12 @@ def _forget_programs():
         sys.modules["jax"].clear_caches()
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A linear loss's blocks have as many examples as there are features."""
+    monkeypatch.setattr(sys.modules["unilabel.formulas.linear"], "BLOCK", 1)
+
+
 class Framework:
     """A backend, with what tests need of it in one word."""
 

@@ -12,6 +12,7 @@ import pytest
 from capabilities import END, START, Table, marks_of, plan_of
 from crossed import (
     FACTORS,
+    LINEAR,
     LOSSES,
     PER_EXAMPLE,
     Row,
@@ -28,27 +29,22 @@ from crossed import (
 FRAMEWORKS = {name: name for name in ("numpy", "torch", "jax", "tensorflow")} | {"array_api_strict": "array API"}
 
 
-LINEAR = ("jax", "tensorflow")  # have rows of the losses on the last linear layer's inputs
-
-
-def marks_of_framework(name, linear=False):
+def marks_of_framework(name):
     """The capability marks of a framework's tests, less of those that not every machine can run."""
-    files = [f"test_in_{name.lower().replace(' ', '_')}", "test_threads"]
-    files += [f"test_linear_in_{name}"] if linear and name in LINEAR else []
+    file = f"in_{name.lower().replace(' ', '_')}"
+    files = [f"test_{file}", f"test_linear_{file}", "test_threads"]
     return [mark for file in files for mark in marks_of(importlib.import_module(file)).values()]
 
 
 def pytest_generate_tests(metafunc):
     """As tests are collected: once JAX has run, its own cannot be imported any more."""
-    for fixture in {"marks", "all_marks"} & set(metafunc.fixturenames):
+    if "marks" in metafunc.fixturenames:
         wanted = metafunc.config.getoption("--backend") or FRAMEWORKS
         found = [
-            pytest.param(marks_of_framework(name, fixture == "all_marks"), id=name)
-            for backend, name in FRAMEWORKS.items()
-            if backend in wanted
+            pytest.param(marks_of_framework(name), id=name) for backend, name in FRAMEWORKS.items() if backend in wanted
         ]
         none = pytest.param([], marks=pytest.mark.skip(reason="none of --backend has a table"))
-        metafunc.parametrize(fixture, found or [none])
+        metafunc.parametrize("marks", found or [none])
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------------
@@ -60,8 +56,8 @@ def pairs(levels):
 
 @pytest.mark.full
 def test_every_pair_of_levels_is_tried(marks):
-    """Of each loss, somewhere in the framework's table."""
-    for loss in LOSSES:
+    """Of each loss, somewhere in the framework's tables."""
+    for loss in (*LOSSES, *LINEAR):
         tried = set().union(*(pairs(row.levels) for mark in marks for row in plan_of(mark) if row.loss == loss))
         every = [dict(zip(factors(loss), levels, strict=True)) for levels in itertools.product(*factors(loss).values())]
         missing = set().union(*(pairs(levels) for levels in every if possible(levels))) - tried
@@ -69,7 +65,8 @@ def test_every_pair_of_levels_is_tried(marks):
 
 
 def test_a_quick_run_touches_every_loss_and_level(marks):
-    calls = quick([plan_of(mark) for mark in marks])
+    plans = [plan_of(mark) for mark in marks]
+    calls = quick([plan for plan in plans if plan[0].loss in LOSSES])
     assert {row.loss for row in calls} == set(LOSSES)
     for per_example, every in FACTORS.items():
         for factor, levels in every.items():
@@ -77,9 +74,9 @@ def test_a_quick_run_touches_every_loss_and_level(marks):
             assert tried == set(levels), f"{factor} of losses {'per example' if per_example else 'per element'}"
 
 
-def test_every_cell_has_the_defaults_and_every_level_with_options(all_marks):
+def test_every_cell_has_the_defaults_and_every_level_with_options(marks):
     """Of each loss; where a call takes seconds, all but the defaults of the losses of one kind together."""
-    for mark in all_marks:
+    for mark in marks:
         cells = {}
         for row in plan_of(mark):
             assert possible(row.levels)

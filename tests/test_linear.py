@@ -15,15 +15,9 @@ import unilabel as ul
 
 SEED = 20261126
 LINEAR = sys.modules["unilabel.formulas.linear"]
-LENGTH = 3  # of features: then a block has three examples, as the fixture `small` shrinks it
+LENGTH = 3  # of features: then a block has three examples, with the fixture `small_blocks`
 OF = {ul.softmax_nll: ul.linear_softmax_nll, ul.multilabel_logistic_loss: ul.linear_multilabel_logistic_loss}
 EACH_LOSS = pytest.mark.parametrize("loss", list(OF))
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Blocks of three examples."""
-    monkeypatch.setattr(LINEAR, "BLOCK", 1)
 
 
 class Layer:
@@ -133,7 +127,7 @@ EACH_REDUCTION = pytest.mark.parametrize(
 
 
 @EACH_CALL
-def test_every_option_is_as_on_logits(small, framework, call, reduction):
+def test_every_option_is_as_on_logits(small_blocks, framework, call, reduction):
     loss, targets, options = CALLS[call]
     layer = Layer()
     value, gradient = ul.value_and_grad(loss)(layer.logits, targets, reduction=reduction, **options)
@@ -147,7 +141,7 @@ def test_every_option_is_as_on_logits(small, framework, call, reduction):
 
 
 @EACH_CALL
-def test_autodiff_is_as_on_logits(small, recorder, call, reduction):
+def test_autodiff_is_as_on_logits(small_blocks, recorder, call, reduction):
     """With a cotangent for each loss."""
     loss, targets, options = CALLS[call]
     layer = Layer()
@@ -175,7 +169,7 @@ SHAPES = [
 @EACH_LOSS
 @pytest.mark.parametrize(("batch", "classes", "length"), SHAPES)
 @EACH_REDUCTION
-def test_every_shape(small, framework, loss, batch, classes, length, reduction):
+def test_every_shape(small_blocks, framework, loss, batch, classes, length, reduction):
     layer = Layer(batch, classes, length)
     options: dict[str, Any] = {"where": np.ones((*[1] * (len(batch) - 1), *batch[-1:], 1), bool)} if batch else {}
     targets = layer.targets(loss)
@@ -187,7 +181,7 @@ def test_every_shape(small, framework, loss, batch, classes, length, reduction):
 
 
 @EACH_LOSS
-def test_without_bias(small, framework, loss):
+def test_without_bias(small_blocks, framework, loss):
     layer = Layer()
     layer.bias = np.zeros(layer.classes)
     features, weight = framework.array(layer.features, "float64"), framework.array(layer.weight, "float64")
@@ -215,7 +209,7 @@ def test_blocks_change_nothing_but_rounding(framework, loss, monkeypatch):
 
 @EACH_LOSS
 @pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.full)])
-def test_a_hundred_thousand_classes(small, framework, loss, reduction):
+def test_a_hundred_thousand_classes(small_blocks, framework, loss, reduction):
     """As many as words of a vocabulary, in blocks of four examples and one of three."""
     layer = Layer((7,), 100_000, 4)
     targets = layer.targets(loss)
@@ -242,7 +236,7 @@ def test_the_number_of_examples_in_a_block():
 
 
 @EACH_LOSS
-def test_half_precision_is_summed_in_float32(small, framework, loss):
+def test_half_precision_is_summed_in_float32(small_blocks, framework, loss):
     """In half precision, 1 more is nothing beside 2048 (float16) or 256 (bfloat16)."""
     if "float16" not in framework.dtypes:
         pytest.skip("the standard has no half precision")
@@ -258,7 +252,7 @@ def test_half_precision_is_summed_in_float32(small, framework, loss):
         assert np.abs(gradients[1].astype("float64")).ravel().tolist() == [n / 2, n / 2]
 
 
-def test_gradient_of_a_confident_class_does_not_vanish(small, framework):
+def test_gradient_of_a_confident_class_does_not_vanish(small_blocks, framework):
     """p - 1 is 0 in bfloat16, and in float32 as well; the gradient is minus the sum of the others."""
     layer = Layer((4,), 3, 1)
     layer.features, layer.weight, layer.bias = np.ones((4, 1)), np.array([[40.0], [0.0], [0.0]]), np.zeros(3)
@@ -271,7 +265,7 @@ def test_gradient_of_a_confident_class_does_not_vanish(small, framework):
         assert gradients[2][0] < 0
 
 
-def test_a_common_offset_changes_nothing(small, framework):
+def test_a_common_offset_changes_nothing(small_blocks, framework):
     """`logsumexp - x_y` would be a difference of numbers about 2^24."""
     layer = Layer((6,), 4, 2)
     layer.features, layer.weight = np.round(layer.features * 4) / 4, np.round(layer.weight * 4) / 4  # exact products
@@ -282,7 +276,7 @@ def test_a_common_offset_changes_nothing(small, framework):
 
 
 @EACH_REDUCTION
-def test_nothing_takes_part(small, framework, reduction):
+def test_nothing_takes_part(small_blocks, framework, reduction):
     """All ignored, or masked: 0, with gradients of 0."""
     layer = Layer()
     nobody = np.full(7, -100)
@@ -296,7 +290,7 @@ def test_nothing_takes_part(small, framework, reduction):
             assert (array == 0).all()
 
 
-def test_a_wrong_index_is_nan_in_its_own_example(small, framework):
+def test_a_wrong_index_is_nan_in_its_own_example(small_blocks, framework):
     layer = Layer()
     targets = layer.indices.copy()
     targets[[1, 5]] = [5, -1]
@@ -307,7 +301,7 @@ def test_a_wrong_index_is_nan_in_its_own_example(small, framework):
     assert np.isnan(gradients[1]).all()
 
 
-def test_garbage_where_masked_or_ignored(small, framework):
+def test_garbage_where_masked_or_ignored(small_blocks, framework):
     """A logit of NaN under the mask: neither the loss nor the gradient of another class has it."""
     layer = Layer()
     layer.bias[2] = math.nan

@@ -20,10 +20,7 @@ import unilabel as ul
 assert test_in_jax.jax is jax
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks of two examples, as there are two features."""
-    monkeypatch.setattr(sys.modules["unilabel.formulas.linear"], "BLOCK", 1)
+pytestmark = pytest.mark.usefixtures("small_blocks")  # of two examples
 
 
 @pytest.fixture
@@ -77,7 +74,7 @@ def test_grad(sample):
     check_all(answers(sample)(*operands(sample)), sample)
 
 
-@pytest.mark.capability("jax", "jit, with targets traced", **OF_LINEAR)
+@pytest.mark.capability("jax", "jit, with targets traced", **OF_LINEAR, pairs=True)
 def test_jit(sample):
     check_all(jax.jit(answers(sample))(*operands(sample)), sample)
 

@@ -1,6 +1,5 @@
 """TensorFlow: its tapes, accumulators, functions and XLA on the losses of the last linear layer's inputs."""
 
-import sys
 import weakref
 
 import numpy as np
@@ -14,11 +13,7 @@ from unilabel.backends.tensorflow_namespaces import differentiable, standard
 
 import unilabel as ul
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks of two examples, as there are two features."""
-    monkeypatch.setattr(sys.modules["unilabel.formulas.linear"], "BLOCK", 1)
+pytestmark = pytest.mark.usefixtures("small_blocks")  # of two examples
 
 
 @pytest.fixture
@@ -99,7 +94,7 @@ def along(function):
     return run
 
 
-@pytest.mark.capability("tensorflow", "GradientTape, value_and_grad", **OF_LINEAR)
+@pytest.mark.capability("tensorflow", "GradientTape, value_and_grad", **OF_LINEAR, pairs=True)
 def test_gradient_tape(sample):
     check_all(answers(sample)(*operands(sample)), sample)
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import unilabel as ul
 
 FORMULAS = sys.modules["unilabel.formulas.linear"]
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +33,8 @@ def _forget_what_was_compiled():
 
 
 @pytest.fixture
-def sample(sample, monkeypatch):
+def sample(sample):
     """Five examples, in blocks of two, as there are two features; with operands that are tensors."""
-    monkeypatch.setattr(FORMULAS, "BLOCK", 1)
     return sample.of(rows=5).beside(torch.tensor)
 
 
@@ -77,7 +77,7 @@ def check(function, sample):
 # --- Autograd ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.capability("torch", "backward", **OF_LINEAR)
+@pytest.mark.capability("torch", "backward", **OF_LINEAR, pairs=True)
 def test_backward(sample):
     check(both(sample)[0], sample)
 
@@ -305,7 +305,6 @@ def test_compile_transformed(sample):
 
 def test_a_compiled_loss_comes_in_blocks_of_any_number(monkeypatch):
     """Of two examples each; the compiler does not see them."""
-    monkeypatch.setattr(FORMULAS, "BLOCK", 1)
     block, seen = FORMULAS.block, []
     monkeypatch.setattr(FORMULAS, "block", lambda *call: seen.append(1) or block(*call))
     loss = torch.compile(ul.linear_softmax_nll, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -418,8 +417,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])
 @pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.full)])
-def test_logits_are_never_there_at_once(monkeypatch, way, loss, reduction):
-    monkeypatch.setattr(FORMULAS, "BLOCK", 1)
+def test_logits_are_never_there_at_once(way, loss, reduction):
     if reduction == "none" and loss is ul.linear_multilabel_logistic_loss:
         pytest.skip("its losses are as many as the logits")
     n, length, classes = 2 * MANY, 2, 256

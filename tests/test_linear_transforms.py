@@ -26,10 +26,7 @@ CASES = pytest.mark.parametrize(
 OPTIONS = {"label_smoothing": 0.1, "where": [True, True, True, False, True]}
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks of three examples."""
-    monkeypatch.setattr(sys.modules["unilabel.formulas.linear"], "BLOCK", 1)
+pytestmark = pytest.mark.usefixtures("small_blocks")  # of three examples
 
 
 def sample(loss, reduction):

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from crossed import close
+from crossed import OF_LINEAR, close
 from unilabel.backends.array_api import ArrayAPIBackend
 
 import unilabel as ul
@@ -80,6 +80,30 @@ def test_as_many_threads_so_one(framework, sample):
         for got, *right in zip(itertools.chain(*answers), *(itertools.chain(*a) for a in alone), strict=True):
             assert {one.dtype for one in right} == {got.dtype}
             assert any(np.array_equal(got, one, equal_nan=True) for one in right)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.capability(None, "eight threads at once", **OF_LINEAR)
+def test_linear_losses_in_many_threads(framework, sample):
+    inputs = tuple(map(framework.backend.asarray, sample.inputs))
+    targets, given = framework.backend.asarray(sample.targets), sample.beside(framework.backend.asarray)
+    right = sample.value, sample.value, *sample.through(sample.gradient)
+
+    def call():
+        results = given(*inputs, targets=targets), *given.closed(*inputs, targets=targets)
+        return list(map(framework.numpy, results))
+
+    def by_autodiff():
+        cotangent = framework.backend.asarray(sample.cotangent)
+        pair = framework.backend.vjp(lambda x: given(x, *inputs[1:], targets=targets), inputs[0], cotangent)
+        return list(map(framework.numpy, pair))
+
+    functions = [call, call, *([by_autodiff, by_autodiff] if framework.backend.autodiff else [])]
+    for found in in_threads(functions):
+        for results in found:
+            numbers = right if len(results) > 2 else (sample.value, sample.through(sample.pulled_back)[0])
+            for got, expected in zip(results, numbers, strict=True):
+                close(got, expected)
 
 
 # --- From the very first call -----------------------------------------------------------------------------------------

@@ -159,6 +159,9 @@ class Namespace(Protocol):
     def add_product(self, total: Array | None, x: Array, y: Array, /) -> Array:
         """total + xᵀ · y, of matrices, a missing total being 0; it may write into the total."""
 
+    def after(self, x: Array, earlier: list[Array], /) -> Array:
+        """x, to be computed with after the earlier arrays are there, by a library that computes late."""
+
     def extent(self, x: Array, axis: int, /) -> Any:
         """The length of an axis, as an array of no dimensions if it is not known at trace time."""
 
@@ -284,6 +287,9 @@ class Extended:
     def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
         product = self.matmul(self.permute_dims(x, (1, 0)), y)
         return product if total is None else total + product
+
+    def after(self, x: Array, earlier: list[Array]) -> Array:
+        return x
 
     def extent(self, x: Array, axis: int) -> Any:
         return x.shape[axis]

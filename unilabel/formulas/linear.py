@@ -221,6 +221,9 @@ def in_blocks(
         return parts.values, _of_inputs(xp, totals, parts.features)
     totals, each = Totals(), []
     for some in _blocks(rows, length):
+        if each:
+            done = [array for array in (*totals, *each[-1]) if array is not None]
+            some = some._replace(features=xp.after(some.features, done))
         if recomputed is None:
             totals, parts = of_block(shared, totals, some)
         else:  # without the totals, which would all be kept for the backward pass
