@@ -18,7 +18,7 @@ from ..losses import FORMULAS
 from ..sparse import Padded
 from . import blocks
 from .torch_internals import internals
-from .torch_linear import LOSSES, LinearLoss, aligned, in_expression, operator, recomputing, space_of
+from .torch_linear import LOSSES, LinearLoss, aligned, at_once, in_expression, operator, recomputing, space_of
 from .torch_modes import (
     ORDINARY,
     as_autocast,
@@ -47,7 +47,10 @@ def _empty(shape: tuple[int, ...], like: Array) -> Array:
 
 def _are_labels(z: Array) -> bool:
     """Whether z is z², to the last digit; not worth the look if there are few."""
-    return z.numel() >= 1 << 13 and torch.addcmul(z, z, z, value=-1).abs_().amax().item() == 0
+    if z.numel() < 1 << 13:
+        return False
+    least, most = torch.aminmax(torch.addcmul(z, z, z, value=-1))
+    return least.item() == 0 == most.item()
 
 
 @functools.cache
@@ -209,7 +212,11 @@ def _in_blocks(
     """The loss and its gradients in the compute dtype; nothing is recorded for autodiff."""
     if is_sharded(inputs.features):
         return in_expression(loss, options, inputs, operands, needed, cotangent)
-    rows = rows_of_blocks(inputs)
+    features, weight, _ = inputs
+    rows, size = rows_of_blocks(inputs), features.shape[0] * max(features.shape[1], weight.shape[0])
+    if rows is None and cotangent is None and size < blockwise.large and _on_cpu(features):
+        (value, found), _ = blocks.run(blockwise, at_once(needed), loss, options, features, operands, *inputs[1:])
+        return value, Linear(*found)
     return formulas.in_blocks(eager, _in_block, rows, loss, options, inputs, operands, needed, cotangent)
 
 

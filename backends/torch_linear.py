@@ -44,15 +44,16 @@ class LinearLoss(torch.autograd.Function):
         closed, loss, options = ctx.call
         inputs, operands = Linear(*ctx.saved_tensors[:3]), Operands(*ctx.saved_tensors[3:])
         needed = Linear(*ctx.needs_input_grad[1:])
-        call, rows = (loss, options, inputs, operands, needed), rows_of_blocks(inputs)
+        call = loss, options, inputs, operands, needed
         if torch.is_grad_enabled():  # under create_graph
             xp = space_of(inputs, autodiff=True)
-            return None, *formulas.gradients(xp, *call, cotangent, rows, recomputing(loss, options, needed))
+            rows, recomputed = rows_of_blocks(inputs), recomputing(loss, options, needed)
+            return None, *formulas.gradients(xp, *call, cotangent, rows, recomputed)
         unreduced, batched = options.reduction == "none", internals.is_batched(cotangent)
         is_number = type(cotangent) is torch.Tensor and cotangent.device.type == "cpu" and not (unreduced or batched)
         scale = cotangent.item() if is_number else cotangent
         if batched or (is_number and not math.isfinite(scale)):  # what is masked stays 0
-            return None, *formulas.gradients(space_of(inputs), *call, cotangent, rows)
+            return None, *formulas.gradients(space_of(inputs), *call, cotangent, rows_of_blocks(inputs))
         if found is None:
             _, found = closed(*call, cotangent if unreduced else None)
         if not (unreduced or (is_number and scale == 1)):
@@ -226,6 +227,19 @@ def in_expression(
         pairs = zip(found, inputs, strict=True)
         found = Linear(*(None if a is None else a.redistribute(placements=b.placements) for a, b in pairs))
     return value, found
+
+
+@functools.cache
+def at_once(needed: Linear) -> Any:
+    """The loss of few logits and its gradients, as a formula that can be recorded and replayed."""
+
+    def run(xp: Namespace, loss: Loss, options: Options, features: Array, operands: Operands, *layer: Any) -> Any:
+        def directly(formula: Any, *call: Any) -> Any:
+            return formula(xp, *call)
+
+        return formulas.in_blocks(xp, directly, None, loss, options, Linear(features, *layer), operands, needed)
+
+    return run
 
 
 def aligned(inputs: Linear) -> Linear:

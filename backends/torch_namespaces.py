@@ -68,6 +68,7 @@ class _Eager(Extended):
 
     groups: tuple[str, ...] = ("sigmoid", "indexing", "argmax")
     sigmoid = staticmethod(torch.sigmoid)
+    sigmoid_into = staticmethod(torch.sigmoid_)
     expand_dims = staticmethod(torch.unsqueeze)
     max = staticmethod(torch.amax)
     argmax = staticmethod(torch.argmax)
@@ -77,6 +78,10 @@ class _Eager(Extended):
 
     def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
         return torch.mm(x.t(), y) if total is None else total.addmm_(x.t(), y)
+
+    def add_sum(self, total: Array | None, x: Array) -> Array:
+        column = torch.sum(x, 0).unsqueeze(1)
+        return column if total is None else total.add_(column)
 
     def asarray(self, x: Any, dtype: Any) -> Array:
         return torch.asarray(x, dtype=dtype, device="cpu")  # for blocks, whatever the default device is
@@ -105,8 +110,11 @@ class _Eager(Extended):
         d = x - m
         return torch.fmin(d, torch.zeros((), dtype=x.dtype, device="cpu"), out=d)  # the other one where one is NaN
 
-    def sign_of_label(self, z: Array) -> Array:
-        return torch.rsub(z, 1, alpha=2)
+    def flipped(self, x: Array, z: Array) -> Array:
+        return torch.mul(x, torch.rsub(z, 1, alpha=2))
+
+    def flip(self, x: Array, z: Array) -> Array:
+        return x.mul_(torch.rsub(z, 1, alpha=2))
 
     def scale(self, x: Array, factor: Any) -> Array:
         return x.mul_(factor)
@@ -132,6 +140,12 @@ class _Eager(Extended):
 
 class _Finite(Finite, _Eager):
     groups: tuple[str, ...] = (*_Eager.groups, "softmax")
+
+    def flipped(self, x: Array, z: Array) -> Array:
+        return torch.addcmul(x, x, z, value=-2)
+
+    def flip(self, x: Array, z: Array) -> Array:
+        return x.addcmul_(x, z, value=-2)
 
     def argmax(self, x: Array, axis: int, keepdims: bool = False) -> Array:
         classes = x.shape[axis]

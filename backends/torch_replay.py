@@ -21,13 +21,13 @@ def replayed(
     options: Options,
     x: Array,
     operands: Operands,
-    *cotangent: Array,
+    *more: Array | None,
 ) -> Any:
-    """formula(xp, loss, options, x, operands, *cotangent), for one that looks at shapes and dtypes, not at values.
+    """formula(xp, loss, options, x, operands, *more), for one that looks at shapes and dtypes, not at values.
 
     Recorded the second time, as a shape may come once only.
     """
-    arrays = x, *operands, *cotangent
+    arrays = x, *operands, *more
     kinds = [None if array is None else (array.shape, array.dtype) for array in arrays]
     key = formula, xp, loss.name, options, x.device, *kinds
     program = _programs.get(key)
@@ -36,16 +36,16 @@ def replayed(
             if len(_programs) >= 1000:  # shapes that never come again
                 _programs.clear()
             _programs[key] = True
-        return formula(xp, loss, options, x, operands, *cotangent)
+        return formula(xp, loss, options, x, operands, *more)
     if program is True:
         with _Recording(arrays) as recording:
-            result = formula(xp, loss, options, x, operands, *cotangent)
+            result = formula(xp, loss, options, x, operands, *more)
         _programs[key] = recording.program(result)
         return result
     try:
         return program(*arrays)
     except RuntimeError:  # what the formula does about an error is not recorded
-        return formula(xp, loss, options, x, operands, *cotangent)
+        return formula(xp, loss, options, x, operands, *more)
 
 
 METADATA = {"__get__", "dim", "is_contiguous", "numel", "size", "stride"}  # the same for each call of a kind

@@ -79,7 +79,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "native: gradient with 1 - p": ("xp.sigmoid(t.x), xp.sigmoid(t.neg_x)", "(p := xp.sigmoid(t.x)), 1 - p", EAGER),
         "native: gradient, sign": ("xp.lerp(p, -q,", "xp.lerp(p, q,", EAGER),
         "native: gradient with weights, sign": ("negative * p - positive * q", "negative * p + positive * q", EAGER),
-        "labels: the sign": ("LabelTerms(x * weights.sign)", "LabelTerms(-x * weights.sign)", EAGER),
+        "labels: the sign": ("LabelTerms(xp.flipped(x,", "LabelTerms(xp.flipped(-x,", EAGER),
         "labels: value, weight left out": (
             "return values if total is None else weigh_logits(xp, total, values)",
             "return values",
@@ -99,7 +99,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "labels: value, infinite, the label's weight": ("else total) - other +", "else total) +", EAGER),
         "labels: value, infinite, the other label left out": (
-            " + xp.weigh(other + 0 * weights.sign, xp.softplus(-t.u))",
+            " + xp.weigh(other + 0 * weights.z, xp.softplus(-t.u))",
             "",
             EAGER,
         ),
@@ -113,7 +113,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             "p",
             EAGER,
         ),
-        "labels: gradient, sign": ("p - weights.other, weights.sign)", "p - weights.other, 1.0)", EAGER),
+        "labels: gradient, sign": ("p - weights.other, weights.z)", "p - weights.other, 0 * weights.z)", EAGER),
     },
     "formulas/probabilities.py": {
         "clamp: at eps too": ("clamped = p < eps", "clamped = p <= eps"),
@@ -692,13 +692,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             LINEAR,
         ),
         "linear: bias, gradient, of the last block": (
-            "xp.add_product(bias, gradient, xp.ones_like",
-            "xp.add_product(None, gradient, xp.ones_like",
-            LINEAR,
-        ),
-        "linear: bias, gradient, by the first feature": (
-            "xp.ones_like(inputs.features[:, :1])",
-            "inputs.features[:, :1]",
+            "xp.add_sum(bias, gradient)",
+            "xp.add_sum(None, gradient)",
             LINEAR,
         ),
         "linear: gradient, the cotangent left out": (
@@ -815,17 +810,22 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "a masked logit leaks": ("-> Array:\n        return self.where(keep, x, fill)", "-> Array:\n        return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
+        "sum of rows, times the first class": ("self.ones_like(x[:, :1])", "x[:, :1]", LINEAR),
         "masked by -1e9, finite": ("bound *= math.inf", "bound *= 2e9"),
     },
     "../backends/torch_namespaces.py": {
         "torch: the softplus of x is x from 20 on": ("softplus(x, 1, 60.0)", "softplus(x, 1, 20.0)", WIDE),
-        "torch: the sign of the label 1": ("torch.rsub(z, 1, alpha=2)", "torch.rsub(z, 1)", EAGER),
+        "torch: the sign of the label 1": ("torch.mul(x, torch.rsub(z, 1, alpha=2))", "torch.mul(x, 1 - z)", EAGER),
+        "torch: the sign of the label 1, gradient": ("x.mul_(torch.rsub(z, 1, alpha=2))", "x.mul_(1 - z)", EAGER),
+        "torch: the sign of the label 1, finite": ("torch.addcmul(x, x, z, value=-2)", "x - x * z", EAGER),
+        "torch: the sign of the label 1, finite gradient": ("x.addcmul_(x, z, value=-2)", "x.sub_(x * z)", EAGER),
         "torch: scale, as it was": ("return x.mul_(factor)", "return x", EAGER),
         "torch: products, of the last block": (
             "total.addmm_(x.t(), y)",
             "torch.mm(x.t(), y)",
             LINEAR_TORCH,
         ),
+        "torch: sums of rows, of the last block": ("total.add_(column)", "column", LINEAR_TORCH),
         "torch: argmax, the last class": ("alpha=classes, out", "alpha=0, out", EAGER),
     },
     "../backends/torch_linear.py": {

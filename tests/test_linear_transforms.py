@@ -116,15 +116,17 @@ def test_torch_frozen(request, monkeypatch, frozen, reduction):
     import torch
 
     eager, products = sys.modules["unilabel.backends.torch_namespaces"].eager, []
-    add = eager.add_product
+    add, add_sum = eager.add_product, eager.add_sum
     monkeypatch.setattr(eager, "matmul", lambda x, y: products.append("features") or x @ y)
     monkeypatch.setattr(eager, "add_product", lambda *arrays: products.append("weight") or add(*arrays))
+    monkeypatch.setattr(eager, "add_sum", lambda *arrays: products.append("bias") or add_sum(*arrays))
     case = Torch(ul.softmax_nll, reduction)
     leaves = [array.detach() if i in frozen else array for i, array in enumerate(case.leaves())]
     wanted = [array for array in leaves if array.requires_grad]
     found = torch.autograd.grad(case.both[0](*leaves), wanted)
     assert ("features" in products) == (0 not in frozen)
-    assert products.count("weight") == 3 * sum(i in (1, 2) for i in range(3) if i not in frozen)
+    for i, name in ((1, "weight"), (2, "bias")):  # of three blocks
+        assert products.count(name) == 3 * (i not in frozen)
     right = case.gradients(case.both[1])[0]
     torch_close(found, tuple(array for i, array in enumerate(right) if i not in frozen))
 

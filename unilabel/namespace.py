@@ -123,8 +123,11 @@ class Namespace(Protocol):
     def masked(self, x: Array, keep: Array, fill: float, /) -> Array:
         """x, and `fill`, which is not more, where it is masked."""
 
-    def sign_of_label(self, z: Array, /) -> Array:
-        """1 for the label 0, -1 for the label 1."""
+    def flipped(self, x: Array, z: Array, /) -> Array:
+        """x for the label 0, -x for the label 1."""
+
+    def flip(self, x: Array, z: Array, /) -> Array:
+        """The same; it may write into x."""
 
     def classes(self, x: Array, axis: int, /) -> Array:
         """The classes of x: 0, 1, … along the axis, to broadcast to x."""
@@ -159,6 +162,9 @@ class Namespace(Protocol):
     def add_product(self, total: Array | None, x: Array, y: Array, /) -> Array:
         """total + xᵀ · y, of matrices, a missing total being 0; it may write into the total."""
 
+    def add_sum(self, total: Array | None, x: Array, /) -> Array:
+        """total + the sum over the rows of a matrix, as one column; it may write into the total."""
+
     def after(self, x: Array, earlier: list[Array], /) -> Array:
         """x, to be computed with after the earlier arrays are there, by a library that computes late."""
 
@@ -175,6 +181,9 @@ class Namespace(Protocol):
     # The group "sigmoid", each in one go and right to the last digit:
 
     def sigmoid(self, x: Array, /) -> Array: ...
+    def sigmoid_into(self, x: Array, /) -> Array:
+        """The same; it may write into x."""
+
     def softplus(self, x: Array, /) -> Array:
         """log(1 + exp x)"""
 
@@ -244,14 +253,20 @@ class Extended:
     def masked(self, x: Array, keep: Array, fill: float) -> Array:
         return self.where(keep, x, fill)
 
-    def sign_of_label(self, z: Array) -> Array:
-        return 1 - 2 * z
+    def flipped(self, x: Array, z: Array) -> Array:
+        return x * (1 - 2 * z)
+
+    def flip(self, x: Array, z: Array) -> Array:
+        return self.flipped(x, z)
 
     def classes(self, x: Array, axis: int) -> Array:
         numbers = self.arange(self.extent(x, axis), device=getattr(x, "device", None))
         for _ in range(-1 - axis):
             numbers = self.expand_dims(numbers, axis=-1)
         return numbers
+
+    def sigmoid_into(self, x: Array) -> Array:
+        return self.sigmoid(x)
 
     # By masks: the standard has no scatter, and leaves indices out of range undefined.
 
@@ -287,6 +302,9 @@ class Extended:
     def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
         product = self.matmul(self.permute_dims(x, (1, 0)), y)
         return product if total is None else total + product
+
+    def add_sum(self, total: Array | None, x: Array) -> Array:
+        return self.add_product(total, x, self.ones_like(x[:, :1]))
 
     def after(self, x: Array, earlier: list[Array]) -> Array:
         return x

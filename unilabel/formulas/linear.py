@@ -96,9 +96,13 @@ def cut(xp: Namespace, options: Options, inputs: Linear, operands: Operands) -> 
     }
     rows = (array if by_row[name] else None for name, array in operands._asdict().items())
     shared = (None if by_row[name] else array for name, array in operands._asdict().items())
-    weight, bias = (None if a is None else reduce.working(xp, options, a) for a in inputs[1:])
-    assert weight is not None
-    return Rows(inputs.features, Operands(*rows)), Shared(weight, bias, Operands(*shared))
+    return Rows(inputs.features, Operands(*rows)), Shared(*_layer(xp, options, inputs), Operands(*shared))
+
+
+def _layer(xp: Namespace, options: Options, inputs: Linear) -> tuple[Array, Array | None]:
+    """Weight and bias in the compute dtype."""
+    _, weight, bias = inputs
+    return reduce.working(xp, options, weight), None if bias is None else reduce.working(xp, options, bias)
 
 
 def whole(xp: Namespace, loss: Loss, options: Options, rows: Rows, shared: Shared) -> tuple[Linear, Array, Operands]:
@@ -117,8 +121,8 @@ def contracted(xp: Namespace, gradient: Array, inputs: Linear, needed: Linear, t
     weight, bias = totals
     if needed.linear_weight:
         weight = xp.add_product(weight, gradient, inputs.features)
-    if needed.linear_bias:  # the weight of a feature that is 1
-        bias = xp.add_product(bias, gradient, xp.ones_like(inputs.features[:, :1]))
+    if needed.linear_bias:
+        bias = xp.add_sum(bias, gradient)
     return Totals(weight, bias), xp.matmul(gradient, inputs.linear_weight) if needed.features else None
 
 
@@ -213,12 +217,13 @@ def in_blocks(
 
     With a cotangent of the reduced loss, or of each loss, the gradients times it alone.
     """
-    rows, shared = cut(xp, options, inputs, operands)
-    rows = rows._replace(cotangent=cotangent)
     of_block = functools.partial(block, xp, run, loss, options, needed)
     if length is None:  # the logits' gradient can be that of the mean: nothing is scaled after
-        totals, parts = of_block(shared, Totals(), rows, alone=True)
+        shared = Shared(*_layer(xp, options, inputs), operands)
+        totals, parts = of_block(shared, Totals(), Rows(inputs.features, operands, cotangent), alone=True)
         return parts.values, _of_inputs(xp, totals, parts.features)
+    rows, shared = cut(xp, options, inputs, operands)
+    rows = rows._replace(cotangent=cotangent)
     totals, each = Totals(), []
     for some in _blocks(rows, length):
         if each:

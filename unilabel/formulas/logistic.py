@@ -102,7 +102,7 @@ class LabelTerms(NamedTuple):
 
 
 def label_terms(xp: Namespace, x: Array, weights: Labels, *_: Any) -> LabelTerms:
-    return LabelTerms(x * weights.sign)
+    return LabelTerms(xp.flipped(x, weights.z))
 
 
 def label_value(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
@@ -113,14 +113,14 @@ def label_value(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
     if xp.assume_finite:
         return (values if total is None else values * total) - t.u * other
     # inf - inf is NaN
-    weight = (1.0 if total is None else total) - other + 0 * weights.sign
-    return xp.weigh(weight, values) + xp.weigh(other + 0 * weights.sign, xp.softplus(-t.u))
+    weight = (1.0 if total is None else total) - other + 0 * weights.z
+    return xp.weigh(weight, values) + xp.weigh(other + 0 * weights.z, xp.softplus(-t.u))
 
 
 def label_gradient(xp: Namespace, t: LabelTerms, weights: Labels) -> Array:
-    p = xp.sigmoid(t.u)
+    p = xp.sigmoid_into(t.u)
     p = p if weights.total is None else xp.scale(p, weights.total)
-    return xp.scale(p if weights.other is None else p - weights.other, weights.sign)
+    return xp.flip(p if weights.other is None else p - weights.other, weights.z)
 
 
 LOGISTIC = Loss(

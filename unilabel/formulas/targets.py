@@ -79,7 +79,7 @@ class ClassIndex(NamedTuple):
 class Labels(NamedTuple):
     """For independent classes whose targets are 0 or 1: the weights of an element's label, and of the other label."""
 
-    sign: Array  # what the logit is multiplied by: 1 for the label 0, -1 for the label 1
+    z: Array
     total: Array | None  # the sum of the two weights; None: 1
     other: Any  # None: 0
     where: Array | None  # False where masked
@@ -145,7 +145,7 @@ def labels(xp: Namespace, like: Array, operands: Operands, options: Options) -> 
     if weight is not None:
         total = weight if total is None else total * weight
         other = None if other is None else other * weight
-    return Labels(xp.sign_of_label(z), total, other, where, counts)
+    return Labels(z, total, other, where, counts)
 
 
 def _by_label(xp: Namespace, z: Array, of_0: Array, of_1: Array) -> Array:
