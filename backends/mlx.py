@@ -150,7 +150,7 @@ class MlxBackend(Backend):
             call = loss, options, inputs, operands, needed, cotangent if unreduced else None
             _, found = formulas.in_blocks(differentiable, _run, formulas.rows_of_blocks(inputs), *call)
             if not unreduced:
-                found = Linear(*(None if a is None else a * cotangent.astype(a.dtype) for a in found))
+                found = Linear(*(None if a is None else formulas.scaled(standard, a, cotangent) for a in found))
             layer = [array for array in formulas.rounded(standard, found, inputs) if array is not None]
 
             # Targets and weights: by autodiff of the value.

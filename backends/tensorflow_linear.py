@@ -171,7 +171,7 @@ def recorded(closed: Any, loss: Loss, options: Options, inputs: Linear, operands
                 if unreduced:
                     found = gradients(*arrays, cotangent)
                 else:
-                    found = [a * tf.cast(cotangent, a.dtype) for a in gradients(*arrays)]
+                    found = [formulas.scaled(standard, a, cotangent) for a in gradients(*arrays)]
                 return [tf.cast(a, b.dtype) for a, b in zip(found, arrays, strict=True)]
 
         return value, pullback

@@ -49,18 +49,23 @@ class LinearLoss(torch.autograd.Function):
             xp = space_of(inputs, autodiff=True)
             rows, recomputed = rows_of_blocks(inputs), recomputing(loss, options, needed)
             return None, *formulas.gradients(xp, *call, cotangent, rows, recomputed)
-        unreduced, batched = options.reduction == "none", internals.is_batched(cotangent)
-        is_number = type(cotangent) is torch.Tensor and cotangent.device.type == "cpu" and not (unreduced or batched)
-        scale = cotangent.item() if is_number else cotangent
-        if batched or (is_number and not math.isfinite(scale)):  # what is masked stays 0
+        unreduced = options.reduction == "none"
+        if internals.is_batched(cotangent):
             return None, *formulas.gradients(space_of(inputs), *call, cotangent, rows_of_blocks(inputs))
         if found is None:
             _, found = closed(*call, cotangent if unreduced else None)
-        if not (unreduced or (is_number and scale == 1)):
-            for gradient in found:
-                if gradient is not None:
-                    gradient.mul_(scale)
+        if not unreduced:
+            found = Linear(*(None if gradient is None else _scaled(gradient, cotangent) for gradient in found))
         return None, *formulas.rounded(eager, found, inputs)
+
+
+def _scaled(gradient: Array, cotangent: Array) -> Array:
+    """Times the cotangent; it may write into the gradient."""
+    if type(cotangent) is torch.Tensor and cotangent.device.type == "cpu":
+        scale = cotangent.item()
+        if math.isfinite(scale):
+            return gradient if scale == 1 else gradient.mul_(scale)
+    return formulas.scaled(eager, gradient, cotangent)
 
 
 def operator(closed: Any) -> Any:
@@ -233,13 +238,13 @@ def in_expression(
 def at_once(needed: Linear) -> Any:
     """The loss of few logits and its gradients, as a formula that can be recorded and replayed."""
 
-    def run(xp: Namespace, loss: Loss, options: Options, features: Array, operands: Operands, *layer: Any) -> Any:
+    def linear(xp: Namespace, loss: Loss, options: Options, features: Array, operands: Operands, *layer: Any) -> Any:
         def directly(formula: Any, *call: Any) -> Any:
             return formula(xp, *call)
 
         return formulas.in_blocks(xp, directly, None, loss, options, Linear(features, *layer), operands, needed)
 
-    return run
+    return linear
 
 
 def aligned(inputs: Linear) -> Linear:

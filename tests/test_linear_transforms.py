@@ -205,20 +205,20 @@ def test_torch_autocast(request, loss):
         torch.testing.assert_close(array.float(), other.bfloat16().float(), rtol=2.0**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("cotangent", [math.inf, math.nan])
-def test_torch_cotangent_that_is_not_finite(request, cotangent):
-    """An ignored example keeps its gradient of 0."""
+@EACH_LOSS
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_torch_compiled_cotangent_that_is_not_finite(request, loss, backend):
+    """A masked class keeps its gradient of 0."""
     asked_for("torch", request)
     import torch
 
-    layer = Layer()
-    features = torch.from_numpy(layer.features).requires_grad_()
-    targets = torch.from_numpy(layer.indices)
-    targets[2] = -100
-    value = ul.linear_softmax_nll(features, torch.from_numpy(layer.weight), targets, ignore_index=-100)
-    (gradient,) = torch.autograd.grad(value, features, torch.tensor(cotangent, dtype=torch.float64))
-    assert (gradient[2] == 0).all()
-    assert not torch.isfinite(gradient[0]).any()
+    case = Torch(loss, "mean")
+    compiled = torch.compile(case.both[0], backend=backend, fullgraph=True)
+    leaves = case.leaves()
+    _, weight, bias = torch.autograd.grad(compiled(*leaves) * math.inf, leaves)
+    for gradient in (weight, bias):
+        assert (gradient[3] == 0).all()
+        assert not torch.isfinite(gradient[0]).any()
 
 
 # --- JAX --------------------------------------------------------------------------------------------------------------

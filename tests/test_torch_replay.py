@@ -37,6 +37,7 @@ def test_every_case(step, programs, request):
         "value",
         "value_and_gradient",
         "gradient_and_hessian",
+        "linear",
     }
 
 

@@ -29,6 +29,7 @@ from .linear import (
     reduced,
     rounded,
     rows_of_blocks,
+    scaled,
 )
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
@@ -89,6 +90,7 @@ __all__ = [
     "reduced",
     "rounded",
     "rows_of_blocks",
+    "scaled",
     "sigmoid",
     "softmax",
     "unreduced_gradient",

@@ -195,6 +195,11 @@ def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts
     return n * lengths.count(xp, inputs.linear_weight, (0,)) if per_element else n
 
 
+def scaled(xp: Namespace, gradient: Array, cotangent: Array) -> Array:
+    """A gradient times the cotangent of the reduced loss. What is 0 stays so, as it may be masked: 0 · inf is NaN."""
+    return xp.where(gradient == 0, 0.0, gradient * xp.astype(cotangent, gradient.dtype, copy=False))
+
+
 def rounded(xp: Namespace, found: Linear, inputs: Linear) -> Linear:
     """The gradients, each in the dtype of its input."""
     pairs = zip(found, inputs, strict=True)
