@@ -100,10 +100,8 @@ def main(
     if options and (not timed or forward or dtypes or large):
         others = "--forward, --dtype, --large, --memory, --growth, --traffic or --import"
         raise click.UsageError(f"--options times value and gradient in float32: expected no {others} beside it.")
-    if linear and (not timed or forward or compiled or dtypes or large or options or device != "cpu"):
-        others = (
-            "--forward, --compiled, --dtype, --large, --options, --device, --memory, --growth, --traffic or --import"
-        )
+    if linear and (not timed or forward or dtypes or large or options or device != "cpu"):
+        others = "--forward, --dtype, --large, --options, --device, --memory, --growth, --traffic or --import"
         raise click.UsageError(f"--linear has cases of its own, in float32: expected no {others} beside it.")
     if losses and not linear:
         raise click.UsageError("--loss chooses from what --linear measures: expected --linear too.")

@@ -173,6 +173,7 @@ def test_a_bound_for_each_linear_case_beside_the_materialised_loss():
         assert 0.9 <= bounds[0] <= 1.05
         assert bounds[1:] == [1.2, None]
     assert linear.bound(Setup("torch", "eager"), "chunked", linear.TIMED[0]) is None
+    assert linear.bound(Setup("torch", "compiled"), "materialised", linear.TIMED[0]) is None
 
 
 @pytest.mark.full
@@ -331,7 +332,7 @@ def test_the_other_measurements_run(tmp_path):
         (("--linear", "--shape", "64x1000"), "measured: 2048x256x32768, 256x64x1000"),
         (("--option", "smoothing"), "expected --options too"),
         (("--loss", "bce"), "expected --linear too"),
-        (("--linear", "--compiled"), "in float32"),
+        (("--linear", "--forward"), "in float32"),
         (("--options", "--dtype", "bfloat16"), "in float32"),
         (("--traffic", "--backend", "numpy"), "expected --backend torch"),
     ],

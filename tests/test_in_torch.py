@@ -855,9 +855,9 @@ def test_autocast(sample, dtype):
 # --- Several processes ------------------------------------------------------------------------------------------------
 
 
-def in_two_processes(function, folder):
-    """Run function(rank) in each of two processes that reach each other; what fails there fails here."""
-    started = torch.multiprocessing.spawn(joined, (function, str(folder / "store")), nprocs=2, join=False)
+def in_processes(function, folder, count=2):
+    """Run function(rank) in each of some processes that reach each other; what fails there fails here."""
+    started = torch.multiprocessing.spawn(joined, (function, str(folder / "store"), count), nprocs=count, join=False)
     try:
         deadline = time.monotonic() + 300
         while not started.join(timeout=5):
@@ -867,12 +867,13 @@ def in_two_processes(function, folder):
             process.kill()
 
 
-def joined(rank, function, store):
+def joined(rank, function, store, count):
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     minute = datetime.timedelta(minutes=1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=minute)
+    place = {"init_method": f"file://{store}", "rank": rank, "world_size": count}
+    torch.distributed.init_process_group("gloo", **place, timeout=minute)
     function(rank)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -931,7 +932,7 @@ DTENSOR = "DTensor, sharded by examples or classes"
 
 @pytest.mark.capability("torch", DTENSOR, looped=True)
 def test_dtensor(tmp_path):
-    in_two_processes(spread_over_processes, tmp_path)
+    in_processes(spread_over_processes, tmp_path)
 
 
 DDP = "DistributedDataParallel"
@@ -953,7 +954,7 @@ def each_its_examples(rank):
 
 @pytest.mark.capability("torch", DDP, looped=True, fixed={"reduction": "batchmean", "axis": "last"})
 def test_ddp(tmp_path):
-    in_two_processes(each_its_examples, tmp_path)
+    in_processes(each_its_examples, tmp_path)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------

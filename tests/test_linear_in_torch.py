@@ -12,7 +12,7 @@ import pytest
 import torch
 from capabilities import samples
 from crossed import LINEAR, OF_LINEAR
-from test_in_torch import in_two_processes
+from test_in_torch import in_processes
 from torch.autograd import forward_ad, grad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -526,7 +526,44 @@ def spread_over_processes(rank):
 
 @pytest.mark.capability("torch", DTENSOR, **OF_LINEAR, looped=True)
 def test_dtensor(tmp_path):
-    in_two_processes(spread_over_processes, tmp_path)
+    in_processes(spread_over_processes, tmp_path)
+
+
+def spread_over_a_grid(rank):
+    """Examples over one axis of the mesh, classes over the other; or both axes for the same."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    rng, whole, by_row = np.random.default_rng(0), Replicate(), Shard(0)
+    arrays = rng.normal(size=(12, 2)), rng.normal(size=(8, 2)), rng.normal(size=8)
+    losses = {ul.linear_softmax_nll: rng.integers(0, 8, 12), ul.linear_multilabel_logistic_loss: rng.random((12, 8))}
+    for of_features, of_layer in (
+        ((by_row, whole), (whole, by_row)),
+        ((whole, by_row), (by_row, whole)),
+        ((by_row, by_row), (whole, whole)),
+        ((whole, whole), (by_row, by_row)),
+        ((by_row, Shard(1)), (whole, by_row)),
+    ):
+        places = of_features, of_layer, of_layer
+        for loss, targets in losses.items():
+            for reduction in ("mean", "none"):
+                plain = [torch.tensor(array, requires_grad=True) for array in arrays]
+                spread = [
+                    distribute_tensor(torch.tensor(array), mesh, place).requires_grad_()
+                    for array, place in zip(arrays, places, strict=True)
+                ]
+                found = []
+                for features, weight, bias in (plain, spread):
+                    value = loss(features, weight, targets, linear_bias=bias, reduction=reduction)
+                    found.append((value, *grad((value**2).sum(), (features, weight, bias))))
+                right, got = found
+                close([array.full_tensor() for array in got], list(right))
+                assert [array.placements for array in got[1:]] == [array.placements for array in spread]
+
+
+@pytest.mark.full
+def test_dtensor_on_two_axes(tmp_path):
+    in_processes(spread_over_a_grid, tmp_path, 4)
 
 
 DDP = "DistributedDataParallel"
@@ -561,4 +598,4 @@ def each_its_examples(rank):
 
 @pytest.mark.capability("torch", DDP, **OF_LINEAR, looped=True, fixed=ADDS)
 def test_ddp(tmp_path):
-    in_two_processes(each_its_examples, tmp_path)
+    in_processes(each_its_examples, tmp_path)
