@@ -79,7 +79,7 @@ class _Eager(Extended):
     def add_product(self, total: Array | None, x: Array, y: Array) -> Array:
         return torch.mm(x.t(), y) if total is None else total.addmm_(x.t(), y)
 
-    def add_sum(self, total: Array | None, x: Array) -> Array:
+    def add_sum(self, total: Array | None, x: Array, features: Array) -> Array:
         column = torch.sum(x, 0).unsqueeze(1)
         return column if total is None else total.add_(column)
 

@@ -692,8 +692,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             LINEAR,
         ),
         "linear: bias, gradient, of the last block": (
-            "xp.add_sum(bias, gradient)",
-            "xp.add_sum(None, gradient)",
+            "xp.add_sum(bias, gradient, ",
+            "xp.add_sum(None, gradient, ",
             LINEAR,
         ),
         "linear: gradient, the cotangent left out": (
@@ -745,8 +745,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
             LINEAR_HALF,
         ),
         "linear: half, multiplied in itself": (
-            "(None if a is None else reduce.working(xp, options, a) for a in inputs[1:])",
-            "inputs[1:]",
+            "return reduce.working(xp, options, weight), None if bias is None else reduce.working(xp, options, bias)",
+            "return weight, bias",
             LINEAR_HALF,
         ),
     },
@@ -810,7 +810,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "a masked logit leaks": ("-> Array:\n        return self.where(keep, x, fill)", "-> Array:\n        return x"),
         "scale: as it was": ("return x * factor", "return x", STRICT),
-        "sum of rows, times the first class": ("self.ones_like(x[:, :1])", "x[:, :1]", LINEAR),
+        "sum of rows, times the first feature": ("self.ones_like(features[:, :1])", "features[:, :1]", LINEAR),
         "masked by -1e9, finite": ("bound *= math.inf", "bound *= 2e9"),
     },
     "../backends/torch_namespaces.py": {
@@ -829,7 +829,7 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "torch: argmax, the last class": ("alpha=classes, out", "alpha=0, out", EAGER),
     },
     "../backends/torch_linear.py": {
-        "torch: linear, cotangent of a reduced loss left out": ("gradient.mul_(scale)", "pass", LINEAR_TORCH),
+        "torch: linear, cotangent of a reduced loss left out": ("gradient.mul_(scale)", "gradient", LINEAR_TORCH),
         "torch: linear, cotangents left out": ("cotangent if unreduced else None)", "None)", LINEAR_TORCH),
     },
 }

@@ -19,7 +19,9 @@ FEW = {
 
 @pytest.mark.parametrize("name", FEW)
 def test_caught(name, tmp_path):
-    assert FEW[name] in failing(MUTATIONS[name], tmp_path)
+    mutation = MUTATIONS[name]
+    mutation = mutation._replace(arguments=(*mutation.arguments, "--case", FEW[name]))
+    assert failing(mutation, tmp_path) == [FEW[name]]
 
 
 def test_nothing_fails_without_a_mutation(tmp_path, capsys):

@@ -162,8 +162,8 @@ class Namespace(Protocol):
     def add_product(self, total: Array | None, x: Array, y: Array, /) -> Array:
         """total + xᵀ · y, of matrices, a missing total being 0; it may write into the total."""
 
-    def add_sum(self, total: Array | None, x: Array, /) -> Array:
-        """total + the sum over the rows of a matrix, as one column; it may write into the total."""
+    def add_sum(self, total: Array | None, x: Array, features: Array, /) -> Array:
+        """total + the sum over the rows of x, as one column; it may write into the total. Features have those rows."""
 
     def after(self, x: Array, earlier: list[Array], /) -> Array:
         """x, to be computed with after the earlier arrays are there, by a library that computes late."""
@@ -303,8 +303,8 @@ class Extended:
         product = self.matmul(self.permute_dims(x, (1, 0)), y)
         return product if total is None else total + product
 
-    def add_sum(self, total: Array | None, x: Array) -> Array:
-        return self.add_product(total, x, self.ones_like(x[:, :1]))
+    def add_sum(self, total: Array | None, x: Array, features: Array) -> Array:
+        return self.add_product(total, x, self.ones_like(features[:, :1]))  # the classes of x may be sharded
 
     def after(self, x: Array, earlier: list[Array]) -> Array:
         return x

@@ -122,7 +122,7 @@ def contracted(xp: Namespace, gradient: Array, inputs: Linear, needed: Linear, t
     if needed.linear_weight:
         weight = xp.add_product(weight, gradient, inputs.features)
     if needed.linear_bias:
-        bias = xp.add_sum(bias, gradient)
+        bias = xp.add_sum(bias, gradient, inputs.features)
     return Totals(weight, bias), xp.matmul(gradient, inputs.linear_weight) if needed.features else None
 
 
