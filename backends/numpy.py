@@ -220,8 +220,7 @@ class NumpyBackend(Backend):
         rows = formulas.rows_of_blocks(inputs, TIMES)
         with np.errstate(all="ignore"):
             value, gradients = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
-            value = np.asarray(value, inputs.features.dtype)
-            return value, formulas.rounded(xp, gradients, inputs)
+            return np.asarray(value, inputs.features.dtype), formulas.rounded(xp, gradients, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:
         with np.errstate(all="ignore"):

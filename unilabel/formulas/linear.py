@@ -229,7 +229,8 @@ def in_blocks(
         return parts.values, _of_inputs(xp, totals, parts.features)
     rows, shared = cut(xp, options, inputs, operands)
     rows = rows._replace(cotangent=cotangent)
-    totals, each = Totals(), []
+    totals = Totals()
+    each: list[Parts] = []
     for some in _blocks(rows, length):
         if each:
             done = [array for array in (*totals, *each[-1]) if array is not None]
