@@ -226,9 +226,7 @@ def _linear_value_jvp(
     if any(needed):
         value, found = _linear_gradients(loss, options, length, needed, inputs, operands)
         pairs = zip(found, dots, strict=True)
-        # What is 0 stays so, as it may be masked: 0 · inf is NaN.
-        changes = (a * jnp.where(a == 0, 0, dot.astype(a.dtype)) for a, dot in pairs if a is not None)
-        change = sum(map(jnp.sum, changes)).astype(value.dtype)
+        change = sum(jnp.sum(a * dot.astype(a.dtype)) for a, dot in pairs if a is not None).astype(value.dtype)
     else:
         value = _linear_value(loss, options, length, inputs, operands)
     by_operands = functools.partial(_linear_by_autodiff, loss, options, length, inputs)

@@ -221,6 +221,37 @@ def test_torch_compiled_cotangent_that_is_not_finite(request, loss, backend):
         assert not torch.isfinite(gradient[0]).any()
 
 
+# --- Gradients that are 0, of which second derivatives are not -------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", ["weight", "a feature"])
+@EACH_LOSS
+def test_second_derivatives_where_a_gradient_is_zero(recorder, loss, zero):
+    """The gradient of a sum of squared gradients would be no test: theirs is 0 there. A product with others is one."""
+    layer = Layer()
+    features, weight = layer.features.copy(), layer.weight.copy()
+    if zero == "weight":
+        weight[:] = 0
+    else:
+        features[:, 0] = 0
+    x, w = recorder.array(features, "float64"), recorder.array(weight, "float64")
+    targets = layer.targets(loss)
+    direction = recorder.array(np.random.default_rng(0).uniform(1, 2, weight.shape), "float64")
+
+    def of_features(function):
+        def slope(x):
+            return recorder.backend.vjp(lambda w: function(x, w), w, recorder.array(1.0, "float64"))[1]
+
+        return recorder.numpy(recorder.backend.vjp(slope, x, direction)[1])
+
+    transposed = {"torch": lambda w: w.T, "jax": lambda w: w.T}.get(recorder.name, None)
+    if transposed is None:
+        tf = pytest.importorskip("tensorflow") if recorder.name == "tensorflow" else None
+        transposed = tf.transpose if tf else lambda w: w.T
+    found = of_features(lambda x, w: OF[loss](x, w, targets))
+    close(found, of_features(lambda x, w: loss(x @ transposed(w), targets)))
+
+
 # --- JAX --------------------------------------------------------------------------------------------------------------
 
 

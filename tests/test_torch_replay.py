@@ -41,6 +41,20 @@ def test_every_case(step, programs, request):
     }
 
 
+def test_an_array_in_two_places(programs, request):
+    """And then others: each operation takes its own."""
+    asked_for("torch", request)
+    import torch
+
+    torch.manual_seed(0)
+    a, b, c, d = torch.rand(4, 6, 6).unbind()
+    target = torch.arange(6)
+    for x, y in ((a, a), (b, b), (c, c), (a, b), (b, c), (c, d), (d, d)):
+        found = ul.linear_softmax_nll(x, y, target), ul.multilabel_logistic_loss(x, y)
+        right = torch.nn.functional.cross_entropy(x @ y.T, target), (torch.nn.functional.softplus(x) - x * y).sum() / 6
+        torch.testing.assert_close(found, right)
+
+
 def test_what_looks_at_values(programs, request):
     """Such a formula runs each time, and one with an array of its own."""
     asked_for("torch", request)

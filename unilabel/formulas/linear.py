@@ -196,8 +196,13 @@ def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts
 
 
 def scaled(xp: Namespace, gradient: Array, cotangent: Array) -> Array:
-    """A gradient times the cotangent of the reduced loss. What is 0 stays so, as it may be masked: 0 · inf is NaN."""
-    return xp.where(gradient == 0, 0.0, gradient * xp.astype(cotangent, gradient.dtype, copy=False))
+    """A gradient times the cotangent of the reduced loss. Times infinity 0 stays 0, not NaN, as it may be masked.
+
+    Only there: elsewhere the product has a derivative by the gradient even where that is 0.
+    """
+    cotangent = xp.astype(cotangent, gradient.dtype, copy=False)
+    masked = xp.logical_and(gradient == 0, cotangent - cotangent != 0)
+    return xp.where(masked, 0.0, gradient * cotangent)
 
 
 def rounded(xp: Namespace, found: Linear, inputs: Linear) -> Linear:
