@@ -65,7 +65,9 @@ def _scaled(gradient: Array, cotangent: Array) -> Array:
         scale = cotangent.item()
         if math.isfinite(scale):
             return gradient if scale == 1 else gradient.mul_(scale)
-    return formulas.scaled(eager, gradient, cotangent)
+    # As `formulas.scaled`, in place: the weight's gradient may be most of the memory.
+    zero = gradient == 0
+    return gradient.mul_(cotangent.to(gradient.dtype)).masked_fill_(zero, 0.0)
 
 
 def operator(closed: Any) -> Any:
@@ -236,7 +238,7 @@ def in_expression(
 
 @functools.cache
 def at_once(needed: Linear) -> Any:
-    """The loss of few logits and its gradients, as a formula that can be recorded and replayed."""
+    """The loss of few logits and its gradients, as a formula that is recorded and replayed: always the same object."""
 
     def linear(xp: Namespace, loss: Loss, options: Options, features: Array, operands: Operands, *layer: Any) -> Any:
         def directly(formula: Any, *call: Any) -> Any:
