@@ -238,16 +238,18 @@ def _added(sums: list[Any]) -> float:
         return float(np.sum(sums))
 
 
-def run(blockwise: Blockwise, formula: Callable[..., Any], *call: Any) -> tuple[Any, Namespace]:
+def run(
+    blockwise: Blockwise, formula: Any, loss: Loss, options: Options, x: Array, operands: Operands, *more: Any
+) -> tuple[Any, Namespace]:
     """The result of `value`, `value_and_gradient`, … of `formulas`, and the namespace that it was computed with.
 
-    `call`: loss, options, x, operands; then, if x is too small for blocks, what else a formula of one's own takes.
+    `more`: what else a formula of one's own takes, whose x is too small for blocks.
 
     First with the fast namespace, which assumes finite logits and class indices in range. If that is wrong, a loss is
     infinite or NaN, or a gradient NaN, or there is an IndexError: then again with the safe one. (But a gradient is
     finite where the class is masked, and only the loss is not.)
     """
-    operands: Operands = call[3]
+    call = loss, options, x, operands, *more
     if formula is not formulas.gradient_and_hessian or operands.where is None:
         try:
             result = _run(blockwise, blockwise.finite, formula, *call)
@@ -281,12 +283,13 @@ def gradient(
     return out
 
 
-def _run(blockwise: Blockwise, xp: Namespace, formula: Any, loss: Loss, options: Options, x: Array, *more: Any) -> Any:
-    operands, *others = more
+def _run(blockwise: Blockwise, xp: Namespace, formula: Any, *arguments: Any) -> Any:
+    loss, options, x, operands, *more = arguments
     call = _in_blocks(blockwise, xp, loss, options, x, operands, formula is formulas.gradient_and_hessian)
     if call is None:
         known, operands = seen(blockwise, loss, options, operands)
-        return blockwise.whole(formula, xp, loss, known, x, operands, *others)
+        return blockwise.whole(formula, xp, loss, known, x, operands, *more)
+    assert not more  # they would not be cut
     return _value(call, x) if formula is formulas.value else _pair(call, formula, x)
 
 

@@ -184,15 +184,11 @@ def _linear(
     loss: Loss, options: Options, length: int | None, needed: Linear, inputs: Linear, operands: Operands
 ) -> tuple[Array, Linear]:
     """The reduced loss, and its gradients in the compute dtype, in closed form."""
-
-    def run(formula: Any, *call: Any) -> Any:
-        return formula(standard, *call)
-
     rows, shared = formulas.cut(standard, options, inputs, operands)
     weight = shared.linear_weight
     of_weight = jnp.zeros_like(weight) if needed.linear_weight else None
     of_bias = jnp.zeros_like(weight[:, :1]) if needed.linear_bias else None
-    body = functools.partial(formulas.block, standard, run, loss, options, needed, shared)
+    body = functools.partial(formulas.block, standard, formulas.directly(standard), loss, options, needed, shared)
     totals, parts = _scanned(body, length, formulas.Totals(of_weight, of_bias), rows, by_autodiff=False)
     return formulas.reduced(standard, loss, options, inputs, totals, parts)
 

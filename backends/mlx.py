@@ -44,7 +44,8 @@ class _Standard(Extended):
     bool = mx.bool_
     exp: Any = staticmethod(_exp)
 
-    # Else MLX computes all products first, and then holds them. (Transforms do not go through mx.depends.)
+    # Else MLX computes all products first, and then holds them. No number is below -inf, nor is NaN: x stays as it is.
+    # (Transforms do not go through mx.depends.)
     def after(self, x: Array, earlier: list[Array]) -> Array:
         for array in earlier:
             never = mx.reshape(array, (-1,))[:1] < -math.inf
@@ -148,7 +149,8 @@ class MlxBackend(Backend):
             needed = Linear(*(array is not None for array in inputs))
             unreduced = options.reduction == "none"
             call = loss, options, inputs, operands, needed, cotangent if unreduced else None
-            _, found = formulas.in_blocks(differentiable, _run, formulas.rows_of_blocks(inputs), *call)
+            rows = formulas.rows_of_blocks(inputs)
+            _, found = formulas.in_blocks(differentiable, formulas.directly(differentiable), rows, *call)
             if not unreduced:
                 found = Linear(*(None if a is None else formulas.scaled(standard, a, cotangent) for a in found))
             layer = [array for array in formulas.rounded(standard, found, inputs) if array is not None]
@@ -181,10 +183,6 @@ def _by_autodiff(function: Any, arrays: Any, cotangent: Array) -> list[Array]:
     found = mx.vjp(run, [arrays[i] for i in moved], [cotangent])[1] if moved else []
     gradients = dict(zip(moved, found, strict=True))
     return [gradients[i] if i in gradients else mx.zeros_like(array) for i, array in enumerate(arrays)]
-
-
-def _run(formula: Any, *call: Any) -> Any:
-    return formula(differentiable, *call)
 
 
 backend = MlxBackend()

@@ -46,7 +46,7 @@ def in_loop(
 
     def block(rows: Rows) -> tuple[Any, Any, Any]:
         totals, (values, counts, features) = formulas.block(
-            standard, functools.partial(_run, standard), loss, options, needed, shared, Totals(), rows
+            standard, formulas.directly(standard), loss, options, needed, shared, Totals(), rows
         )
         return totals, (None if unreduced else values, counts), (values if unreduced else None, features)
 
@@ -72,7 +72,7 @@ def by_autodiff(
 
     def block(shared: Shared, rows: Rows) -> tuple[Any, Any]:
         totals, (values, counts, features) = formulas.block(
-            differentiable, functools.partial(_run, differentiable), loss, options, needed, shared, Totals(), rows
+            differentiable, formulas.directly(differentiable), loss, options, needed, shared, Totals(), rows
         )
         return (totals, None if unreduced else values, counts), (values if unreduced else None, features)
 
@@ -89,10 +89,6 @@ def by_autodiff(
 
 def _length(inputs: Linear) -> int | None:
     return formulas.most_rows(inputs) if inputs.features.shape[0] is None else formulas.rows_of_blocks(inputs)
-
-
-def _run(xp: Namespace, formula: Any, *call: Any) -> Any:
-    return formula(xp, *call)
 
 
 @functools.cache

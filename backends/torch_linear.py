@@ -55,19 +55,23 @@ class LinearLoss(torch.autograd.Function):
         if found is None:
             _, found = closed(*call, cotangent if unreduced else None)
         if not unreduced:
-            found = Linear(*(None if gradient is None else _scaled(gradient, cotangent) for gradient in found))
+            found = _scaled(found, cotangent)
         return None, *formulas.rounded(eager, found, inputs)
 
 
-def _scaled(gradient: Array, cotangent: Array) -> Array:
-    """Times the cotangent; it may write into the gradient."""
-    if type(cotangent) is torch.Tensor and cotangent.device.type == "cpu":
-        scale = cotangent.item()
-        if math.isfinite(scale):
-            return gradient if scale == 1 else gradient.mul_(scale)
-    # As `formulas.scaled`, in place: the weight's gradient may be most of the memory.
-    zero = gradient == 0
-    return gradient.mul_(cotangent.to(gradient.dtype)).masked_fill_(zero, 0.0)
+def _scaled(found: Linear, cotangent: Array) -> Linear:
+    """`formulas.scaled` of each, in place: the weight's gradient may be most of the memory."""
+    is_number = type(cotangent) is torch.Tensor and cotangent.device.type == "cpu"
+    scale = cotangent.item() if is_number else cotangent
+    if is_number and scale == 1:
+        return found
+    for gradient in found:
+        if gradient is not None:
+            zero = None if is_number and math.isfinite(scale) else gradient == 0
+            gradient.mul_(scale)
+            if zero is not None:
+                gradient.masked_fill_(zero, 0.0)
+    return found
 
 
 def operator(closed: Any) -> Any:
@@ -223,13 +227,8 @@ def in_expression(
     loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array | None = None
 ) -> tuple[Array | None, Linear]:
     """The loss and its gradients in the compute dtype, of tensors that torch's own blocks are not for."""
-    xp = space_of(inputs)
-
-    def run(formula: Any, *call: Any) -> Any:
-        return formula(xp, *call)
-
-    call = loss, options, inputs, operands, needed
-    value, found = formulas.in_blocks(xp, run, rows_of_blocks(inputs), *call, cotangent)
+    xp, call = space_of(inputs), (loss, options, inputs, operands, needed)
+    value, found = formulas.in_blocks(xp, formulas.directly(xp), rows_of_blocks(inputs), *call, cotangent)
     if is_sharded(inputs.features):  # each summed over the processes now
         pairs = zip(found, inputs, strict=True)
         found = Linear(*(None if a is None else a.redistribute(placements=b.placements) for a, b in pairs))
@@ -241,10 +240,8 @@ def at_once(needed: Linear) -> Any:
     """The loss of few logits and its gradients, as a formula that is recorded and replayed: always the same object."""
 
     def linear(xp: Namespace, loss: Loss, options: Options, features: Array, operands: Operands, *layer: Any) -> Any:
-        def directly(formula: Any, *call: Any) -> Any:
-            return formula(xp, *call)
-
-        return formulas.in_blocks(xp, directly, None, loss, options, Linear(features, *layer), operands, needed)
+        call = loss, options, Linear(features, *layer), operands, needed
+        return formulas.in_blocks(xp, formulas.directly(xp), None, *call)
 
     return linear
 

@@ -329,6 +329,10 @@ class LinearSample(Sample):
         """The loss of the logits."""
         return getattr(ul, self.name)(x, self.as_targets(targets), **self.arrays | self.options | more)
 
+    def with_all_logits(self, *inputs, **more):
+        """The same loss of the inputs, by way of all logits."""
+        return self.materialised(self.on_logits(*inputs), **more)
+
 
 def padded(targets):
     """The labels of each example, the last one first and, if there is room, twice; then -1, to as many as classes."""

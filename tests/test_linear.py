@@ -111,11 +111,15 @@ def calls():
 
 CALLS = list(calls())
 
-# Each call with one of the reductions, its neighbours with the others, as compilers take seconds for each: the tables
-# of docs/transforms.md have every pair. A quick run has a few of them.
+# Each call with two of the reductions, its neighbour with the other two, as compilers take seconds for each.
+# A quick run has a few of them.
 EACH_CALL = pytest.mark.parametrize(
     ("call", "reduction"),
-    [pytest.param(i, REDUCTIONS[i % 4], marks=() if i % 5 == 0 else pytest.mark.full) for i in range(len(CALLS))],
+    [
+        pytest.param(i, reduction, marks=() if i % 10 == 0 and reduction in ("none", "mean") else pytest.mark.full)
+        for i in range(len(CALLS))
+        for reduction in REDUCTIONS[i % 2 :: 2]
+    ],
 )
 EACH_REDUCTION = pytest.mark.parametrize(
     "reduction", [pytest.param(r, marks=() if r in ("none", "mean") else pytest.mark.full) for r in REDUCTIONS]
@@ -315,7 +319,7 @@ def test_garbage_where_masked_or_ignored(small_blocks, framework):
 def test_a_cotangent_that_is_not_finite(small_blocks, recorder, cotangent, reduction):
     """What is masked or ignored has a gradient of 0."""
     if recorder.name == "jax" and reduction != "none":
-        pytest.skip("0 · inf is NaN: what JAX transposes has to be linear in the cotangent")
+        pytest.skip("a known fault: JAX multiplies what is masked too, and 0 · inf is NaN")
     layer, options = Layer(), {"where": np.arange(5) != 2, "reduction": reduction}
     for loss, targets, more in (
         (ul.softmax_nll, np.array([0, 1, 3, -100, 4, 0, 1]), {"ignore_index": -100}),

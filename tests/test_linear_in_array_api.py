@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from crossed import OF_LINEAR, close
-from test_in_array_api import EVERY, library, nothing_is_computed, of_dask, of_mlx, same_kind
+from test_in_array_api import EVERY, library, mx, nothing_is_computed, of_dask, of_mlx, same_kind
 from test_linear_in_numpy import answers, compare
 
 import unilabel as ul
 
-assert library  # a fixture
+assert library, mx  # fixtures
 pytestmark = pytest.mark.usefixtures("small_blocks")  # of two examples
 
 
@@ -16,11 +16,6 @@ pytestmark = pytest.mark.usefixtures("small_blocks")  # of two examples
 def sample(sample, library):
     """Five examples: two blocks, and a rest; with operands that are the library's arrays."""
     return sample.of(rows=5).beside(library.backend.asarray)
-
-
-@pytest.fixture
-def mx():
-    return pytest.importorskip("mlx.core")
 
 
 def inputs_of(library, sample):
@@ -94,11 +89,6 @@ def arrays_of(library, sample):
     return inputs_of(library, sample), library.backend.asarray(sample.targets), sample.arrays
 
 
-def on_logits(sample):
-    """The same loss with all logits in memory."""
-    return lambda *inputs, **more: sample.materialised(sample.on_logits(*inputs), **more)
-
-
 def total(loss, cotangent):
     return lambda *inputs: (loss(*inputs) * cotangent).sum()
 
@@ -132,7 +122,7 @@ def test_mlx_other_gradients(library, sample, mx):
         if name != "where":
             of_name = [
                 total(lambda array, loss=loss: loss(*inputs, **{name: array}), cotangent)  # noqa: B023
-                for loss in (sample, on_logits(sample))
+                for loss in (sample, sample.with_all_logits)
             ]
             alike(*([mx.grad(function)(library.backend.asarray(array))] for function in of_name))
 
@@ -143,7 +133,10 @@ def test_mlx_jvp(library, sample, mx):
     inputs = list(inputs_of(library, sample))
     tangents = list(map(mx.cos, inputs))
     alike(
-        *([*values, *changes] for values, changes in (mx.jvp(f, inputs, tangents) for f in (sample, on_logits(sample))))
+        *(
+            [*values, *changes]
+            for values, changes in (mx.jvp(f, inputs, tangents) for f in (sample, sample.with_all_logits))
+        )
     )
 
 
@@ -152,7 +145,7 @@ def test_mlx_jvp(library, sample, mx):
 def test_mlx_twice(library, sample, mx):
     inputs, cotangent = inputs_of(library, sample), library.backend.asarray(sample.cotangent)
     every, found = tuple(range(len(inputs))), []
-    for loss in (sample, on_logits(sample)):
+    for loss in (sample, sample.with_all_logits):
 
         def of_gradient(*inputs):
             return sum((array**2).sum() for array in mx.grad(total(loss, cotangent), every)(*inputs))  # noqa: B023
@@ -220,7 +213,7 @@ def test_mlx_checkpoint(library, sample, mx):
 
 @pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_mlx_has_a_few_blocks_at_once(mx, loss, compiled):
+def test_mlx_never_has_all_logits_at_once(mx, loss, compiled):
     """MLX computes when it is asked for a result, and then in an order of its own."""
     n, length, classes = 64, 2, 1 << 12
     features, weight = mx.ones((n, length)), mx.ones((classes, length))

@@ -60,11 +60,6 @@ def pulled(sample, loss=None):
     return lambda *inputs, **more: jnp.sum((loss or sample)(*inputs, **more) * sample.cotangent)
 
 
-def on_logits(sample):
-    """The same loss with all logits in memory."""
-    return lambda *inputs, **more: sample.materialised(sample.on_logits(*inputs), **more)
-
-
 def alike(got, right):
     jax.tree.map(close, got, right)
 
@@ -85,14 +80,14 @@ def test_jvp(sample):
     tangents = tuple(jnp.cos(array) for array in inputs)
     value, change = jax.jvp(sample, inputs, tangents)
     check(value, sample.value)
-    alike(change, jax.jvp(on_logits(sample), inputs, tangents)[1])
+    alike(change, jax.jvp(sample.with_all_logits, inputs, tangents)[1])
 
 
 @pytest.mark.capability("jax", "hessian, in all of its parts", **OF_LINEAR)
 def test_hessian(sample):
     inputs, *_ = operands(sample)
     every = tuple(range(len(inputs)))
-    found = (jax.jit(jax.hessian(pulled(sample, loss), every))(*inputs) for loss in (None, on_logits(sample)))
+    found = (jax.jit(jax.hessian(pulled(sample, loss), every))(*inputs) for loss in (None, sample.with_all_logits))
     alike(*found)
 
 
@@ -105,7 +100,7 @@ def test_other_derivatives(sample):
     def of(loss):
         return jax.grad(lambda floats: pulled(sample, loss)(*inputs, **floats))(floats)
 
-    alike(of(None), of(on_logits(sample)))
+    alike(of(None), of(sample.with_all_logits))
 
 
 def stacked(*samples):

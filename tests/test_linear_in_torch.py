@@ -539,8 +539,12 @@ def spread_over_a_grid(rank):
 
     mesh = init_device_mesh("cpu", (2, 2))
     rng, whole, by_row = np.random.default_rng(0), Replicate(), Shard(0)
-    arrays = rng.normal(size=(12, 2)), rng.normal(size=(8, 2)), rng.normal(size=8)
-    losses = {ul.linear_softmax_nll: rng.integers(0, 8, 12), ul.linear_multilabel_logistic_loss: rng.random((12, 8))}
+    n, classes = 24, 60
+    arrays = rng.normal(size=(n, 2)), rng.normal(size=(classes, 2)), rng.normal(size=classes)
+    losses = {
+        ul.linear_softmax_nll: rng.integers(0, classes, n),
+        ul.linear_multilabel_logistic_loss: rng.random((n, classes)),
+    }
     for of_features, of_layer in (
         ((by_row, whole), (whole, by_row)),
         ((whole, by_row), (by_row, whole)),
@@ -558,8 +562,12 @@ def spread_over_a_grid(rank):
                 ]
                 found = []
                 for features, weight, bias in (plain, spread):
-                    value = loss(features, weight, targets, linear_bias=bias, reduction=reduction)
-                    found.append((value, *grad((value**2).sum(), (features, weight, bias))))
+                    with Sent() as sent:
+                        value = loss(features, weight, targets, linear_bias=bias, reduction=reduction)
+                        found.append((value, *grad((value**2).sum(), (features, weight, bias))))
+                # A number for each example, the features, or the gradient of a process' own part of the weight.
+                bound = 2 * classes if of_layer == (whole, whole) else max(3 * n, classes)
+                assert all(numbers <= bound for _, numbers in sent.calls), sent.calls
                 right, got = found
                 close([array.full_tensor() for array in got], list(right))
                 assert [array.placements for array in got[1:]] == [array.placements for array in spread]

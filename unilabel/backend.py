@@ -144,13 +144,9 @@ class Backend:
         self, loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear
     ) -> tuple[Array, Linear]:
         """The reduced loss, and the needed gradients of its sum; nothing is recorded for autodiff."""
-        xp = self.namespace(inputs.features)
-
-        def run(formula: Any, *call: Any) -> Any:
-            return formula(xp, *call)
-
-        rows = formulas.rows_of_blocks(inputs)
-        value, gradients = formulas.in_blocks(xp, run, rows, loss, options, inputs, operands, needed)
+        xp, rows = self.namespace(inputs.features), formulas.rows_of_blocks(inputs)
+        call = loss, options, inputs, operands, needed
+        value, gradients = formulas.in_blocks(xp, formulas.directly(xp), rows, *call)
         return value, formulas.rounded(xp, gradients, inputs)
 
     def activation(self, function: Any, x: Array, half: bool) -> Array:

@@ -70,6 +70,15 @@ Run = Callable[..., Any]  # of a formula of reduce.py, and its arguments after t
 Recomputed = Callable[..., Any]  # of a function and its arguments: its result, which backward computes again
 
 
+def directly(xp: Namespace) -> Run:
+    """The `run` of a backend that has no other way for the logits of a block than the formula, in this namespace."""
+    return functools.partial(_in, xp)
+
+
+def _in(xp: Namespace, formula: Any, *call: Any) -> Any:
+    return formula(xp, *call)
+
+
 def rows_of_blocks(inputs: Linear, times: int = 1) -> int | None:
     """The number of examples in a block; None: all at once, as they are few or their number is not known.
 
@@ -300,14 +309,10 @@ def gradients(
 ) -> Linear:
     """The cotangent of the reduced loss times its derivatives, each in the dtype of its input."""
     call = loss, options, inputs, operands, needed
-    return rounded(xp, in_blocks(xp, functools.partial(_in, xp), length, *call, cotangent, recomputed)[1], inputs)
+    return rounded(xp, in_blocks(xp, directly(xp), length, *call, cotangent, recomputed)[1], inputs)
 
 
 def block_gradients(xp: Namespace, loss: Loss, options: Options, needed: Linear, shared: Shared, rows: Rows) -> Linear:
     """The same of one block, with the cotangent of its values."""
-    totals, parts = block(xp, functools.partial(_in, xp), loss, options, needed, shared, Totals(), rows)
+    totals, parts = block(xp, directly(xp), loss, options, needed, shared, Totals(), rows)
     return rounded(xp, _of_inputs(xp, totals, parts.features), Linear(rows.features, *shared[:2]))
-
-
-def _in(xp: Namespace, formula: Any, *call: Any) -> Any:
-    return formula(xp, *call)

@@ -79,7 +79,7 @@ class ClassIndex(NamedTuple):
 class Labels(NamedTuple):
     """For independent classes whose targets are 0 or 1: the weights of an element's label, and of the other label."""
 
-    z: Array
+    z: Array  # the labels
     total: Array | None  # the sum of the two weights; None: 1
     other: Any  # None: 0
     where: Array | None  # False where masked
