@@ -212,6 +212,7 @@ def test_torch_compiled_cotangent_that_is_not_finite(request, loss, backend):
     asked_for("torch", request)
     import torch
 
+    torch.compiler.reset()
     case = Torch(loss, "mean")
     compiled = torch.compile(case.both[0], backend=backend, fullgraph=True)
     leaves = case.leaves()
