@@ -166,7 +166,10 @@ class Namespace(Protocol):
         """total + the sum over the rows of x, as one column; it may write into the total. Features have those rows."""
 
     def after(self, x: Array, earlier: list[Array], /) -> Array:
-        """x, to be computed with after the earlier arrays are there, by a library that computes late."""
+        """x, for a library that computes late to wait with until the earlier arrays are there."""
+
+    def blocks_at_once(self) -> int:
+        """How many blocks such a library may begin with before one is done."""
 
     def extent(self, x: Array, axis: int, /) -> Any:
         """The length of an axis, as an array of no dimensions if it is not known at trace time."""
@@ -308,6 +311,9 @@ class Extended:
 
     def after(self, x: Array, earlier: list[Array]) -> Array:
         return x
+
+    def blocks_at_once(self) -> int:
+        return 1
 
     def extent(self, x: Array, axis: int) -> Any:
         return x.shape[axis]

@@ -11,6 +11,7 @@ other, and gives the totals and the parts to `reduced`. `in_blocks` is the loop 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -245,16 +246,21 @@ def in_blocks(
     rows = rows._replace(cotangent=cotangent)
     totals = Totals()
     each: list[Parts] = []
+    made: deque[list[Array]] = deque(maxlen=xp.blocks_at_once())
+
+    def waiting(array: Array) -> Array:
+        return xp.after(array, made[0])
+
     for some in _blocks(rows, length):
-        if each:
-            done = [array for array in (*totals, *each[-1]) if array is not None]
-            some = some._replace(features=xp.after(some.features, done))
+        if len(made) == made.maxlen:
+            some = _of_each(waiting, some)
         if recomputed is None:
             totals, parts = of_block(shared, totals, some)
         else:  # without the totals, which would all be kept for the backward pass
             more, parts = recomputed(of_block, shared, Totals(), some)
             totals = Totals(*(b if a is None else a + b for a, b in zip(totals, more, strict=True)))
         each.append(parts)
+        made.append([array for array in (*totals, *parts) if array is not None])
     joined = (_joined(xp, arrays) for arrays in zip(*each, strict=True))
     return reduced(xp, loss, options, inputs, totals, Parts(*joined))
 
@@ -264,15 +270,22 @@ def _joined(xp: Namespace, arrays: Any) -> Any:
 
 
 def _blocks(rows: Rows, length: int) -> Iterator[Rows]:
-    features, operands, cotangent = rows
-    n = features.shape[0]
+    n = rows.features.shape[0]
     for start in range(0, n, length):
-        part = slice(start, min(start + length, n))
-        yield Rows(
-            features[part, ...],
-            Operands(*(None if a is None else a[part, ...] for a in operands)),
-            cotangent if cotangent is None or cotangent.ndim == 0 else cotangent[part, ...],
-        )
+        yield _of_each(functools.partial(_part, slice(start, min(start + length, n))), rows)
+
+
+def _part(rows: slice, array: Array) -> Array:
+    return array[rows, ...] if array.ndim else array  # a cotangent of all losses
+
+
+def _of_each(function: Callable[[Array], Array], rows: Rows) -> Rows:
+    """The function of each array that there is."""
+
+    def of(array: Any) -> Any:
+        return None if array is None else function(array)
+
+    return Rows(of(rows.features), Operands(*map(of, rows.operands)), of(rows.cotangent))
 
 
 # As an expression that a framework transforms, exports or differentiates. A block that is not alone may be called by
