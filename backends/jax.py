@@ -213,6 +213,7 @@ def _linear_value(loss: Loss, options: Options, length: int | None, inputs: Line
     return _linear(loss, options, length, NOTHING, inputs, operands)[0]
 
 
+@_broadcasting
 def _linear_value_jvp(
     loss: Loss, options: Options, length: int | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
@@ -221,8 +222,8 @@ def _linear_value_jvp(
     change = None
     if any(needed):
         value, found = _linear_gradients(loss, options, length, needed, inputs, operands)
-        pairs = zip(found, dots, strict=True)
-        change = sum(jnp.sum(a * dot.astype(a.dtype)) for a, dot in pairs if a is not None).astype(value.dtype)
+        of_each = zip(found, dots, formulas.taking_part(standard, options, operands), strict=True)
+        change = sum(_change(*each) for each in of_each if each[0] is not None).astype(value.dtype)
     else:
         value = _linear_value(loss, options, length, inputs, operands)
     by_operands = functools.partial(_linear_by_autodiff, loss, options, length, inputs)
@@ -230,6 +231,12 @@ def _linear_value_jvp(
     if more is not None:
         change = more[1] if change is None else change + more[1]
     return value, jnp.zeros_like(value) if change is None else change
+
+
+def _change(gradient: Array, tangent: Array, keep: Array | None) -> Array:
+    moved = gradient * tangent.astype(gradient.dtype)
+    # What is masked has a gradient of 0 under an infinite cotangent too.
+    return jnp.sum(moved if keep is None else jnp.where(keep, moved, 0.0))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))

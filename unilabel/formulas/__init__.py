@@ -31,6 +31,7 @@ from .linear import (
     rounded,
     rows_of_blocks,
     scaled,
+    taking_part,
 )
 from .logistic import log_sigmoid, sigmoid
 from .reduce import (
@@ -95,6 +96,7 @@ __all__ = [
     "scaled",
     "sigmoid",
     "softmax",
+    "taking_part",
     "unreduced_gradient",
     "value",
     "value_and_gradient",

@@ -215,6 +215,22 @@ def scaled(xp: Namespace, gradient: Array, cotangent: Array) -> Array:
     return xp.where(masked, 0.0, gradient * cotangent)
 
 
+def taking_part(xp: Namespace, options: Options, operands: Operands) -> Linear:
+    """Where the gradients are not 0 by what is masked or ignored, to broadcast to them; None: anywhere.
+
+    For a framework that transposes the loss's derivative: that has to be linear, and so cannot look for 0 · infinity.
+    """
+    keep = operands.where
+    if options.ignore_index is not None:
+        exists = xp.expand_dims(operands.targets != options.ignore_index, axis=-1)
+        keep = exists if keep is None else xp.logical_and(keep, exists)
+    if keep is None:
+        return Linear(None, None)
+    keep = keep if keep.ndim == 2 else xp.expand_dims(keep, axis=0)
+    classes = xp.any(keep, axis=0)
+    return Linear(xp.any(keep, axis=1, keepdims=True), xp.expand_dims(classes, axis=-1), classes)
+
+
 def rounded(xp: Namespace, found: Linear, inputs: Linear) -> Linear:
     """The gradients, each in the dtype of its input."""
     pairs = zip(found, inputs, strict=True)
