@@ -35,6 +35,8 @@ LINEAR_HALF = (*HALF, "--case", "linear*")
 POSITIVES = (*NUMPY, "--case", "positives")
 POSITIVES_STRICT = (*STRICT, "--case", "positives")
 LINEAR_TORCH = (*EAGER, "--case", "linear*")
+LINEAR_JAX = ("--backend", "jax", "--dtype", "float32", "--case", "linear")
+LINEAR_MLX = ("--backend", "mlx", "--dtype", "float32", "--case", "linear*")
 
 
 class Mutation(NamedTuple):
@@ -730,9 +732,24 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "linear: blocks, value of the last": ("None if value is None else xp.sum(value)", "value[-1, ...]", LINEAR),
         "linear: blocks, the first repeated": (
-            "features[part, ...],",
-            "features[: part.stop - part.start, ...],",
+            "array[rows, ...]",
+            "array[: rows.stop - rows.start, ...]",
             LINEAR,
+        ),
+        "linear: cotangent of a reduced loss left out": (
+            "xp.where(masked, 0.0, gradient * cotangent)",
+            "xp.where(masked, 0.0, gradient)",
+            LINEAR_MLX,
+        ),
+        "linear: an example without one of its classes takes no part": (
+            "xp.any(keep, axis=1, keepdims=True)",
+            "xp.all(keep, axis=1, keepdims=True)",
+            LINEAR_JAX,
+        ),
+        "linear: a class that one example leaves out takes no part": (
+            "xp.any(keep, axis=0)",
+            "xp.all(keep, axis=0)",
+            LINEAR_JAX,
         ),
         "linear: half, blocks rounded before the sum": (
             "copy=False) if final else xp.reshape(values, (1,))",
@@ -831,6 +848,13 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "../backends/torch_linear.py": {
         "torch: linear, cotangent of a reduced loss left out": ("gradient.mul_(scale)", "gradient", LINEAR_TORCH),
         "torch: linear, cotangents left out": ("cotangent if unreduced else None)", "None)", LINEAR_TORCH),
+    },
+    "../backends/mlx.py": {
+        "mlx: linear, what waits is lost": (
+            "never = mx.reshape(array, (-1,))[:1] < -math.inf",
+            "never = True",
+            LINEAR_MLX,
+        ),
     },
 }
 MUTATIONS = {name: Mutation(file, *bug) for file, bugs in BUGS.items() for name, bug in bugs.items()}
