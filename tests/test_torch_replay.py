@@ -1,6 +1,7 @@
 """Small calls in eager PyTorch, from the third of a kind on: the operations that were recorded in the second."""
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from shared import asked_for
@@ -53,6 +54,102 @@ def test_an_array_in_two_places(programs, request):
         found = ul.linear_softmax_nll(x, y, target), ul.multilabel_logistic_loss(x, y)
         right = torch.nn.functional.cross_entropy(x @ y.T, target), (torch.nn.functional.softplus(x) - x * y).sum() / 6
         torch.testing.assert_close(found, right)
+
+
+class Heads:
+    """Calls of one shape, each with other values: a linear loss, and PyTorch's own of the logits."""
+
+    def __init__(self, loss, reduction):
+        import torch
+
+        self.loss, self.reduction, self.torch = loss, reduction, torch
+        self.new = torch.Generator().manual_seed(0)
+
+    def inputs(self, strides="contiguous"):
+        if strides == "transposed":
+            return [self.rand(3, 5).t(), self.rand(3, 4).t(), self.rand(4, 2)[:, 0]]
+        if strides == "expanded":
+            return [self.rand(5, 1).expand(5, 3), self.rand(1, 3).expand(4, 3), self.rand(1).expand(4)]
+        return [self.rand(5, 3), self.rand(4, 3), self.rand(4)]
+
+    def rand(self, *shape):
+        return self.torch.randn(shape, generator=self.new, dtype=self.torch.float64)
+
+    def targets(self):
+        if self.loss is ul.linear_softmax_nll:
+            return self.torch.randint(0, 4, (5,), generator=self.new)
+        return self.torch.rand(5, 4, generator=self.new, dtype=self.torch.float64)
+
+    def value(self, inputs, targets):
+        features, weight, *bias = inputs
+        return self.loss(features, weight, targets, linear_bias=bias[0] if bias else None, reduction=self.reduction)
+
+    def right(self, inputs, targets):
+        functional = self.torch.nn.functional
+        x = functional.linear(*inputs)
+        if self.loss is ul.linear_softmax_nll:
+            return functional.cross_entropy(x, targets, reduction=self.reduction)
+        return functional.binary_cross_entropy_with_logits(x, targets, reduction=self.reduction)
+
+    def check(self, differentiated, strides="contiguous", bias=True, twice=False):
+        inputs, targets = self.inputs(strides)[: 3 if bias else 2], self.targets()
+        found = []
+        for of in (self.value, self.right):
+            leaves = [x.detach().requires_grad_(d) for x, d in zip(inputs, differentiated, strict=False)]
+            value = of(leaves, targets)
+            found.append([value.detach()])
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            if wanted:
+                total = (value**2).sum()
+                gradients = self.torch.autograd.grad(total, wanted, retain_graph=True, create_graph=twice)
+                again = self.torch.autograd.grad(total, wanted, retain_graph=True)
+                found[-1] += [*gradients, *again]
+                if twice:
+                    found[-1] += self.torch.autograd.grad(sum((g**2).sum() for g in gradients), wanted)
+        self.torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+EACH_LINEAR = pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])
+
+
+@EACH_LINEAR
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_calls(programs, request, loss, reduction):
+    """Of one shape, but with other values, strides, derivatives and modes."""
+    asked_for("torch", request)
+    heads, torch = Heads(loss, reduction), importlib.import_module("torch")
+    every = (True, True, True)
+    for _ in range(4):
+        for differentiated in (every, (True, False, False), (False, True, False), (False, False, True)):
+            heads.check(differentiated)
+        for strides in ("transposed", "expanded"):
+            heads.check(every, strides)
+        heads.check((True, True), bias=False)
+        heads.check(every, twice=True)
+        heads.check((False,) * 3)
+        with torch.no_grad():
+            heads.check((False,) * 3)
+        with torch.inference_mode():
+            heads.check((False,) * 3)
+    recorded = {(key[0].__name__, callable(program)) for key, program in programs.items()}
+    assert ("linear", True) in recorded
+    assert ("linear", False) not in recorded
+
+
+@EACH_LINEAR
+def test_linear_calls_in_threads(programs, request, loss):
+    """Which record and replay the same calls at the same time."""
+    asked_for("torch", request)
+
+    def call(number):
+        heads = Heads(loss, "mean")
+        heads.new.manual_seed(number)
+        for _ in range(20):
+            heads.check((True, True, True))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(call, range(16)))
+    assert any(callable(program) for program in programs.values())
 
 
 def test_what_looks_at_values(programs, request):
