@@ -42,21 +42,21 @@ class LinearLoss(torch.autograd.Function):
         # They are given away: a second backward computes them again.
         found, ctx.gradients = ctx.gradients, None
         closed, loss, options = ctx.call
+        is_again = torch.is_grad_enabled()  # create_graph
+        is_one = not is_again and not internals.is_batched(cotangent)
+        if found is not None and is_one and not options.half:
+            return None, *_scaled(found, cotangent)
         inputs, operands = Linear(*ctx.saved_tensors[:3]), Operands(*ctx.saved_tensors[3:])
         needed = Linear(*ctx.needs_input_grad[1:])
         call = loss, options, inputs, operands, needed
-        if torch.is_grad_enabled():  # under create_graph
-            xp = space_of(inputs, autodiff=True)
-            rows, recomputed = rows_of_blocks(inputs), recomputing(loss, options, needed)
-            return None, *formulas.gradients(xp, *call, cotangent, rows, recomputed)
+        if not is_one:
+            xp, recomputed = space_of(inputs, autodiff=is_again), recomputing(loss, options, needed)
+            rows = rows_of_blocks(inputs)
+            return None, *formulas.gradients(xp, *call, cotangent, rows, recomputed if is_again else None)
         unreduced = options.reduction == "none"
-        if internals.is_batched(cotangent):
-            return None, *formulas.gradients(space_of(inputs), *call, cotangent, rows_of_blocks(inputs))
         if found is None:
             _, found = closed(*call, cotangent if unreduced else None)
-        if not unreduced:
-            found = _scaled(found, cotangent)
-        return None, *formulas.rounded(eager, found, inputs)
+        return None, *formulas.rounded(eager, found if unreduced else _scaled(found, cotangent), inputs)
 
 
 def _scaled(found: Linear, cotangent: Array) -> Linear:

@@ -163,7 +163,7 @@ class Namespace(Protocol):
         """total + xᵀ · y, of matrices, a missing total being 0; it may write into the total."""
 
     def add_sum(self, total: Array | None, x: Array, features: Array, /) -> Array:
-        """total + the sum over the rows of x, as one column; it may write into the total. Features have those rows."""
+        """total + the sum over the rows of x; it may write into the total. Features have those rows."""
 
     def after(self, x: Array, earlier: list[Array], /) -> Array:
         """x, for a library that computes late to wait with until the earlier arrays are there."""
@@ -307,7 +307,9 @@ class Extended:
         return product if total is None else total + product
 
     def add_sum(self, total: Array | None, x: Array, features: Array) -> Array:
-        return self.add_product(total, x, self.ones_like(features[:, :1]))  # the classes of x may be sharded
+        column = self.add_product(None, x, self.ones_like(features[:, :1]))  # the classes of x may be sharded
+        found = self.squeeze(column, axis=-1)
+        return found if total is None else total + found
 
     def after(self, x: Array, earlier: list[Array]) -> Array:
         return x

@@ -56,7 +56,7 @@ class Totals(NamedTuple):
     """Sums over the blocks so far, in the compute dtype: None before the first, and where nobody asks."""
 
     linear_weight: Array | None = None  # (C, D)
-    linear_bias: Array | None = None  # (C, 1)
+    linear_bias: Array | None = None  # (C,)
 
 
 class Parts(NamedTuple):
@@ -179,7 +179,7 @@ def reduced(
     xp: Namespace, loss: Loss, options: Options, inputs: Linear, totals: Totals, parts: Parts
 ) -> tuple[Array | None, Linear]:
     """The reduced loss, and the gradients in the compute dtype, of all blocks."""
-    value, found = parts.values, _of_inputs(xp, totals, parts.features)
+    value, found = parts.values, Linear(parts.features, *totals)
     if options.reduction == "none":
         return value, found
     divisor = _divisor(xp, loss, options, inputs, parts.counts)
@@ -188,11 +188,6 @@ def reduced(
         value = None if value is None else value / divisor
         found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))
     return None if value is None else xp.astype(value, inputs.features.dtype, copy=False), found
-
-
-def _of_inputs(xp: Namespace, totals: Totals, features: Array | None) -> Linear:
-    weight, bias = totals
-    return Linear(features, weight, None if bias is None else xp.squeeze(bias, axis=-1))
 
 
 def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts: Array | None) -> Any:
@@ -257,7 +252,7 @@ def in_blocks(
     if length is None:  # the logits' gradient can be that of the mean: nothing is scaled after
         shared = Shared(*_layer(xp, options, inputs), operands)
         totals, parts = of_block(shared, Totals(), Rows(inputs.features, operands, cotangent), alone=True)
-        return parts.values, _of_inputs(xp, totals, parts.features)
+        return parts.values, Linear(parts.features, *totals)
     rows, shared = cut(xp, options, inputs, operands)
     rows = rows._replace(cotangent=cotangent)
     totals = Totals()
@@ -344,4 +339,4 @@ def gradients(
 def block_gradients(xp: Namespace, loss: Loss, options: Options, needed: Linear, shared: Shared, rows: Rows) -> Linear:
     """The same of one block, with the cotangent of its values."""
     totals, parts = block(xp, directly(xp), loss, options, needed, shared, Totals(), rows)
-    return rounded(xp, _of_inputs(xp, totals, parts.features), Linear(rows.features, *shared[:2]))
+    return rounded(xp, Linear(parts.features, *totals), Linear(rows.features, *shared[:2]))
