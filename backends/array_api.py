@@ -52,22 +52,6 @@ class _Dask(Extended):
 
         return dask.array.reduction(x, _total, _total, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
-    def blocks_at_once(self) -> int:
-        import dask.system
-
-        return dask.config.get("num_workers", None) or dask.system.CPU_COUNT
-
-    # Else Dask computes what all blocks begin with, and then holds it.
-    def after(self, x: Array, earlier: list[Array]) -> Array:
-        import dask.array
-        from dask.graph_manipulation import checkpoint
-
-        return dask.array.map_blocks(_first, x, checkpoint(*earlier), dtype=x.dtype, meta=x._meta)
-
-
-def _first(x: Array, _: None) -> Array:
-    return x
-
 
 def _total(block: Array, axis: Any, keepdims: bool) -> Any:
     # Only along memory it is added pairwise.

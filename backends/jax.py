@@ -185,10 +185,11 @@ def _linear(
 ) -> tuple[Array, Linear]:
     """The reduced loss, and its gradients in the compute dtype, in closed form."""
     rows, shared = formulas.cut(standard, options, inputs, operands)
-    pairs = zip(shared[:2], needed[1:], strict=True)
-    nothing = formulas.Totals(*(jnp.zeros_like(array) if need else None for array, need in pairs))
+    weight = shared.linear_weight
+    of_weight = jnp.zeros_like(weight) if needed.linear_weight else None
+    of_bias = jnp.zeros_like(weight[:, :1]) if needed.linear_bias else None
     body = functools.partial(formulas.block, standard, formulas.directly(standard), loss, options, needed, shared)
-    totals, parts = _scanned(body, length, nothing, rows, by_autodiff=False)
+    totals, parts = _scanned(body, length, formulas.Totals(of_weight, of_bias), rows, by_autodiff=False)
     return formulas.reduced(standard, loss, options, inputs, totals, parts)
 
 

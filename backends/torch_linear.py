@@ -42,17 +42,18 @@ class LinearLoss(torch.autograd.Function):
         # They are given away: a second backward computes them again.
         found, ctx.gradients = ctx.gradients, None
         closed, loss, options = ctx.call
-        is_again = torch.is_grad_enabled()  # create_graph
-        is_one = not is_again and not internals.is_batched(cotangent)
-        if found is not None and is_one and not options.half:
+        is_recorded = torch.is_grad_enabled()  # create_graph
+        is_plain = not is_recorded and not internals.is_batched(cotangent)
+        if found is not None and is_plain and not options.half:  # whatever was written into the inputs since
             return None, *_scaled(found, cotangent)
-        inputs, operands = Linear(*ctx.saved_tensors[:3]), Operands(*ctx.saved_tensors[3:])
+        saved = ctx.saved_tensors  # read once: checkpoints allow no more
+        inputs, operands = Linear(*saved[:3]), Operands(*saved[3:])
         needed = Linear(*ctx.needs_input_grad[1:])
         call = loss, options, inputs, operands, needed
-        if not is_one:
-            xp, recomputed = space_of(inputs, autodiff=is_again), recomputing(loss, options, needed)
-            rows = rows_of_blocks(inputs)
-            return None, *formulas.gradients(xp, *call, cotangent, rows, recomputed if is_again else None)
+        if not is_plain:
+            xp, rows = space_of(inputs, autodiff=is_recorded), rows_of_blocks(inputs)
+            recomputed = recomputing(loss, options, needed) if is_recorded else None
+            return None, *formulas.gradients(xp, *call, cotangent, rows, recomputed)
         unreduced = options.reduction == "none"
         if found is None:
             _, found = closed(*call, cotangent if unreduced else None)

@@ -80,8 +80,8 @@ class _Eager(Extended):
         return torch.mm(x.t(), y) if total is None else total.addmm_(x.t(), y)
 
     def add_sum(self, total: Array | None, x: Array, features: Array) -> Array:
-        found = torch.sum(x, 0)
-        return found if total is None else total.add_(found)
+        column = torch.sum(x, 0).unsqueeze(1)
+        return column if total is None else total.add_(column)
 
     def asarray(self, x: Any, dtype: Any) -> Array:
         return torch.asarray(x, dtype=dtype, device="cpu")  # for blocks, whatever the default device is

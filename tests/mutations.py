@@ -732,8 +732,8 @@ BUGS: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "linear: blocks, value of the last": ("None if value is None else xp.sum(value)", "value[-1, ...]", LINEAR),
         "linear: blocks, the first repeated": (
-            "array[rows, ...]",
-            "array[: rows.stop - rows.start, ...]",
+            "features[part, ...],",
+            "features[: part.stop - part.start, ...],",
             LINEAR,
         ),
         "linear: cotangent of a reduced loss left out": (

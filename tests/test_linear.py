@@ -107,6 +107,9 @@ def calls():
         numbers = np.random.default_rng(SEED).uniform(0.5, 3, shape)
         yield ul.multilabel_logistic_loss, layer.labels, {"weight": numbers, "pos_weight": numbers + 1}
     yield ul.multilabel_logistic_loss, layer.soft, {"pos_weight": weight, "label_smoothing": 0.2, "where": keep}
+    for mask in (np.True_, keep[:1]):
+        yield ul.softmax_nll, np.ones(n, int), {"where": mask}
+        yield ul.multilabel_logistic_loss, layer.labels, {"where": mask}
 
 
 CALLS = list(calls())

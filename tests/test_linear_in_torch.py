@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import unilabel as ul
 
@@ -141,6 +142,40 @@ def test_backward_twice(sample):
     first = grad(value, inputs, cotangent, retain_graph=True)
     close(grad(value, inputs, cotangent), first)
     close(first, grad(both(sample)[1](*inputs), inputs, cotangent))
+
+
+@pytest.mark.capability("torch", "checkpoint, saved-tensor hooks (save_on_cpu)", **OF_LINEAR)
+@pytest.mark.parametrize("way", ["checkpoint", "reentrant checkpoint", "save_on_cpu"])
+def test_saved_tensors(sample, way):
+    """Which a checkpoint gives out once only."""
+    linear, on_logits = totals(sample)
+
+    def run(*inputs):
+        if way == "save_on_cpu":
+            with torch.autograd.graph.save_on_cpu():
+                return linear(*inputs)
+        return checkpoint(linear, *inputs, use_reentrant=way != "checkpoint")
+
+    inputs = inputs_of(sample)
+    run(*inputs).backward()
+    close([array.grad for array in inputs], list(grad(on_logits(*inputs), inputs)))
+    if way != "reentrant checkpoint":
+        again = (grad(function(*inputs), inputs, create_graph=True) for function in (run, on_logits))
+        close(*(grad(sum((array**2).sum() for array in arrays), inputs) for arrays in again))
+
+
+@pytest.mark.parametrize("loss", LINEAR)
+def test_backward_reads_nothing_of_what_it_saved(loss):
+    """Where it has the gradients."""
+    rng, read = np.random.default_rng(0), []
+    inputs = [torch.tensor(rng.normal(size=shape), requires_grad=True) for shape in ((5, 2), (4, 2), (4,))]
+    targets = torch.zeros((5,) if loss == "linear_softmax_nll" else (5, 4), dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda array: array, lambda array: read.append(array) or array):
+        value = getattr(ul, loss)(*inputs[:2], targets, linear_bias=inputs[2])
+        gradients = grad(value, inputs, retain_graph=True)
+        assert not read
+        close(grad(value, inputs), gradients)
+        assert len(read) == 4  # once each
 
 
 @pytest.mark.capability("torch", "forward mode (dual numbers), reverse over it", **OF_LINEAR)

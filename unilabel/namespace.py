@@ -163,13 +163,10 @@ class Namespace(Protocol):
         """total + xᵀ · y, of matrices, a missing total being 0; it may write into the total."""
 
     def add_sum(self, total: Array | None, x: Array, features: Array, /) -> Array:
-        """total + the sum over the rows of x; it may write into the total. Features have those rows."""
+        """total + the sum over the rows of x, as one column; it may write into the total. Features have those rows."""
 
     def after(self, x: Array, earlier: list[Array], /) -> Array:
-        """x, for a library that computes late to wait with until the earlier arrays are there."""
-
-    def blocks_at_once(self) -> int:
-        """How many blocks such a library may begin with before one is done."""
+        """x, to be computed with after the earlier arrays are there, by a library that computes late."""
 
     def extent(self, x: Array, axis: int, /) -> Any:
         """The length of an axis, as an array of no dimensions if it is not known at trace time."""
@@ -307,15 +304,10 @@ class Extended:
         return product if total is None else total + product
 
     def add_sum(self, total: Array | None, x: Array, features: Array) -> Array:
-        column = self.add_product(None, x, self.ones_like(features[:, :1]))  # the classes of x may be sharded
-        found = self.squeeze(column, axis=-1)
-        return found if total is None else total + found
+        return self.add_product(total, x, self.ones_like(features[:, :1]))  # the classes of x may be sharded
 
     def after(self, x: Array, earlier: list[Array]) -> Array:
         return x
-
-    def blocks_at_once(self) -> int:
-        return 1
 
     def extent(self, x: Array, axis: int) -> Any:
         return x.shape[axis]

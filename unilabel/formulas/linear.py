@@ -11,7 +11,6 @@ other, and gives the totals and the parts to `reduced`. `in_blocks` is the loop 
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -56,7 +55,7 @@ class Totals(NamedTuple):
     """Sums over the blocks so far, in the compute dtype: None before the first, and where nobody asks."""
 
     linear_weight: Array | None = None  # (C, D)
-    linear_bias: Array | None = None  # (C,)
+    linear_bias: Array | None = None  # (C, 1)
 
 
 class Parts(NamedTuple):
@@ -179,7 +178,7 @@ def reduced(
     xp: Namespace, loss: Loss, options: Options, inputs: Linear, totals: Totals, parts: Parts
 ) -> tuple[Array | None, Linear]:
     """The reduced loss, and the gradients in the compute dtype, of all blocks."""
-    value, found = parts.values, Linear(parts.features, *totals)
+    value, found = parts.values, _of_inputs(xp, totals, parts.features)
     if options.reduction == "none":
         return value, found
     divisor = _divisor(xp, loss, options, inputs, parts.counts)
@@ -188,6 +187,11 @@ def reduced(
         value = None if value is None else value / divisor
         found = Linear(*(None if a is None else xp.scale(a, 1 / divisor) for a in found))
     return None if value is None else xp.astype(value, inputs.features.dtype, copy=False), found
+
+
+def _of_inputs(xp: Namespace, totals: Totals, features: Array | None) -> Linear:
+    weight, bias = totals
+    return Linear(features, weight, None if bias is None else xp.squeeze(bias, axis=-1))
 
 
 def _divisor(xp: Namespace, loss: Loss, options: Options, inputs: Linear, counts: Array | None) -> Any:
@@ -221,7 +225,8 @@ def taking_part(xp: Namespace, options: Options, operands: Operands) -> Linear:
         keep = exists if keep is None else xp.logical_and(keep, exists)
     if keep is None:
         return Linear(None, None)
-    keep = keep if keep.ndim == 2 else xp.expand_dims(keep, axis=0)
+    while keep.ndim < 2:
+        keep = xp.expand_dims(keep, axis=0)
     classes = xp.any(keep, axis=0)
     return Linear(xp.any(keep, axis=1, keepdims=True), xp.expand_dims(classes, axis=-1), classes)
 
@@ -252,26 +257,21 @@ def in_blocks(
     if length is None:  # the logits' gradient can be that of the mean: nothing is scaled after
         shared = Shared(*_layer(xp, options, inputs), operands)
         totals, parts = of_block(shared, Totals(), Rows(inputs.features, operands, cotangent), alone=True)
-        return parts.values, Linear(parts.features, *totals)
+        return parts.values, _of_inputs(xp, totals, parts.features)
     rows, shared = cut(xp, options, inputs, operands)
     rows = rows._replace(cotangent=cotangent)
     totals = Totals()
     each: list[Parts] = []
-    made: deque[list[Array]] = deque(maxlen=xp.blocks_at_once())
-
-    def waiting(array: Array) -> Array:
-        return xp.after(array, made[0])
-
     for some in _blocks(rows, length):
-        if len(made) == made.maxlen:
-            some = _of_each(waiting, some)
+        if each:
+            done = [array for array in (*totals, *each[-1]) if array is not None]
+            some = some._replace(features=xp.after(some.features, done))
         if recomputed is None:
             totals, parts = of_block(shared, totals, some)
         else:  # without the totals, which would all be kept for the backward pass
             more, parts = recomputed(of_block, shared, Totals(), some)
             totals = Totals(*(b if a is None else a + b for a, b in zip(totals, more, strict=True)))
         each.append(parts)
-        made.append([array for array in (*totals, *parts) if array is not None])
     joined = (_joined(xp, arrays) for arrays in zip(*each, strict=True))
     return reduced(xp, loss, options, inputs, totals, Parts(*joined))
 
@@ -281,22 +281,15 @@ def _joined(xp: Namespace, arrays: Any) -> Any:
 
 
 def _blocks(rows: Rows, length: int) -> Iterator[Rows]:
-    n = rows.features.shape[0]
+    features, operands, cotangent = rows
+    n = features.shape[0]
     for start in range(0, n, length):
-        yield _of_each(functools.partial(_part, slice(start, min(start + length, n))), rows)
-
-
-def _part(rows: slice, array: Array) -> Array:
-    return array[rows, ...] if array.ndim else array  # a cotangent of all losses
-
-
-def _of_each(function: Callable[[Array], Array], rows: Rows) -> Rows:
-    """The function of each array that there is."""
-
-    def of(array: Any) -> Any:
-        return None if array is None else function(array)
-
-    return Rows(of(rows.features), Operands(*map(of, rows.operands)), of(rows.cotangent))
+        part = slice(start, min(start + length, n))
+        yield Rows(
+            features[part, ...],
+            Operands(*(None if a is None else a[part, ...] for a in operands)),
+            cotangent if cotangent is None or cotangent.ndim == 0 else cotangent[part, ...],
+        )
 
 
 # As an expression that a framework transforms, exports or differentiates. A block that is not alone may be called by
@@ -339,4 +332,4 @@ def gradients(
 def block_gradients(xp: Namespace, loss: Loss, options: Options, needed: Linear, shared: Shared, rows: Rows) -> Linear:
     """The same of one block, with the cotangent of its values."""
     totals, parts = block(xp, directly(xp), loss, options, needed, shared, Totals(), rows)
-    return rounded(xp, Linear(parts.features, *totals), Linear(rows.features, *shared[:2]))
+    return rounded(xp, _of_inputs(xp, totals, parts.features), Linear(rows.features, *shared[:2]))
