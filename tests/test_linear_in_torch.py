@@ -515,6 +515,11 @@ class Sent(TorchDispatchMode):
             self.calls.append((str(function), args[0].numel()))
         return function(*args, **kwargs or {})
 
+    def only_adds_up(self, features):
+        """Whether nothing but a process' own part of the features went anywhere without being added up."""
+        whole = [numbers for kind, numbers in self.calls if "reduce" not in kind and "_wrap_tensor" not in kind]
+        return set(whole) <= {features.to_local().numel()}
+
 
 def spread_over_processes(rank):
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -541,6 +546,7 @@ def spread_over_processes(rank):
                 value = both(one)[0](*given)
                 aligned = spread_cotangent.redistribute(placements=value.placements) if value.ndim else spread_cotangent
                 gradients = grad(value, given, aligned)
+            assert sent.only_adds_up(given[0]), sent.calls
             if places[1] == by_row:  # what has a number for each example, or the features
                 assert all(numbers <= 50 * 3 for _, numbers in sent.calls), sent.calls
             else:  # the gradient of a weight that all have, as DistributedDataParallel sends it
@@ -603,6 +609,7 @@ def spread_over_a_grid(rank):
                 # A number for each example, the features, or the gradient of a process' own part of the weight.
                 bound = 2 * classes if of_layer == (whole, whole) else max(3 * n, classes)
                 assert all(numbers <= bound for _, numbers in sent.calls), sent.calls
+                assert sent.only_adds_up(spread[0]), sent.calls
                 right, got = found
                 close([array.full_tensor() for array in got], list(right))
                 assert [array.placements for array in got[1:]] == [array.placements for array in spread]
