@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import formulas
-from ..backend import Array, Backend
+from ..backend import Array, Backend, dtypes_of
 from ..formulas import Linear, Loss, Namespace, Operands, Options
 from ..namespace import Extended, Finite
 from . import blocks
@@ -180,8 +180,8 @@ class NumpyBackend(Backend):
     def keeps_axis(self, x: Array) -> bool:
         return True
 
-    def cache_key(self, x: Array, operand: Any) -> Any:
-        return (x.dtype, operand.dtype) if type(x) is type(operand) is np.ndarray else None
+    def cache_key(self, x: Array, operands: tuple[Any, ...]) -> Any:
+        return dtypes_of(np.ndarray, (x, *operands))
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from .. import formulas
-from ..backend import Array, Backend
+from ..backend import Array, Backend, dtypes_of
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
 from ..sparse import Padded
 from . import tensorflow_linear, tensorflow_sparse
@@ -251,10 +251,8 @@ class TensorflowBackend(Backend):
         operands = Operands(targets, values, weight, full(pos_weight), each(sample_weight), full(where))
         return tf.reshape(x, two), operands, restore, finish
 
-    def cache_key(self, x: Array, operand: Any) -> Any:
-        if type(x) is not EAGER or type(operand) is not EAGER:
-            return None
-        return x.dtype, operand.dtype
+    def cache_key(self, x: Array, operands: tuple[Any, ...]) -> Any:
+        return dtypes_of(EAGER, (x, *operands))
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype.name)
@@ -305,6 +303,8 @@ class TensorflowBackend(Backend):
             return super().closed_form(formula, loss, options, x, _fitted(loss, options, x, operands))
 
     def linear_inputs(self, inputs: Linear) -> Linear:
+        if dtypes_of(EAGER, inputs) is not None:
+            return inputs
         return Linear(*(None if array is None else tf.convert_to_tensor(array) for array in inputs))
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from .torch_internals import internals
 from .torch_linear import LOSSES, LinearLoss, aligned, at_once, in_expression, operator, recomputing, space_of
 from .torch_modes import (
     ORDINARY,
+    TIMES,
     as_autocast,
     goes_to_aot_autograd,
     is_only_compiled,
@@ -30,12 +30,14 @@ from .torch_modes import (
     is_sharded,
     is_transformed,
     layer_as_autocast,
+    needs_gradient,
     rows_of_blocks,
     without_autocast,
 )
 from .torch_namespaces import differentiable, eager, finite, replicated, sharded_like, standard, traced
 from .torch_replay import replayed
 from .torch_sparse import is_sparse, of_tensor
+from .torch_threads import each
 
 
 def _empty(shape: tuple[int, ...], like: Array) -> Array:
@@ -53,44 +55,12 @@ def _are_labels(z: Array) -> bool:
     return least.item() == 0 == most.item()
 
 
-@functools.cache
-def _threads(count: int) -> blocks.Helpers | None:
-    """Threads in which every operation of torch is computed by that thread alone; None where torch cannot do so."""
-    if count == 1 or "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        return None
-
-    def start() -> None:
-        torch.get_num_threads()  # the first call in a thread sets its number
-        torch.set_num_threads(1)
-
-    try:
-        return blocks.Helpers(count, start)
-    finally:
-        torch.set_num_threads(count)  # again: threads that start later begin with the number that was set last
-
-
-if hasattr(os, "register_at_fork"):  # threads are not forked
-    os.register_at_fork(after_in_child=_threads.cache_clear)
-
-
-def _each(function: Any, rows: list[Any]) -> Any:
-    """A block on each thread, which takes the next when it is done.
-
-    In torch's own loops all threads share each operation, and wait for one whose core is busy with something else.
-    """
-    pool = _threads(torch.get_num_threads()) if internals.is_unwatched() else None
-    if pool is None:
-        return map(function, rows)
-    mode = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()  # each thread has its own
-    return pool.each(mode(function), rows, with_caller=False)
-
-
 blockwise = blocks.Blockwise(
     eager,
     finite,
     _empty,
     torch.Tensor.is_contiguous,
-    _each,
+    each,
     lambda x: bool(torch.isfinite(x).all()) if x.ndim else math.isfinite(x.item()),
     torch.mul,
     large=1 << 21,
@@ -213,7 +183,7 @@ def _in_blocks(
     if is_sharded(inputs.features):
         return in_expression(loss, options, inputs, operands, needed, cotangent)
     features, weight, _ = inputs
-    rows, size = rows_of_blocks(inputs), features.shape[0] * max(features.shape[1], weight.shape[0])
+    rows, size = formulas.rows_of_blocks(inputs, TIMES), features.shape[0] * max(features.shape[1], weight.shape[0])
     if rows is None and cotangent is None and size < blockwise.large and _on_cpu(features):
         (value, found), _ = blocks.run(blockwise, at_once(needed), loss, options, features, operands, *inputs[1:])
         return value, Linear(*found)
@@ -224,7 +194,7 @@ def _linear_in_graph(name: str, options: tuple[Any, ...], needed: tuple[bool, ..
     """As `_in_graph`, of the last linear layer's inputs: the loss, or with those needed a list of it and gradients."""
     loss, given, inputs, operands = LOSSES[name], Options(*options), Linear(*arrays[:3]), Operands(*arrays[3:])
     closed = _linear_operator
-    if needed is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs):
+    if needed is None and needs_gradient(inputs):
         return LinearLoss.apply((closed, loss, given, operands), *inputs)
     value, found = closed(loss, given, inputs, operands, NOTHING if needed is None else Linear(*needed))
     return value if needed is None else [value, *(array for array in found if array is not None)]
@@ -232,7 +202,7 @@ def _linear_in_graph(name: str, options: tuple[Any, ...], needed: tuple[bool, ..
 
 def _on_cpu(x: Array) -> bool:
     """Whether blocks are faster, and reading a value does not wait for a device. (A DTensor may be on a CPU, too.)"""
-    return x.device.type == "cpu" and not is_sharded(x)
+    return x.is_cpu and not is_sharded(x)
 
 
 def _space(x: Array, autodiff: bool = False) -> Namespace:
@@ -274,12 +244,15 @@ class TorchBackend(Backend):
     def keeps_axis(self, x: Array) -> bool:
         return type(x) in ORDINARY
 
-    def cache_key(self, x: Array, operand: Any) -> Any:
-        if torch.compiler.is_compiling() or not (type(x) in ORDINARY and type(operand) is torch.Tensor):
+    def cache_key(self, x: Array, operands: tuple[Any, ...]) -> Any:
+        if type(x) not in ORDINARY or torch.compiler.is_compiling() or internals.is_tracing():
             return None
-        if x.is_nested or operand.is_nested or internals.is_tracing() or x.device != operand.device:
-            return None
-        return x.dtype, operand.dtype, x.layout, operand.layout
+        device, found = x.device, []
+        for array in (x, *operands):
+            if array is not None and (type(array) not in ORDINARY or array.is_nested or array.device != device):
+                return None
+            found.append(None if array is None else (array.dtype, array.layout))
+        return tuple(found)
 
     def dtype(self, x: Array) -> str:
         return str(x.dtype).removeprefix("torch.")
@@ -348,7 +321,7 @@ class TorchBackend(Backend):
                 xp, rows = space_of(inputs, autodiff=True), rows_of_blocks(inputs)
                 call = functools.partial(formulas.value, xp), loss, options, inputs, operands
                 return formulas.expression(xp, *call, rows, recomputing(loss, options))
-            if torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in inputs):
+            if needs_gradient(inputs):
                 return LinearLoss.apply((_in_blocks, loss, options, operands), *inputs)
             return self.linear_closed_form(loss, options, inputs, operands, NOTHING)[0]
 

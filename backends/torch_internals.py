@@ -37,6 +37,7 @@ class Internals:
         self._function_modes = find("_C._len_torch_function_stack") or _yes
         self._function_mode_stack = find("overrides._get_current_function_mode_stack")
         self._device_context = find("utils._device.DeviceContext")
+        self.is_any_autocast = find("_C._is_any_autocast_enabled") or _yes
         self.is_tracing = find("_C._is_tracing") or torch.jit.is_tracing
         self._find = find
 

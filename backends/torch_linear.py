@@ -62,7 +62,7 @@ class LinearLoss(torch.autograd.Function):
 
 def _scaled(found: Linear, cotangent: Array) -> Linear:
     """`formulas.scaled` of each, in place: the weight's gradient may be most of the memory."""
-    is_number = type(cotangent) is torch.Tensor and cotangent.device.type == "cpu"
+    is_number = type(cotangent) is torch.Tensor and cotangent.is_cpu
     scale = cotangent.item() if is_number else cotangent
     if is_number and scale == 1:
         return found

@@ -15,6 +15,10 @@ from .torch_internals import internals
 
 ORDINARY = (torch.Tensor, torch.nn.Parameter)  # and no subclass
 
+# A block's logits, times formulas/linear.py's own: 64 MiB in float32. From 32 MiB up, glibc gives memory back at once.
+# What is smaller it keeps, in pieces that nothing fits into.
+TIMES = 2
+
 
 def is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
     """Whether these are ordinary tensors in eager mode, and only the logits may need a gradient."""
@@ -30,8 +34,16 @@ def is_ordinary(x: Array, operands: tuple[Any, ...]) -> bool:
 
 def is_ordinary_layer(inputs: Linear, operands: Operands) -> bool:
     """The same of the last linear layer's inputs, each of which may need a gradient."""
-    layer = (a is None or type(a) in ORDINARY or is_sharded(a) for a in inputs)
-    return is_ordinary(inputs.features, operands) and all(layer)
+    for array in inputs:
+        if array is not None and not (type(array) in ORDINARY or is_sharded(array)):
+            return False
+    return is_ordinary(inputs.features, operands)
+
+
+def needs_gradient(inputs: Linear) -> bool:
+    features, weight, bias = inputs
+    some = features.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return some and torch.is_grad_enabled()
 
 
 def rows_of_blocks(inputs: Linear) -> int | None:
@@ -41,8 +53,7 @@ def rows_of_blocks(inputs: Linear) -> int | None:
     """
     if torch.compiler.is_dynamo_compiling() or is_sharded(inputs.features):
         return None
-    # From 32 MiB up, glibc gives memory back at once. What is smaller it keeps, in pieces that nothing fits into.
-    return formulas.rows_of_blocks(inputs, times=2)
+    return formulas.rows_of_blocks(inputs, TIMES)
 
 
 def is_only_compiled_layer(inputs: Linear, operands: Operands) -> bool:
@@ -99,5 +110,7 @@ def without_autocast(x: Array) -> Any:
 
 
 def is_autocast(x: Array) -> bool:
+    if not (torch.compiler.is_compiling() or internals.is_any_autocast()):  # a device's name takes longer
+        return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not: "meta"

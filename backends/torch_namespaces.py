@@ -96,7 +96,7 @@ class _Eager(Extended):
         return torch.sum(x) if axis is None else torch.sum(x, axis, keepdims)
 
     def zeros_like(self, x: Array) -> Array:
-        if x.device.type != "cpu" or x.numel() < 1 << 19:
+        if not x.is_cpu or x.numel() < 1 << 19:
             return torch.zeros_like(x)
         return torch.from_numpy(np.zeros(x.shape, str(x.dtype).removeprefix("torch.")))  # zero without being written
 

@@ -105,7 +105,9 @@ def test_the_tests_of_a_module_have_its_name():
     for name in names:
         folder, _, file = name.rpartition("/")
         test = TESTED_IN.get(file, file) if folder == "backends" else folder or name
-        shared = {"namespaces": "namespace", "loops": "linear"} | {name: name for name in ("linear", "sparse")}
+        shared = {"namespaces": "namespace", "loops": "linear", "threads": "blocks"} | {
+            name: name for name in ("linear", "sparse")
+        }
         test = shared.get(test.rpartition("_")[2], test)
         assert test == "backends" or (ROOT / "tests" / f"test_{test}.py").exists(), name
 

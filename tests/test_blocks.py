@@ -366,7 +366,7 @@ def test_threads_of_torch(small, request, monkeypatch):
     """One for each block change no number, nor how many threads torch has, here or in a thread that starts later."""
     asked_for("torch", request)
     import torch
-    from unilabel.backends import torch as torch_backend
+    from unilabel.backends import torch_threads
 
     before = torch.get_num_threads()
     try:
@@ -377,7 +377,7 @@ def test_threads_of_torch(small, request, monkeypatch):
         thread.start()
         thread.join()
         assert [torch.get_num_threads(), *later] == [2, 2]
-        monkeypatch.setattr(torch_backend, "_threads", lambda count: None)
+        monkeypatch.setattr(torch_threads, "_threads", lambda count: None)
         for a, b in zip(found, blocks_of_torch(torch), strict=True):
             assert torch.equal(a, b)
     finally:

@@ -1,8 +1,10 @@
 """A call in canonical form: operands of every kind, the class axis in any place, and the cache of checked calls."""
 
+import functools
+
 import numpy as np
 import pytest
-from shared import LOGITS, TARGETS, close
+from shared import LOGITS, TARGETS, asked_for, close
 
 import unilabel as ul
 
@@ -108,3 +110,36 @@ def test_a_call_like_one_that_was_right(framework):
         ul.softmax_nll(x, framework.integers([0, 3]), axis=1, validate=True)
     with pytest.raises(TypeError):
         ul.softmax_nll(framework.integers(np.zeros((2, 3))), y, axis=1)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_checked_once(framework, monkeypatch, shape):
+    """Features and logits with any number of axes, and what they are beside: the checks are not even called again."""
+    logits, targets = framework.array(np.zeros(shape)), framework.integers(np.zeros(shape[:-1]), "int64")
+    weight, bias = framework.array(np.zeros((5, 4))), framework.array(np.zeros(5))
+    calls = [
+        lambda: ul.softmax_nll(logits, targets, weight=framework.array(np.ones(4))),
+        lambda: ul.linear_softmax_nll(logits, weight, targets, linear_bias=bias),
+        lambda: ul.linear_multilabel_logistic_loss(logits, weight, framework.array(np.zeros((*shape[:-1], 5)))),
+    ]
+    expected = [framework.numpy(call()) for call in calls]
+    seen, operand = [], ul.checks.operand
+    monkeypatch.setattr(ul.checks, "operand", lambda *call: seen.append(call) or operand(*call))
+    assert [framework.numpy(call()) for call in calls] == expected
+    assert bool(seen) == (framework.name in ("jax", "array_api_strict"))  # those know no cache
+
+
+def test_parameters_are_checked_once(request, monkeypatch):
+    """PyTorch's, which are the weights of every model."""
+    asked_for("torch", request)
+    import torch
+    from unilabel.layers.torch import LinearSoftmaxNLL, SoftmaxNLL
+
+    y = torch.tensor([0, 2])
+    calls = [
+        functools.partial(LinearSoftmaxNLL(4, 3, weight=torch.nn.Parameter(torch.ones(3))), torch.ones(2, 4), y),
+        functools.partial(SoftmaxNLL(weight=torch.ones(3)), torch.nn.Parameter(torch.ones(2, 3)), y),
+    ]
+    expected = [call() for call in calls]
+    monkeypatch.setattr(ul.checks, "operand", lambda *_: pytest.fail("checked again"))
+    assert [call() for call in calls] == expected

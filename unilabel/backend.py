@@ -72,8 +72,8 @@ class Backend:
         """Whether the formulas are fast, and right, with the class axis of x in its place; if not, it is moved last."""
         return False
 
-    def cache_key(self, x: Array, operand: Any) -> Any:
-        """A hashable key of the logits and an operand on one device, or None.
+    def cache_key(self, x: Array, operands: tuple[Any, ...]) -> Any:
+        """A hashable key of the logits and operands (None: not given) on one device, or None.
 
         Calls with equal keys, shapes and options need the same checks, so that only the first is checked. None: check
         each time.
@@ -158,6 +158,16 @@ class Backend:
         raise TypeError(f"{self.name} has no autodiff: use unilabel.value_and_grad.")
 
 
+def dtypes_of(kind: Any, arrays: tuple[Any, ...]) -> Any:
+    """The arrays' dtypes (None: not given), None if one is not of just this class: for `Backend.cache_key`."""
+    found = []
+    for array in arrays:
+        if array is not None and type(array) is not kind:
+            return None
+        found.append(None if array is None else array.dtype)
+    return tuple(found)
+
+
 @functools.cache
 def _extended(library: Any) -> Namespace:
     return Extended(library)
@@ -179,10 +189,8 @@ def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
             f"Received: {type(logits).__name__}{exchanged}."
         )
     for other in others:
-        if other is None or is_plain_data(other):
-            continue
-        found = _of_type(type(other))
-        if found is not backend and (found is None or found.name != "numpy"):
+        found = backend if other is None or type(other) is type(logits) else _of_type(type(other))
+        if found is not backend and not is_plain_data(other) and (found is None or found.name != "numpy"):
             exchanged = EXCHANGED if found and backend.name == "numpy" and other is others[0] else ""
             raise TypeError(
                 f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the {label}. Received: "

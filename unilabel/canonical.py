@@ -99,13 +99,10 @@ def _key(backend: Backend, loss: Loss, logits: Array, operands: tuple[Any, ...],
     kinds = tuple(map(type, given))  # 1 == 1.0 == True: the key needs the types
     if not _HASHABLE.issuperset(kinds):
         return None
-    arrays: list[Any] = []
-    for array in operands:
-        key = None if array is None else backend.cache_key(logits, array)
-        if key is None and array is not None:
-            return None
-        arrays.append(None if array is None else (key, array.shape))
-    return loss.name, given, kinds, logits.shape, *arrays
+    key = backend.cache_key(logits, operands)
+    if key is None:
+        return None
+    return loss.name, given, kinds, key, logits.shape, *[None if array is None else array.shape for array in operands]
 
 
 def _canonical(backend: Backend, loss: Loss, logits: Array, operands: Operands, given: Given) -> Canonical:
@@ -237,12 +234,23 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
     operands, given = _apart(loss, operands, given)
     backend = backend_of(inputs.features, *operands, *inputs[1:], label="features")
     key = _key(backend, loss, inputs.features, (*operands, *inputs[1:]), given)
-    found = None if key is None else _checked.get(key)
-    if found is not None and backend.linear_inputs(inputs) is inputs:
-        return CanonicalLinear(backend, loss, found, inputs, operands)
+    options = None if key is None else _checked.get(key)
+    if options is None or backend.linear_inputs(inputs) is not inputs:
+        arrays = (*operands, *inputs)
+        options, inputs, operands = _checked_layer(backend, loss, inputs, operands, given)
+        if _are_same((*operands, *inputs), arrays):
+            _keep(key, options)
+    if len(inputs.features.shape) == 2:
+        return CanonicalLinear(backend, loss, options, inputs, operands)
+    return _in_rows(backend, loss, options, inputs, operands)
+
+
+def _checked_layer(
+    backend: Backend, loss: Loss, inputs: Linear, operands: Operands, given: Given
+) -> tuple[Options, Linear, Operands]:
+    """Options, and arrays of the features' framework."""
     if operands.targets is None:
         fail(TypeError, "targets", "an array", "None")
-    arrays = (*operands, *inputs)
     inputs, name = checks.linear_inputs(backend, inputs)
     features, weight, _ = inputs
     shape: Shape = (*features.shape[:-1], weight.shape[0])
@@ -251,13 +259,14 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
     if given.validate:
         checks.target_values(backend, loss, shape, name, operands, options, (-1,), dtype)
         checks.linear_values(backend, inputs)
-    if len(shape) == 2:
-        if _are_same((*operands, *inputs), arrays):
-            _keep(key, options)
-        return CanonicalLinear(backend, loss, options, inputs, operands)
+    return options, inputs, operands
 
+
+def _in_rows(backend: Backend, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> CanonicalLinear:
+    """The call with its examples along one axis."""
+    features, weight, _ = inputs
     xp = backend.namespace(features)
-    batch = tuple(xp.extent(features, i) for i in range(len(shape) - 1))
+    batch = tuple(xp.extent(features, i) for i in range(len(features.shape) - 1))
     whole, own = (*batch, xp.extent(weight, 0)), (*batch, xp.extent(features, -1))
 
     def rows(array: Array) -> Array:
@@ -290,7 +299,7 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
 
     inputs = inputs._replace(features=rows(features))
     return CanonicalLinear(
-        backend, loss, options, inputs, operands, restore, finish if given.reduction == "none" else as_it_is
+        backend, loss, options, inputs, operands, restore, finish if options.reduction == "none" else as_it_is
     )
 
 

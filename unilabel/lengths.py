@@ -23,7 +23,7 @@ def same(a: Sequence[Length], b: Sequence[Length]) -> bool:
 
 def are_known(*lengths: Length) -> bool:
     """Whether these are plain numbers. Not for what a compiler traces, which would close an open length."""
-    return all(type(n) is int for n in lengths)
+    return {int}.issuperset(map(type, lengths))
 
 
 def product(lengths: Iterable[Length]) -> Length:
