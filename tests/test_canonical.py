@@ -133,6 +133,7 @@ def test_parameters_are_checked_once(request, monkeypatch):
     """PyTorch's, which are the weights of every model."""
     asked_for("torch", request)
     import torch
+
     from unilabel.layers.torch import LinearSoftmaxNLL, SoftmaxNLL
 
     y = torch.tensor([0, 2])
