@@ -184,6 +184,8 @@ def _linear(
     loss: Loss, options: Options, length: int | None, needed: Linear, inputs: Linear, operands: Operands
 ) -> tuple[Array, Linear]:
     """The reduced loss, and its gradients in the compute dtype, in closed form."""
+    if length is None:
+        return formulas.in_blocks(standard, formulas.directly(standard), None, loss, options, inputs, operands, needed)
     rows, shared = formulas.cut(standard, options, inputs, operands)
     weight = shared.linear_weight
     of_weight = jnp.zeros_like(weight) if needed.linear_weight else None
