@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import formulas
+from .. import formulas, lengths
 from ..backend import Array, Backend
 from ..compilers import constant_in_dynamo
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
@@ -23,6 +23,7 @@ from .torch_modes import (
     TIMES,
     as_autocast,
     goes_to_aot_autograd,
+    is_autocast,
     is_only_compiled,
     is_only_compiled_layer,
     is_ordinary,
@@ -152,9 +153,13 @@ def _in_graph(name: str, options: tuple[Any, ...], x: Array, *operands: Any) -> 
     What Dynamo looks into, it guards, and each call checks every guard.
     """
     loss = next(loss for loss in FORMULAS.values() if loss.name == name)
+    return _traced_loss(loss, Options(*options), x, Operands(*operands))
+
+
+def _traced_loss(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _TracedLoss.apply(loss, Options(*options), x, *operands)
-    return formulas.value(traced, loss, Options(*options), x, Operands(*operands))
+        return _TracedLoss.apply(loss, options, x, *operands)
+    return formulas.value(traced, loss, options, x, operands)
 
 
 def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Any, Namespace]:
@@ -190,14 +195,28 @@ def _in_blocks(
     return formulas.in_blocks(eager, _in_block, rows, loss, options, inputs, operands, needed, cotangent)
 
 
-def _linear_in_graph(name: str, options: tuple[Any, ...], needed: tuple[bool, ...] | None, *arrays: Any) -> Any:
-    """As `_in_graph`, of the last linear layer's inputs: the loss, or with those needed a list of it and gradients."""
+def _linear_in_graph(
+    name: str, options: tuple[Any, ...], needed: tuple[bool, ...] | None, is_traced: bool, *arrays: Any
+) -> Any:
+    """As `_in_graph`, of the last linear layer's inputs: the loss, or with those needed a list of it and gradients.
+
+    Unless `is_traced` and the logits are few, compilers see one operator.
+    """
     loss, given, inputs, operands = LOSSES[name], Options(*options), Linear(*arrays[:3]), Operands(*arrays[3:])
     closed = _linear_operator
+    if is_traced and _are_few(inputs):
+        return formulas.expression(traced, _traced_loss, loss, given, inputs, operands)
     if needed is None and needs_gradient(inputs):
         return LinearLoss.apply((closed, loss, given, operands), *inputs)
     value, found = closed(loss, given, inputs, operands, NOTHING if needed is None else Linear(*needed))
     return value if needed is None else [value, *(array for array in found if array is not None)]
+
+
+def _are_few(inputs: Linear) -> bool:
+    """Whether the logits are no more than a compiler may have at once, and their number is not open."""
+    n, classes = inputs.features.shape[0], inputs.linear_weight.shape[0]
+    known = lengths.are_known(n, classes) and formulas.rows_of_blocks(inputs, TIMES) is None
+    return known and n * classes < blockwise.large
 
 
 def _on_cpu(x: Array) -> bool:
@@ -314,9 +333,12 @@ class TorchBackend(Backend):
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
         compiling = torch.compiler.is_compiling()
+        if compiling and is_only_compiled_layer(inputs, operands):
+            # Under autocast a compiler would round the products of the backward pass.
+            is_traced = goes_to_aot_autograd() and not is_autocast(inputs.features)
+            with without_autocast(inputs.features):
+                return _linear_in_graph(loss.name, tuple(options), None, is_traced, *inputs, *operands)
         with without_autocast(inputs.features):
-            if compiling and is_only_compiled_layer(inputs, operands):
-                return _linear_in_graph(loss.name, tuple(options), None, *inputs, *operands)
             if compiling or not is_ordinary_layer(inputs, operands):
                 xp, rows = space_of(inputs, autodiff=True), rows_of_blocks(inputs)
                 call = functools.partial(formulas.value, xp), loss, options, inputs, operands
@@ -331,7 +353,7 @@ class TorchBackend(Backend):
         compiling = torch.compiler.is_compiling()
         with torch.no_grad(), without_autocast(inputs.features):
             if compiling and is_only_compiled_layer(inputs, operands):
-                value, *some = _linear_in_graph(loss.name, tuple(options), tuple(needed), *inputs, *operands)
+                value, *some = _linear_in_graph(loss.name, tuple(options), tuple(needed), False, *inputs, *operands)
                 left = iter(some)
                 found = Linear(*(next(left) if need else None for need in needed))
             else:

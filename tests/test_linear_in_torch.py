@@ -13,7 +13,9 @@ import pytest
 import torch
 from capabilities import samples
 from crossed import LINEAR, OF_LINEAR
+from functorch.compile import make_boxed_func
 from test_in_torch import in_processes
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad, grad
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -294,6 +296,31 @@ def longer(sample):
 @pytest.mark.parametrize("sample", LINEAR, indirect=True)
 def test_compile(sample):
     check_lengths(torch.compile(of_arrays(sample)[0], fullgraph=True, dynamic=False), sample)
+
+
+@pytest.mark.capability("torch", "compile, few logits, which are there at once (aot_eager)", **OF_LINEAR)
+def test_compile_few_logits(sample, monkeypatch):
+    """The compiler sees all of a loss whose lengths are known, and one operator once they are open."""
+    monkeypatch.setattr(FORMULAS, "BLOCK", 1 << 23)
+    seen = []
+
+    def look(graph, inputs):
+        seen.append(any("unilabel" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    def aot_and_look(graph, inputs):
+        return aot_autograd(fw_compiler=look)(graph, inputs)
+
+    compiled = torch.compile(of_arrays(sample)[0], backend=aot_and_look, fullgraph=True)
+    check_lengths(compiled, sample)
+    assert seen
+    assert not any(seen)
+    seen.clear()
+    inputs, *others = of_arrays(longer(sample))[1]
+    cotangent = torch.tensor(longer(sample).cotangent)
+    found = value_and_gradients(lambda *inputs: compiled(inputs, *others), inputs, cotangent)
+    close(found, value_and_gradients(both(longer(sample))[1], inputs, cotangent))
+    assert any(seen)
 
 
 @pytest.mark.capability("torch", "compile(dynamic=True), any length (inductor)", **OF_LINEAR)
