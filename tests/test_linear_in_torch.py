@@ -323,6 +323,27 @@ def test_compile_few_logits(sample, monkeypatch):
     assert any(seen)
 
 
+@pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])
+def test_compile_few_logits_within(loss, monkeypatch):
+    """Second derivatives, with a compiler that does not differentiate, and all digits of products under autocast."""
+    monkeypatch.setattr(FORMULAS, "BLOCK", 1 << 23)
+    rng = torch.Generator().manual_seed(20261127)
+    inputs = [torch.randn(shape, generator=rng).requires_grad_() for shape in ((5, 3), (4, 3), (4,))]
+    targets = torch.tensor([0, 3, 1, 1, 2]) if loss is ul.linear_softmax_nll else torch.eye(5, 4)
+
+    def function(*inputs):
+        return loss(*inputs[:2], targets, linear_bias=inputs[2])
+
+    def second(function):
+        return grad(sum(g.square().sum() for g in grad(function(*inputs), inputs, create_graph=True)), inputs)
+
+    close(second(torch.compile(function, backend="eager", fullgraph=True)), second(function), rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = function(*inputs), torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs)
+    close(values[1], values[0], rtol=1e-6)
+    close(grad(values[1], inputs), grad(values[0], inputs), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.capability("torch", "compile(dynamic=True), any length (inductor)", **OF_LINEAR)
 def test_compile_dynamic(sample):
     check_lengths(torch.compile(of_arrays(sample)[0], fullgraph=True, dynamic=True), sample, longer(sample))
