@@ -51,7 +51,7 @@ class _Standard(Extended):
     def add_sum(self, total: Array | None, x: Array, features: Array) -> Array:
         if total is not None:  # in a loop, where XLA would hold one block more than with a product
             return super().add_sum(total, x, features)
-        return jnp.sum(x, axis=0)[:, None]
+        return self.sum(x, axis=0)[:, None]
 
     def as_index(self, targets: Array, like: Array) -> Array:
         return targets.astype(jax.dtypes.canonicalize_dtype(np.int64))

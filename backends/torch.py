@@ -23,7 +23,6 @@ from .torch_modes import (
     TIMES,
     as_autocast,
     goes_to_aot_autograd,
-    is_autocast,
     is_only_compiled,
     is_only_compiled_layer,
     is_ordinary,
@@ -153,13 +152,9 @@ def _in_graph(name: str, options: tuple[Any, ...], x: Array, *operands: Any) -> 
     What Dynamo looks into, it guards, and each call checks every guard.
     """
     loss = next(loss for loss in FORMULAS.values() if loss.name == name)
-    return _traced_loss(loss, Options(*options), x, Operands(*operands))
-
-
-def _traced_loss(loss: Loss, options: Options, x: Array, operands: Operands) -> Array:
     if torch.is_grad_enabled() and x.requires_grad:
-        return _TracedLoss.apply(loss, options, x, *operands)
-    return formulas.value(traced, loss, options, x, operands)
+        return _TracedLoss.apply(loss, Options(*options), x, *operands)
+    return formulas.value(traced, loss, Options(*options), x, Operands(*operands))
 
 
 def _run(formula: Any, loss: Loss, options: Options, x: Array, operands: Operands) -> tuple[Any, Namespace]:
@@ -195,17 +190,24 @@ def _in_blocks(
     return formulas.in_blocks(eager, _in_block, rows, loss, options, inputs, operands, needed, cotangent)
 
 
+def _traced_at_once(
+    loss: Loss, options: Options, inputs: Linear, operands: Operands, needed: Linear, cotangent: Array | None = None
+) -> tuple[Array | None, Linear]:
+    """As `_in_blocks`, for compilers, which see all of it."""
+    with without_autocast(inputs.features):  # of the whole program, in which they trace the backward pass
+        call = loss, options, inputs, operands, needed, cotangent
+        return formulas.in_blocks(traced, formulas.directly(traced), None, *call)
+
+
 def _linear_in_graph(
-    name: str, options: tuple[Any, ...], needed: tuple[bool, ...] | None, is_traced: bool, *arrays: Any
+    name: str, options: tuple[Any, ...], needed: tuple[bool, ...] | None, may_trace: bool, *arrays: Any
 ) -> Any:
     """As `_in_graph`, of the last linear layer's inputs: the loss, or with those needed a list of it and gradients.
 
-    Unless `is_traced` and the logits are few, compilers see one operator.
+    Compilers see an operator; if they may trace, all of a loss of few logits.
     """
     loss, given, inputs, operands = LOSSES[name], Options(*options), Linear(*arrays[:3]), Operands(*arrays[3:])
-    closed = _linear_operator
-    if is_traced and _are_few(inputs):
-        return formulas.expression(traced, _traced_loss, loss, given, inputs, operands)
+    closed = _traced_at_once if may_trace and _are_few(inputs) else _linear_operator
     if needed is None and needs_gradient(inputs):
         return LinearLoss.apply((closed, loss, given, operands), *inputs)
     value, found = closed(loss, given, inputs, operands, NOTHING if needed is None else Linear(*needed))
@@ -213,10 +215,9 @@ def _linear_in_graph(
 
 
 def _are_few(inputs: Linear) -> bool:
-    """Whether the logits are no more than a compiler may have at once, and their number is not open."""
+    """Whether no length of the logits is open, and a compiler may have all of them in memory."""
     n, classes = inputs.features.shape[0], inputs.linear_weight.shape[0]
-    known = lengths.are_known(n, classes) and formulas.rows_of_blocks(inputs, TIMES) is None
-    return known and n * classes < blockwise.large
+    return lengths.are_known(n, classes) and n * classes < blockwise.large
 
 
 def _on_cpu(x: Array) -> bool:
@@ -264,7 +265,8 @@ class TorchBackend(Backend):
         return type(x) in ORDINARY
 
     def cache_key(self, x: Array, operands: tuple[Any, ...]) -> Any:
-        if type(x) not in ORDINARY or torch.compiler.is_compiling() or internals.is_tracing():
+        is_traced = torch.compiler.is_compiling() or internals.is_tracing() or not internals.is_unwatched()
+        if is_traced or type(x) not in ORDINARY:
             return None
         device, found = x.device, []
         for array in (x, *operands):
@@ -333,12 +335,10 @@ class TorchBackend(Backend):
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
         compiling = torch.compiler.is_compiling()
-        if compiling and is_only_compiled_layer(inputs, operands):
-            # Under autocast a compiler would round the products of the backward pass.
-            is_traced = goes_to_aot_autograd() and not is_autocast(inputs.features)
-            with without_autocast(inputs.features):
-                return _linear_in_graph(loss.name, tuple(options), None, is_traced, *inputs, *operands)
         with without_autocast(inputs.features):
+            if compiling and is_only_compiled_layer(inputs, operands):
+                may_trace = goes_to_aot_autograd()
+                return _linear_in_graph(loss.name, tuple(options), None, may_trace, *inputs, *operands)
             if compiling or not is_ordinary_layer(inputs, operands):
                 xp, rows = space_of(inputs, autodiff=True), rows_of_blocks(inputs)
                 call = functools.partial(formulas.value, xp), loss, options, inputs, operands
@@ -353,7 +353,8 @@ class TorchBackend(Backend):
         compiling = torch.compiler.is_compiling()
         with torch.no_grad(), without_autocast(inputs.features):
             if compiling and is_only_compiled_layer(inputs, operands):
-                value, *some = _linear_in_graph(loss.name, tuple(options), tuple(needed), False, *inputs, *operands)
+                call = loss.name, tuple(options), tuple(needed), goes_to_aot_autograd()
+                value, *some = _linear_in_graph(*call, *inputs, *operands)
                 left = iter(some)
                 found = Linear(*(next(left) if need else None for need in needed))
             else:

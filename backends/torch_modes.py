@@ -110,7 +110,7 @@ def without_autocast(x: Array) -> Any:
 
 
 def is_autocast(x: Array) -> bool:
-    if not (torch.compiler.is_compiling() or internals.is_any_autocast()):  # a device's name takes longer
+    if not (torch.compiler.is_compiling() or internals.is_any_autocast()):  # the rest takes longer; Dynamo traces it
         return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not: "meta"

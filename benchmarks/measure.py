@@ -97,7 +97,7 @@ def _batch(step: Step) -> int:
 
 def side_by_side(ours: Step, peer: Step, seconds: float) -> tuple[list[float], list[float]]:
     """Their times, taken in turn, so that what else the machine does comes to both."""
-    number = max(_batch(peer), _batch(ours))  # the same: the second of two calls in a row is faster
+    number = max(_batch(peer), _batch(ours))  # for both, as the second of two calls in a row is faster
     gc.collect()
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds

@@ -299,9 +299,8 @@ def test_compile(sample):
 
 
 @pytest.mark.capability("torch", "compile, few logits, which are there at once (aot_eager)", **OF_LINEAR)
-def test_compile_few_logits(sample, monkeypatch):
+def test_compile_few_logits(sample):
     """The compiler sees all of a loss whose lengths are known, and one operator once they are open."""
-    monkeypatch.setattr(FORMULAS, "BLOCK", 1 << 23)
     seen = []
 
     def look(graph, inputs):
@@ -324,24 +323,37 @@ def test_compile_few_logits(sample, monkeypatch):
 
 
 @pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])
-def test_compile_few_logits_within(loss, monkeypatch):
-    """Second derivatives, with a compiler that does not differentiate, and all digits of products under autocast."""
-    monkeypatch.setattr(FORMULAS, "BLOCK", 1 << 23)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_few_logits_as_in_eager_mode(loss, reduction):
+    """Autocast around the whole program, infinite cotangents, second derivatives, value_and_grad."""
     rng = torch.Generator().manual_seed(20261127)
     inputs = [torch.randn(shape, generator=rng).requires_grad_() for shape in ((5, 3), (4, 3), (4,))]
     targets = torch.tensor([0, 3, 1, 1, 2]) if loss is ul.linear_softmax_nll else torch.eye(5, 4)
 
     def function(*inputs):
-        return loss(*inputs[:2], targets, linear_bias=inputs[2])
+        return loss(*inputs[:2], targets, linear_bias=inputs[2], reduction=reduction)
+
+    def in_full(*inputs):
+        with torch.autocast("cpu", enabled=False):
+            return function(*inputs)
+
+    def form(*inputs):
+        return ul.value_and_grad(loss)(*inputs[:2], targets, linear_bias=inputs[2], reduction=reduction)
 
     def second(function):
-        return grad(sum(g.square().sum() for g in grad(function(*inputs), inputs, create_graph=True)), inputs)
+        gradients = grad(function(*inputs).sum(), inputs, create_graph=True)
+        return grad(sum((array**2).sum() for array in gradients), inputs)
 
-    close(second(torch.compile(function, backend="eager", fullgraph=True)), second(function), rtol=1e-5, atol=1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        values = function(*inputs), torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs)
-    close(values[1], values[0], rtol=1e-6)
-    close(grad(values[1], inputs), grad(values[0], inputs), rtol=1e-5, atol=1e-6)
+    near = {"rtol": 1e-5, "atol": 1e-6}
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    for run, factor in itertools.product((function, in_full), (1.0, torch.inf)):
+        with torch.autocast("cpu", torch.bfloat16):
+            values = [run(*inputs), compiled(run)(*inputs)]
+        close(*values, **near)
+        found = [grad(value, inputs, torch.full_like(value, factor)) for value in values]
+        close(*found, equal_nan=True, **near)
+    close(compiled(form)(*inputs), form(*inputs), **near)
+    close(second(torch.compile(function, backend="eager", fullgraph=True)), second(function), **near)
 
 
 @pytest.mark.capability("torch", "compile(dynamic=True), any length (inductor)", **OF_LINEAR)
@@ -444,6 +456,22 @@ def test_make_fx(sample):
 
     right = value_and_gradients(both(sample)[1], inputs_of(sample), cotangent)
     close(make_fx(run)(*inputs)(*inputs), tuple(array.detach() for array in right))
+
+
+def test_make_fx_of_gradients_of_each_example():
+    """Of symbolic lengths, which have no hash, in ordinary tensors, as `vmap` makes them."""
+    rng = torch.Generator().manual_seed(20261127)
+    features, weight = torch.randn(5, 3, generator=rng), torch.randn(4, 3, generator=rng)
+    y = torch.tensor([0, 3, 1, 1, 2])
+
+    def of_each(weight, features, y):
+        linear = grad_of_each(lambda weight, x, y: ul.linear_softmax_nll(x, weight, y))(weight, features, y)
+        return linear, grad_of_each(lambda weight, x, y: ul.softmax_nll(weight @ x, y))(weight, features, y)
+
+    def grad_of_each(function):
+        return vmap(torch.func.grad(function), (None, 0, 0))
+
+    close(*make_fx(of_each, tracing_mode="symbolic")(weight, features, y)(weight, features, y), rtol=1e-5, atol=1e-6)
 
 
 # --- Modes and subclasses ---------------------------------------------------------------------------------------------

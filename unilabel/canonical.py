@@ -236,7 +236,7 @@ def canonical_linear(loss: Loss, inputs: Linear, operands: Operands, given: Give
     key = _key(backend, loss, inputs.features, (*operands, *inputs[1:]), given)
     options = None if key is None else _checked.get(key)
     if options is None or backend.linear_inputs(inputs) is not inputs:
-        arrays = (*operands, *inputs)
+        arrays = (*operands, *inputs)  # as given
         options, inputs, operands = _checked_layer(backend, loss, inputs, operands, given)
         if _are_same((*operands, *inputs), arrays):
             _keep(key, options)
