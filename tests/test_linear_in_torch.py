@@ -298,19 +298,24 @@ def test_compile(sample):
     check_lengths(torch.compile(of_arrays(sample)[0], fullgraph=True, dynamic=False), sample)
 
 
-@pytest.mark.capability("torch", "compile, few logits, which are there at once (aot_eager)", **OF_LINEAR)
-def test_compile_few_logits(sample):
-    """The compiler sees all of a loss whose lengths are known, and one operator once they are open."""
-    seen = []
+def looking_for_operator(seen):
+    """A backend of torch.compile that notes of each program whether the loss is one operator in it."""
 
     def look(graph, inputs):
         seen.append(any("unilabel" in str(node.target) for node in graph.graph.nodes))
         return make_boxed_func(graph)
 
-    def aot_and_look(graph, inputs):
+    def aot_and_look(graph, inputs):  # by its name the loss knows that it goes to AOTAutograd
         return aot_autograd(fw_compiler=look)(graph, inputs)
 
-    compiled = torch.compile(of_arrays(sample)[0], backend=aot_and_look, fullgraph=True)
+    return aot_and_look
+
+
+@pytest.mark.capability("torch", "compile, few logits, which are there at once (aot_eager)", **OF_LINEAR)
+def test_compile_few_logits(sample):
+    """The compiler sees all of a loss whose lengths are known, and one operator once they are open."""
+    seen = []
+    compiled = torch.compile(of_arrays(sample)[0], backend=looking_for_operator(seen), fullgraph=True)
     check_lengths(compiled, sample)
     assert seen
     assert not any(seen)
@@ -320,6 +325,23 @@ def test_compile_few_logits(sample):
     found = value_and_gradients(lambda *inputs: compiled(inputs, *others), inputs, cotangent)
     close(found, value_and_gradients(both(longer(sample))[1], inputs, cotangent))
     assert any(seen)
+
+
+@pytest.mark.parametrize(("n", "few"), [(2047, True), (2048, False)])
+def test_compile_number_of_few_logits(n, few):
+    """From 2²¹ logits on the compiler may not have them in memory."""
+    rng = torch.Generator().manual_seed(20261127)
+    inputs = [torch.randn(shape, generator=rng).requires_grad_() for shape in ((n, 2), (1024, 2))]
+    targets, seen = torch.randint(1024, (n,), generator=rng), []
+    compiled = torch.compile(ul.linear_softmax_nll, backend=looking_for_operator(seen), fullgraph=True, dynamic=False)
+    close(
+        value_and_gradients(lambda *inputs: compiled(*inputs, targets), inputs, torch.tensor(1.0)),
+        value_and_gradients(lambda *inputs: ul.linear_softmax_nll(*inputs, targets), inputs, torch.tensor(1.0)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert seen
+    assert any(seen) is not few
 
 
 @pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])

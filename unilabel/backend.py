@@ -159,7 +159,7 @@ class Backend:
 
 
 def dtypes_of(kind: Any, arrays: tuple[Any, ...]) -> Any:
-    """The arrays' dtypes (None: not given), None if one is not of just this class: for `Backend.cache_key`."""
+    """The arrays' dtypes (None: not given); None if one is not of just this class, but of another or a subclass."""
     found = []
     for array in arrays:
         if array is not None and type(array) is not kind:
