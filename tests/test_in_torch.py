@@ -923,7 +923,7 @@ def spread_over_processes(rank):
         whole(sample(x, validate=True), sample.value)
         with pytest.raises(ValueError, match=r"targets: values from 0 to 1. Received: 2.0 at \(3, 2\)"):
             sample(x, np.where(np.arange(12).reshape(4, 3) == 11, 2, 0), validate=True)
-        with pytest.raises(TypeError, match=r"targets: a plain array. Received: a DTensor, but the logits are none"):
+        with pytest.raises(TypeError, match=r"targets: a plain array. Received: a DTensor beside a plain tensor"):
             sample(torch.tensor(sample.x), spread(sample.targets, Shard(0)))
 
 

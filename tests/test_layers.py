@@ -231,6 +231,14 @@ def test_a_linear_module_beside_pytorchs_own():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("name", ["linear_weight", "linear_bias"])
+def test_a_linear_module_takes_no_parameter_that_it_would_not_use(name):
+    head = LinearSoftmaxNLL(3, 5)
+    with pytest.raises(AttributeError, match=f"set module.{name.replace('_', '.')}, not module.{name}"):
+        setattr(head, name, torch.nn.Parameter(torch.zeros(5, 3)))
+    assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
 def test_a_linear_module_holds_any_linear_layer():
     """Of its device and dtype, parametrized or not; what only its loss has is given in the call."""
     head = LinearSoftmaxNLL(3, 5, bias=False, dtype=torch.float64, device="cpu", weight=[1, 2, 3, 4, 5], validate=True)

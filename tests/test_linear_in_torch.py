@@ -3,6 +3,7 @@
 Right is what they make of the loss of all logits, in float64.
 """
 
+import copy
 import functools
 import itertools
 import sys
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import unilabel as ul
+from unilabel.layers.torch import LinearSoftmaxNLL
 
 FORMULAS = sys.modules["unilabel.formulas.linear"]
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -665,6 +667,8 @@ def spread_over_processes(rank):
     features, weight = spread(np.ones((4, 2)), whole), spread(np.ones((6, 2)), Shard(1))
     with pytest.raises(ValueError, match=r"linear_weight: placements Shard\(0\), by classes, or Replicate"):
         ul.linear_softmax_nll(features, weight, np.zeros(4, int))
+    with pytest.raises(TypeError, match=r"linear_weight: a plain array. Received: a DTensor beside a plain tensor"):
+        ul.linear_softmax_nll(features.full_tensor(), weight, np.zeros(4, int))
 
 
 @pytest.mark.capability("torch", DTENSOR, **OF_LINEAR, looped=True)
@@ -718,7 +722,7 @@ def test_dtensor_on_two_axes(tmp_path):
     in_processes(spread_over_a_grid, tmp_path, 4)
 
 
-DDP = "DistributedDataParallel"
+DDP, FSDP = "DistributedDataParallel", "fully_shard: weights in parts"
 ADDS = {"reduction": "batchmean"}
 
 
@@ -732,10 +736,10 @@ class Head(torch.nn.Module):
         return function(features, self.weight, linear_bias=self.bias)
 
 
-def each_its_examples(rank):
+def each_its_examples(row, parallel):
     """Of means over the examples those of all processes together are what one process would have."""
-    FORMULAS.BLOCK = 1
-    for sample in samples("torch", DDP, **OF_LINEAR, fixed=ADDS):
+    rank, FORMULAS.BLOCK = torch.distributed.get_rank(), 1
+    for sample in samples("torch", row, **OF_LINEAR, fixed=ADDS):
         sample = sample.of(rows=8)
         right = grad(both(sample.beside(torch.tensor))[1](*(inputs := inputs_of(sample))), inputs)
         mine = slice(4 * rank, 4 * rank + 4)
@@ -743,11 +747,53 @@ def each_its_examples(rank):
         call = functools.partial(
             sample.loss, targets=sample.as_targets(torch.tensor(sample.targets[mine])), **arrays, **sample.options
         )
-        model = torch.nn.parallel.DistributedDataParallel(Head(*sample.inputs[1:]))
+        model = parallel(Head(*sample.inputs[1:]))
         model(call, torch.tensor(sample.inputs[0][mine])).backward()
-        close([parameter.grad for parameter in model.parameters()], list(right[1:]))
+        found = [parameter.grad for parameter in model.parameters()]
+        close([a.full_tensor() if hasattr(a, "full_tensor") else a for a in found], list(right[1:]))
+
+
+def replicated(rank):
+    each_its_examples(DDP, torch.nn.parallel.DistributedDataParallel)
+
+
+def in_parts(rank):
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, parallelize_module
+
+    each_its_examples(FSDP, fully_shard)
+
+    # The layer, by either way of docs/transforms.md.
+    rng = torch.Generator().manual_seed(20261127)
+    head = LinearSoftmaxNLL(3, 7)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, generator=rng)
+    features, targets = torch.randn(4, 3, generator=rng), torch.tensor([0, 6, 2, 3])
+    right = value_and_gradients(lambda *_: head(features, targets), list(head.parameters()), torch.tensor(1.0))
+    logits = head.logits(features)
+
+    gathered, classes = copy.deepcopy(head), copy.deepcopy(head)
+    fully_shard(gathered)
+    register_fsdp_forward_method(gathered, "logits")
+    mesh, layouts = init_device_mesh("cpu", (2,)), (Replicate(), None)
+    parallelize_module(classes, mesh, {"linear": ColwiseParallel()})
+    parallelize_module(classes, mesh, PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts))
+    for model in (gathered, classes):
+        value = model(features, targets)
+        value.backward()
+        found = [value, *(parameter.grad for parameter in model.parameters())]
+        assert found[1].placements == (Shard(0),)
+        close([a.full_tensor() if hasattr(a, "full_tensor") else a for a in found], list(right), rtol=1e-5, atol=1e-6)
+    close(gathered.logits(features), logits)
+    assert classes.logits(features).shape == (4, 4 if rank == 0 else 3)
 
 
 @pytest.mark.capability("torch", DDP, **OF_LINEAR, looped=True, fixed=ADDS)
 def test_ddp(tmp_path):
-    in_processes(each_its_examples, tmp_path)
+    in_processes(replicated, tmp_path)
+
+
+@pytest.mark.capability("torch", FSDP, **OF_LINEAR, looped=True, fixed=ADDS)
+def test_fsdp(tmp_path):
+    in_processes(in_parts, tmp_path)

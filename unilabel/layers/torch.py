@@ -271,6 +271,11 @@ class _LinearModule(_Module):
         super().__init__(**options)
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("linear_weight", "linear_bias"):  # a parameter of that name would be trained by nothing
+            raise AttributeError(f"The layer is module.linear: set module.{name.replace('_', '.')}, not module.{name}.")
+        super().__setattr__(name, value)
+
     def logits(self, input: torch.Tensor) -> torch.Tensor:
         """The logits of all classes, to predict with."""
         return self.linear(input)
@@ -319,13 +324,8 @@ class LinearMultilabelLogisticLoss(_LinearModule):
         reduction: Reduction = "batchmean",
         validate: bool = False,
     ) -> None:
-        options = {
-            "weight": weight,
-            "pos_weight": pos_weight,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "validate": validate,
-        }
+        options = {"weight": weight, "pos_weight": pos_weight, "label_smoothing": label_smoothing}
+        options |= {"reduction": reduction, "validate": validate}
         super().__init__(in_features, num_classes, bias, device, dtype, **options)
 
     def forward(self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Any) -> torch.Tensor:
@@ -384,13 +384,8 @@ class LinearSoftmaxNLL(_LinearModule):
         reduction: Reduction = "mean",
         validate: bool = False,
     ) -> None:
-        options = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "reduction": reduction,
-            "validate": validate,
-        }
+        options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        options |= {"reduction": reduction, "validate": validate}
         super().__init__(in_features, num_classes, bias, device, dtype, **options)
 
     def forward(
