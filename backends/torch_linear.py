@@ -15,7 +15,7 @@ from ..checks import fail
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options, Parts, Rows, Shared, Totals
 from ..linear import LINEAR
 from .torch_internals import internals
-from .torch_modes import is_sharded, rows_of_blocks
+from .torch_modes import TIMES, is_sharded, rows_of_blocks
 from .torch_namespaces import differentiable, eager, sharded_like, standard
 
 LOSSES = {loss.name: loss for loss in LINEAR.values()}
@@ -229,11 +229,27 @@ def in_expression(
 ) -> tuple[Array | None, Linear]:
     """The loss and its gradients in the compute dtype, of tensors that torch's own blocks are not for."""
     xp, call = space_of(inputs), (loss, options, inputs, operands, needed)
-    value, found = formulas.in_blocks(xp, formulas.directly(xp), rows_of_blocks(inputs), *call, cotangent)
+    rows = _rows_of_sharded(inputs, operands) if is_sharded(inputs.features) else rows_of_blocks(inputs)
+    value, found = formulas.in_blocks(xp, formulas.directly(xp), rows, *call, cotangent)
     if is_sharded(inputs.features):  # each summed over the processes now
         pairs = zip(found, inputs, strict=True)
         found = Linear(*(None if a is None else a.redistribute(placements=b.placements) for a, b in pairs))
     return value, found
+
+
+def _rows_of_sharded(inputs: Linear, operands: Operands) -> int | None:
+    """As `rows_of_blocks`, of DTensors: on each process its part of the classes counts.
+
+    All at once where examples are sharded, too: a block of them would have to be gathered.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    features, weight, _ = inputs
+    of_examples = [array for array in (features, *formulas.by_row(operands)) if array is not None and is_sharded(array)]
+    if any(place.is_shard(0) for array in of_examples for place in array.placements):
+        return None
+    parts = [weight.device_mesh.size(axis) for axis, place in enumerate(weight.placements) if place.is_shard()]
+    return formulas.rows_of_blocks(inputs, TIMES * math.prod(parts))
 
 
 @functools.cache

@@ -605,18 +605,20 @@ DTENSOR = "DTensor: classes sharded, examples sharded, or both"
 
 
 class Sent(TorchDispatchMode):
-    """The kinds of collectives, and the numbers of elements that they took."""
+    """The kinds of collectives, and the numbers of elements that they took; and of the largest array here."""
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.largest = [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):  # that comes back with what it sends
             return NotImplemented
         if "c10d" in function.namespace and isinstance(args[0], torch.Tensor) and "wait" not in str(function):
             self.calls.append((str(function), args[0].numel()))
-        return function(*args, **kwargs or {})
+        made = function(*args, **kwargs or {})
+        self.largest = max(self.largest, made.numel() if type(made) is torch.Tensor else 0)  # a fake one is of all
+        return made
 
     def only_adds_up(self, features):
         """Whether nothing but a process' own part of the features went anywhere without being added up."""
@@ -632,7 +634,7 @@ def spread_over_processes(rank):
     def spread(array, place):
         return distribute_tensor(torch.as_tensor(array), mesh, [place])
 
-    FORMULAS.BLOCK = 1
+    FORMULAS.BLOCK = 160  # blocks of ten examples where the classes are sharded
     whole, by_row = Replicate(), Shard(0)
     every = (whole, by_row), (by_row, by_row), (by_row, whole), (Shard(1), by_row)
     for sample, twice in zip(samples("torch", DTENSOR, **OF_LINEAR), itertools.cycle(every), strict=False):
@@ -685,7 +687,7 @@ def spread_over_a_grid(rank):
 
     mesh = init_device_mesh("cpu", (2, 2))
     rng, whole, by_row = np.random.default_rng(0), Replicate(), Shard(0)
-    n, classes = 24, 60
+    n, classes, FORMULAS.BLOCK = 24, 60, 60  # eight examples where each process has a quarter of the classes
     arrays = rng.normal(size=(n, 2)), rng.normal(size=(classes, 2)), rng.normal(size=classes)
     losses = {
         ul.linear_softmax_nll: rng.integers(0, classes, n),
@@ -715,6 +717,8 @@ def spread_over_a_grid(rank):
                 bound = 2 * classes if of_layer == (whole, whole) else max(3 * n, classes)
                 assert all(numbers <= bound for _, numbers in sent.calls), sent.calls
                 assert sent.only_adds_up(spread[0]), sent.calls
+                if (of_features, loss, reduction) == ((whole, whole), ul.linear_softmax_nll, "mean"):
+                    assert sent.largest == 8 * classes / 4  # a block's logits: all are three times as many
                 right, got = found
                 close([array.full_tensor() for array in got], list(right))
                 assert [array.placements for array in got[1:]] == [array.placements for array in spread]

@@ -99,13 +99,18 @@ def most_rows(inputs: Linear, times: int = 1) -> int | None:
 
 def cut(xp: Namespace, options: Options, inputs: Linear, operands: Operands) -> tuple[Rows, Shared]:
     """What has a row for each example, and what all examples share."""
-    by_row = {
-        name: array is not None and (name in EACH or (array.ndim == 2 and array.shape[0] != 1))
-        for name, array in operands._asdict().items()
-    }
-    rows = (array if by_row[name] else None for name, array in operands._asdict().items())
-    shared = (None if by_row[name] else array for name, array in operands._asdict().items())
-    return Rows(inputs.features, Operands(*rows)), Shared(*_layer(xp, options, inputs), Operands(*shared))
+    rows = by_row(operands)
+    shared = (array if row is None else None for array, row in zip(operands, rows, strict=True))
+    return Rows(inputs.features, rows), Shared(*_layer(xp, options, inputs), Operands(*shared))
+
+
+def by_row(operands: Operands) -> Operands:
+    """Those with a row for each example; None for the others."""
+
+    def has_rows(name: str, array: Any) -> bool:
+        return name in EACH or (array is not None and array.ndim == 2 and array.shape[0] != 1)
+
+    return Operands(*(array if has_rows(name, array) else None for name, array in operands._asdict().items()))
 
 
 def _layer(xp: Namespace, options: Options, inputs: Linear) -> tuple[Array, Array | None]:
