@@ -245,8 +245,8 @@ def _rows_of_sharded(inputs: Linear, operands: Operands) -> int | None:
     if torch.compiler.is_dynamo_compiling():
         return None
     features, weight, _ = inputs
-    of_examples = [array for array in (features, *formulas.by_row(operands)) if array is not None and is_sharded(array)]
-    if any(place.is_shard(0) for array in of_examples for place in array.placements):
+    arrays: list[Any] = [features, *formulas.by_row(operands)]
+    if any(place.is_shard(0) for array in arrays for place in getattr(array, "placements", ())):
         return None
     parts = [weight.device_mesh.size(axis) for axis, place in enumerate(weight.placements) if place.is_shard()]
     return formulas.rows_of_blocks(inputs, TIMES * math.prod(parts))
