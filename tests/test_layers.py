@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from shared import pattern
+from torch.nn.utils import prune
 
 import unilabel as ul
 from unilabel.layers.torch import (
@@ -231,12 +232,65 @@ def test_a_linear_module_beside_pytorchs_own():
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-16)
 
 
-@pytest.mark.parametrize("name", ["linear_weight", "linear_bias"])
-def test_a_linear_module_takes_no_parameter_that_it_would_not_use(name):
-    head = LinearSoftmaxNLL(3, 5)
-    with pytest.raises(AttributeError, match=f"set module.{name.replace('_', '.')}, not module.{name}"):
-        setattr(head, name, torch.nn.Parameter(torch.zeros(5, 3)))
+@pytest.mark.parametrize("kind", [LinearSoftmaxNLL, LinearMultilabelLogisticLoss])
+@pytest.mark.parametrize("name", ["linear_weight", "linear_bias", "bias", "weight"])
+def test_a_linear_module_takes_no_parameter_that_it_would_not_use(kind, name):
+    """Least of all an embedding to tie as its weights of the classes, which broadcast if there are as many of all."""
+    head = kind(5, 5)
+    with pytest.raises(AttributeError, match=f"Set module.linear.{name.rpartition('_')[2]}, .*, not module.{name}."):
+        setattr(head, name, torch.nn.Parameter(torch.zeros(5, 5)))
     assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]
+    head.weight = torch.ones(5)
+    assert list(head.state_dict()) == ["weight", "linear.weight", "linear.bias"]
+
+
+class _Scaled(torch.nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def _with_forward(linear):
+    linear.forward = lambda input: torch.nn.functional.linear(input, linear.weight)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("changed", "received"),
+    [
+        (lambda linear: _Scaled(3, 5), "_Scaled with a forward"),
+        (lambda linear: torch.nn.Sequential(linear), "Sequential with a forward"),
+        (lambda linear: torch.nn.Embedding(5, 3), "Embedding with a forward"),
+        (_with_forward, "Linear with a forward"),
+        (torch.nn.utils.spectral_norm, "Linear with weight_orig, of which a hook"),
+        (lambda linear: prune.random_unstructured(linear, "weight", 2), "Linear with weight_orig, of which a hook"),
+        (lambda linear: prune.random_unstructured(linear, "bias", 2), "Linear with bias_orig, of which a hook"),
+    ],
+)
+def test_a_linear_module_reads_no_weight_that_its_layer_would_not_use(changed, received):
+    """They would be trained without what the layer does beside, and predict with it."""
+    head = LinearSoftmaxNLL(3, 5, dtype=torch.float64)
+    head.linear = changed(head.linear)
+    for run in (head, torch.compile(head, backend="eager")):
+        with pytest.raises(TypeError, match=f"module.linear: a torch.nn.Linear, .* Received: {received}"):
+            run(X, torch.tensor([0, 4]))
+    torch.compiler.reset()  # what failed once is not compiled again
+
+
+@pytest.mark.parametrize("kind", [None, "weight_norm", "spectral_norm", "orthogonal"])
+def test_a_linear_module_trains_what_its_weight_is_made_of(kind):
+    torch.manual_seed(20261127)
+    head = LinearSoftmaxNLL(3, 5, dtype=torch.float64)
+    if kind:
+        getattr(torch.nn.utils.parametrizations, kind)(head.linear)
+    head.eval()  # spectral_norm changes its vectors in each call while it trains
+    y, parameters = torch.tensor([0, 4]), list(head.parameters())
+    right = torch.nn.functional.cross_entropy(head.logits(X), y)
+    for run in (head, torch.compile(head, backend="aot_eager", fullgraph=True)):
+        value = run(X, y)
+        torch.testing.assert_close(value, right, rtol=1e-12, atol=0)
+        pairs = [torch.autograd.grad(each, parameters, retain_graph=True) for each in (value, right)]
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
 def test_a_linear_module_holds_any_linear_layer():

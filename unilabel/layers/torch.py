@@ -6,6 +6,7 @@ predict. The losses on the last linear layer's inputs hold that layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
@@ -261,20 +262,26 @@ class _LinearModule(_Module):
     """A loss that holds the model's last linear layer, as its submodule `linear`."""
 
     linear: torch.nn.Linear
-    if TYPE_CHECKING:
+    __call__: Callable[..., torch.Tensor]
 
-        def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor: ...
-
-    def __init__(
-        self, in_features: int, num_classes: int, bias: bool, device: Any, dtype: torch.dtype | None, **options: Any
-    ) -> None:
+    def __init__(self, *layer: Any, **options: Any) -> None:
         super().__init__(**options)
-        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.linear = torch.nn.Linear(*layer)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("linear_weight", "linear_bias"):  # a parameter of that name would be trained by nothing
-            raise AttributeError(f"The layer is module.linear: set module.{name.replace('_', '.')}, not module.{name}.")
+        own = self.linear.weight.shape if name == "weight" and hasattr(self, "linear") else None
+        if name in ("bias", "linear_weight", "linear_bias") or getattr(value, "shape", 0) == own:  # trained by nothing
+            raise AttributeError(f"Set module.linear.{name.removeprefix('linear_')}, the layer's, not module.{name}.")
         super().__setattr__(name, value)
+
+    def _of_layer(self, loss: Any, input: torch.Tensor, target: Any, options: dict[str, Any]) -> torch.Tensor:
+        linear: Any = self.linear  # not called: that would make the logits
+        made = [name for name in ("weight_g", "weight_orig", "bias_orig") if hasattr(linear, name)]  # by a hook
+        if made or "forward" in vars(linear) or type(linear).forward is not torch.nn.Linear.forward:
+            only = "a torch.nn.Linear, whose weight and bias alone are read (else: a loss of module.logits(input))"
+            other = f"{made[0]}, of which a hook makes another" if made else "a forward of its own"
+            checks.fail(TypeError, "module.linear", only, f"{type(linear).__name__} with {other}")
+        return loss(input, linear.weight, target, linear_bias=linear.bias, **options)
 
     def logits(self, input: torch.Tensor) -> torch.Tensor:
         """The logits of all classes, to predict with."""
@@ -285,7 +292,8 @@ class LinearMultilabelLogisticLoss(_LinearModule):
     """The last linear layer and `unilabel.linear_multilabel_logistic_loss`, called as `MultilabelLogisticLoss` is.
 
     It takes the place of `torch.nn.Linear(in_features, num_classes)` and `MultilabelLogisticLoss()`, without the logits
-    in memory. `module.linear` is that layer, and `module.logits(input)` predicts.
+    in memory. `module.linear` is that layer, and `module.logits(input)` predicts. Of it the loss reads weight and bias,
+    which `torch.nn.utils.parametrize` may make (as for LoRA); it calls none of its hooks.
 
     Args:
         in_features, num_classes, bias, device, dtype: of the linear layer, as in `torch.nn.Linear`.
@@ -329,10 +337,8 @@ class LinearMultilabelLogisticLoss(_LinearModule):
         super().__init__(in_features, num_classes, bias, device, dtype, **options)
 
     def forward(self, input: torch.Tensor, target: Any, *, where: Any = None, **options: Any) -> torch.Tensor:
-        linear = self.linear
-        return linear_multilabel_logistic_loss(
-            input, linear.weight, target, linear_bias=linear.bias, where=where, **self._with(options)
-        )
+        options = self._with(options) | {"where": where}
+        return self._of_layer(linear_multilabel_logistic_loss, input, target, options)
 
 
 class LinearSoftmaxNLL(_LinearModule):
@@ -346,9 +352,8 @@ class LinearSoftmaxNLL(_LinearModule):
         weight: one for each class, a buffer or a parameter, as in `SoftmaxNLL`.
         ignore_index, label_smoothing, reduction, validate: as in `unilabel.linear_softmax_nll`.
 
-    Options are attributes that can be set, and a call can have its own: `module(input, target, reduction="none")`.
-    `torch.nn.LinearCrossEntropyLoss(D, C)` is `LinearSoftmaxNLL(D, C, bias=False, ignore_index=-100)`, with the same
-    names in its state.
+    Options are attributes as there. `torch.nn.LinearCrossEntropyLoss(D, C)` is `LinearSoftmaxNLL(D, C, bias=False,
+    ignore_index=-100)`, with the same names in its state.
 
     Returns:
         What the function returns.
@@ -391,5 +396,5 @@ class LinearSoftmaxNLL(_LinearModule):
     def forward(
         self, input: torch.Tensor, target: Any, *, sample_weight: Any = None, where: Any = None, **options: Any
     ) -> torch.Tensor:
-        linear, options = self.linear, self._with(options) | {"sample_weight": sample_weight, "where": where}
-        return linear_softmax_nll(input, linear.weight, target, linear_bias=linear.bias, **options)
+        options = self._with(options) | {"sample_weight": sample_weight, "where": where}
+        return self._of_layer(linear_softmax_nll, input, target, options)
