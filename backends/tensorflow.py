@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from .. import formulas
-from ..backend import Array, Backend, dtypes_of
+from ..backend import Array, Backend, dtypes_of, type_name
 from ..formulas import NOTHING, Linear, Loss, Namespace, Operands, Options
 from ..sparse import Padded
 from . import tensorflow_linear, tensorflow_sparse
@@ -21,6 +21,9 @@ EAGER = type(tf.constant(0))
 
 def _fit(array: Array, shape: Array) -> Array:
     """The array, of this shape as it runs, or an error."""
+    known = tf.reshape(array, shape).shape
+    if known.rank is not None:  # Grappler drops a reshape to a shape that it knows, and the assertion with it
+        array = tf.ensure_shape(array, known)
     with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
         return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
 
@@ -201,7 +204,7 @@ class TensorflowBackend(Backend):
 
     def problem(self, x: Array, beside: Array | None = None) -> str | None:
         if not isinstance(x, (tf.Tensor, tf.Variable)):
-            return f"a tensorflow {type(x).__name__}"
+            return f"a tensorflow {type_name(x)}"
         if tf.is_symbolic_tensor(x) and not tf.compat.v1.executing_eagerly_outside_functions():
             return "a tensor of a tf.compat.v1 graph, where == compares identities"
         return None
@@ -305,7 +308,10 @@ class TensorflowBackend(Backend):
     def linear_inputs(self, inputs: Linear) -> Linear:
         if dtypes_of(EAGER, inputs) is not None:
             return inputs
-        return Linear(*(None if array is None else tf.convert_to_tensor(array) for array in inputs))
+        features, weight, bias = (None if array is None else tf.convert_to_tensor(array) for array in inputs)
+        if bias is not None and None in (*weight.shape, *bias.shape):  # one number would broadcast
+            bias = _fit(bias, tf.shape(weight)[:1])
+        return Linear(features, weight, bias)
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
         with on_device_of(inputs.features):

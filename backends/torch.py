@@ -258,7 +258,7 @@ class TorchBackend(Backend):
         if beside is not None and is_sharded(x) and not is_sharded(beside):
             return "a DTensor beside a plain tensor (DTensor.from_local makes that one too, full_tensor() this plain)"
         if beside is not None and x.is_meta and not beside.is_meta:
-            return "a tensor on the meta device, which has no values, but the logits have"
+            return "a tensor on the meta device, which has no values, beside one that has"
         return None
 
     def keeps_axis(self, x: Array) -> bool:

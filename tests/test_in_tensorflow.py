@@ -566,6 +566,25 @@ def test_wrong_lengths_are_found_when_it_runs(name, targets, options, jit):
         step(**{k: tf.constant(v) for k, v in arrays.items()})
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [("targets", [0, 1]), ("targets", np.eye(2, 3)), ("sample_weight", [1.0, 2.0]), ("weight", [1.0, 2.0, 3.0])],
+)
+def test_unknown_lengths_beside_known_logits(name, good, jit):
+    """One number is not that of all: graphs are rewritten where shapes are known, checks among them."""
+    x, good = tf.constant(np.random.default_rng(0).normal(size=(2, 3))), tf.constant(good)
+
+    def loss(array):
+        return ul.softmax_nll(x, **{"targets": tf.constant([0, 1])} | {name: array})
+
+    run = traced(loss, jit_compile=jit, input_signature=[tf.TensorSpec([None] * len(good.shape), good.dtype)])
+    np.testing.assert_allclose(run(good), loss(good), rtol=1e-12)
+    for bad in (good[:1], tf.concat([good, good], 0)):
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+            run(bad)
+
+
 def test_unknown_rank_with_options():
     """What is given beside the logits broadcasts, or has to fit, as it does where the rank is known."""
     x = np.random.default_rng(0).normal(size=(2, 2, 3))

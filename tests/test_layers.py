@@ -639,7 +639,31 @@ for each in (model, loaded):
     each.fit(list(data), epochs=1, verbose=0)
 close(loaded.evaluate(list(data), verbose=0), model.evaluate(list(data), verbose=0))
 
+# Weights of the examples, as an input.
+weights, w = keras.Input((1,)), rng.random((8, 1)).astype("float32")
+for head, dense_loss, targets in (
+    (LinearSoftmaxNLL, SoftmaxNLL, rng.integers(0, 3, 8)),
+    (LinearMultilabelLogisticLoss, MultilabelLogisticLoss, rng.integers(0, 2, (8, 3))),
+):
+    labels = keras.Input(targets.shape[1:], dtype="int32")
+    layer = head(3)
+    model = keras.Model([inputs, labels, weights], layer(inputs, labels, weights))
+    model.compile(SGD(0.5))
+    expected = dense_loss()(targets, layer(x[:8]), sample_weight=w)
+    close(model.evaluate([x[:8], targets.astype("int32"), w], verbose=0), expected)
+
+for call in (
+    lambda table: ul.linear_softmax_nll(vectors[0], table, data[1, 0]),
+    lambda table: ul.softmax_nll(vectors[0], data[1, 0] % 4, weight=table[0]),
+    lambda table: ul.softmax_nll(table, data[1, 0]),
+):
+    try:
+        call(embedding.embeddings)
+    except TypeError as error:
+        assert "Variable of Keras (give its value)" in str(error), error
+
 for make, text in [
+    (lambda: LinearSoftmaxNLL(3)(x[:8], y[:8], np.ones((8, 2))), "sample_weight: one for each example, (8,)."),
     (lambda: LinearSoftmaxNLL(3, reduction="mean"), "reduction: 'sum_over_batch_size' or 'sum'. Received: 'mean'"),
     (lambda: LinearSoftmaxNLL(3, label_smoothing=2), "label_smoothing: a number from 0 to 1.0. Received: 2"),
     (lambda: LinearSoftmaxNLL(9, embedding=embedding)(vectors, data[1]), "embedding: a table of shape (9, 4)"),

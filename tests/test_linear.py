@@ -367,6 +367,7 @@ def test_numpy_has_no_array_of_the_logits_size(loss, monkeypatch):
 X, W, B = np.ones((4, 3)), np.ones((5, 3)), np.ones(5)
 WRONG: list[Any] = [
     ((X, W.T, [0] * 4), {}, ValueError, "shape (C, 3), .*(4, 3). Received: (3, 5) (is it transposed?"),
+    ((X @ W.T, W, [0] * 4), {}, ValueError, "shape (C, 5), .*(4, 5). Received: (5, 3) .*are the features logits?)."),
     ((X, W[:, :2], [0] * 4), {}, ValueError, "linear_weight: shape (C, 3).*Received: (5, 2)"),
     ((X, W[0], [0] * 4), {}, ValueError, "linear_weight: shape (C, 3).*Received: (3,)"),
     ((X, W[:0], [0] * 4), {}, ValueError, "linear_weight: at least one class. Received: shape (0, 3)"),
@@ -377,7 +378,7 @@ WRONG: list[Any] = [
     ((X, W, [0] * 4), {"linear_bias": B.astype("float32")}, TypeError, "linear_bias: .*float64. Received: float32"),
     ((X.astype(int), W, [0] * 4), {}, TypeError, "features: dtype float16, .*Received: int64"),
     ((X, W.astype(int), [0] * 4), {}, TypeError, "linear_weight: dtype float16, .*Received: int64"),
-    ((X.tolist(), W, [0] * 4), {}, TypeError, "Received: list"),
+    ((X.tolist(), W, [0] * 4), {}, TypeError, "Expected features: an array of numpy, .*Received: list."),
     ((X, None, [0] * 4), {}, TypeError, "linear_weight: an array. Received: None"),
     ((X, W, None), {}, TypeError, "targets: an array. Received: None"),
     ((X, W, [0] * 3), {}, ValueError, "of shape (4,) or a distribution of shape (4, 5). Received: shape (3,)"),

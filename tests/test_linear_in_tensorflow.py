@@ -202,6 +202,27 @@ def test_unknown_batch(sample, compiled):
         np.testing.assert_array_equal(got, np.zeros(got.shape))
 
 
+@pytest.mark.parametrize("opened", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_unknown_length_of_the_bias(opened, compiled):
+    """A bias of one number is not that of all classes."""
+    features, weight, bias = tf.ones((4, 3)), tf.ones((5, 3)), tf.constant([0.0, 1, 2, 3, 4])
+    of_weight, of_bias = (None if is_open else 5 for is_open in opened)
+    layer = tf.TensorSpec((of_weight, 3)), tf.TensorSpec((of_bias,))
+
+    def loss(weight, bias):
+        return ul.linear_softmax_nll(features, weight, [0, 1, 2, 3], linear_bias=bias)
+
+    run = traced(loss, jit_compile=compiled, input_signature=layer)
+    np.testing.assert_allclose(run(weight, bias), loss(weight, bias), rtol=1e-6)
+    if of_bias is None:
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+            run(weight, bias[:1])
+    else:
+        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+            run(weight[:1], bias)
+
+
 @pytest.mark.parametrize("loss", [ul.linear_softmax_nll, ul.linear_multilabel_logistic_loss])
 def test_one_block_of_logits_at_a_time(loss, monkeypatch):
     """Of second derivatives, forward mode, derivatives by targets and weights: no tape keeps those of all blocks."""

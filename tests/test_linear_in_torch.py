@@ -599,6 +599,11 @@ def test_autocast(sample):
     close(gradients, expected, rtol=2.0**-7, atol=1e-5)
 
 
+def test_features_of_numpy():
+    with pytest.raises(TypeError, match=r"beside the features\. Received: numpy features with a torch array\.$"):
+        ul.linear_softmax_nll(np.ones((4, 3)), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64))
+
+
 # --- Several processes ------------------------------------------------------------------------------------------------
 
 DTENSOR = "DTensor: classes sharded, examples sharded, or both"

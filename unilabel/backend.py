@@ -183,20 +183,27 @@ def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
     """
     backend = _of_type(type(logits))
     if backend is None:
-        exchanged = EXCHANGED if others and _of_type(type(others[0])) else ""
+        exchanged = EXCHANGED if label == "logits" and others and _of_type(type(others[0])) else ""
         raise TypeError(
-            f"Expected an array of {', '.join(BUILT_IN)} or of another library with the array API. "
-            f"Received: {type(logits).__name__}{exchanged}."
+            f"Expected {'' if label == 'logits' else 'features: '}an array of {', '.join(BUILT_IN)} or of another "
+            f"library with the array API. Received: {type_name(logits)}{exchanged}."
         )
     for other in others:
         found = backend if other is None or type(other) is type(logits) else _of_type(type(other))
         if found is not backend and not is_plain_data(other) and (found is None or found.name != "numpy"):
-            exchanged = EXCHANGED if found and backend.name == "numpy" and other is others[0] else ""
+            may_be = label == "logits" and other is others[0] and backend.name == "numpy" and found
+            exchanged = EXCHANGED if may_be else ""
             raise TypeError(
                 f"Expected arrays of one framework, and NumPy arrays, scalars or lists beside the {label}. Received: "
-                f"{backend.name} {label} with {f'a {found.name} array' if found else type(other).__name__}{exchanged}."
+                f"{backend.name} {label} with {f'a {found.name} array' if found else type_name(other)}{exchanged}."
             )
     return backend
+
+
+def type_name(x: Any) -> str:
+    """As an error names it."""
+    is_of_keras = type(x).__module__.partition(".")[0] == "keras"
+    return type(x).__name__ + (" of Keras (give its value)" if is_of_keras else "")
 
 
 def is_plain_data(data: Any) -> bool:

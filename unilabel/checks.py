@@ -158,9 +158,9 @@ def linear_inputs(backend: Backend, inputs: Linear) -> tuple[Linear, str]:
     length = features.shape[-1:]
     if len(weight.shape) != 2 or not same(weight.shape[1:], length):
         turned = len(weight.shape) == 2 and same(weight.shape[:1], length)
-        hint = " (is it transposed? one row for each class, as torch.nn.Linear has it)" if turned else ""
+        hint = "is it transposed? one row for each class, as torch.nn.Linear has it; or are the features logits?"
         expected = f"shape (C, {shape_text(length)[1:-2]}), as the features have {shape_text(features.shape)}"
-        fail(ValueError, "linear_weight", expected, shape_text(weight.shape) + hint)
+        fail(ValueError, "linear_weight", expected, shape_text(weight.shape) + (f" ({hint})" if turned else ""))
     classes = class_count("linear_weight", weight.shape, (0,), 0)
     has_shape("linear_bias", bias, weight.shape[:1], lambda: f"one number for each of {classes} classes")
     return inputs, name

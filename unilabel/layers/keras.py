@@ -229,6 +229,11 @@ class _LinearLayer(WithOptions, keras.layers.Layer):
         features, kernel, bias = cast(layer, self._loss_dtype)
         each = keras.ops.ones_like(features[..., 0])
         if sample_weight is not None:  # one for each example, or for the first axes of them, as Keras has it
+            if len(sample_weight.shape) == len(each.shape) + 1 and sample_weight.shape[-1] == 1:
+                sample_weight = keras.ops.squeeze(sample_weight, -1)
+            if len(sample_weight.shape) > len(each.shape):
+                expected = f"one for each example, {checks.shape_text(each.shape)}"
+                checks.fail(ValueError, "sample_weight", expected, f"shape {checks.shape_text(sample_weight.shape)}")
             missing = range(len(sample_weight.shape), len(each.shape))
             sample_weight = each * keras.ops.cast(keras.ops.expand_dims(sample_weight, tuple(missing)), each.dtype)
         if features_mask is not None:
@@ -243,7 +248,7 @@ class _LinearLayer(WithOptions, keras.layers.Layer):
         self.add_loss(loss)
         return loss
 
-    def compute_output_spec(self, features: Any, targets: Any = None, **_: Any) -> keras.KerasTensor:
+    def compute_output_spec(self, features: Any, targets: Any = None, *_: Any, **__: Any) -> keras.KerasTensor:
         if targets is None:
             return keras.KerasTensor((*features.shape[:-1], self.num_classes), self.compute_dtype)
         return keras.KerasTensor((), self._loss_dtype)
@@ -264,12 +269,14 @@ class LinearMultilabelLogisticLoss(_LinearLayer):
     Args:
         num_classes: units of `Dense`.
         use_bias, kernel_initializer, bias_initializer: as in `Dense`; `kernel` is its transpose, (num_classes, D).
-        embedding: a `keras.layers.Embedding` whose table is the kernel: tied weights.
+        embedding: a `keras.layers.Embedding` whose table is the kernel: tied weights, in a saved model
+            too; in one that `clone_model` makes, this layer has a copy of its own.
         weight, pos_weight, label_smoothing: as in `MultilabelLogisticLoss`.
         reduction: "sum_over_batch_size", a mean over the examples that are not masked, or "sum".
         keywords: of `keras.layers.Layer`: name, dtype, trainable.
 
-    A training loop of your own uses the loss that it returns, or `model.losses`, in which it is.
+    A training loop of your own uses the loss that it returns, or `model.losses`, in which it is. `fit` has weights for
+    losses that the model is compiled with alone: `sample_weight` is an input of the model here, as targets are.
 
     >>> layer = LinearMultilabelLogisticLoss(3, kernel_initializer="zeros")
     >>> f"{float(layer(np.ones((2, 4)), np.array([[1, 0, 1], [0, 0, 0]]))):.6f}"
@@ -316,9 +323,14 @@ class LinearSoftmaxNLL(_LinearLayer):
         reduction: "sum_over_batch_size", a mean over the examples that are not masked or ignored, or "sum".
         keywords: of `keras.layers.Layer`: name, dtype, trainable.
 
+    >>> features, targets = keras.Input((4,)), keras.Input((), dtype="int32")
     >>> layer = LinearSoftmaxNLL(3, kernel_initializer="zeros")
-    >>> f"{float(layer(np.ones((2, 4)), np.array([0, 2]))):.6f}"
+    >>> model = keras.Model([features, targets], layer(features, targets))
+    >>> model.compile("sgd")
+    >>> f"{model.fit([np.ones((2, 4)), np.array([0, 2])], verbose=0).history['loss'][0]:.6f}"
     '1.098612'
+    >>> keras.Model(features, layer(features)).predict(np.ones((5, 4)), verbose=0).shape
+    (5, 3)
     """
 
     _loss = staticmethod(linear_softmax_nll)
