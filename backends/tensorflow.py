@@ -308,7 +308,8 @@ class TensorflowBackend(Backend):
     def linear_inputs(self, inputs: Linear) -> Linear:
         if dtypes_of(EAGER, inputs) is not None:
             return inputs
-        features, weight, bias = (None if array is None else tf.convert_to_tensor(array) for array in inputs)
+        given: list[Any] = [None if array is None else tf.convert_to_tensor(array) for array in inputs]
+        features, weight, bias = given
         if bias is not None and None in (*weight.shape, *bias.shape):  # one number would broadcast
             bias = _fit(bias, tf.shape(weight)[:1])
         return Linear(features, weight, bias)
