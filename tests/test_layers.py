@@ -556,7 +556,7 @@ def test_keras_compile_and_fit(backend, tmp_path):
 
 
 KERAS_LINEAR = """
-import keras, numpy as np
+import keras, numpy as np, unilabel as ul
 from unilabel.layers.keras import LinearMultilabelLogisticLoss, LinearSoftmaxNLL, MultilabelLogisticLoss, SoftmaxNLL
 
 rng = np.random.default_rng(0)
