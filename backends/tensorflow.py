@@ -16,16 +16,17 @@ from . import tensorflow_linear, tensorflow_sparse
 from .tensorflow_internals import internals
 from .tensorflow_namespaces import differentiable, forward, on_device_of, standard
 
-EAGER = type(tf.constant(0))
+with tf.init_scope():  # this may be imported within a tf.function
+    EAGER = type(tf.constant(0))
 
 
 def _fit(array: Array, shape: Array) -> Array:
     """The array, of this shape as it runs, or an error."""
-    known = tf.reshape(array, shape).shape
-    if known.rank is not None:  # Grappler drops a reshape to a shape that it knows, and the assertion with it
-        array = tf.ensure_shape(array, known)
     with tf.control_dependencies([tf.debugging.assert_equal(tf.shape(array), shape)]):
-        return tf.reshape(array, shape)  # XLA drops assertions, and does not reshape to another size
+        # XLA drops assertions; and Grappler a reshape to a shape that it knows, with the assertion. There is no slice
+        # of what is shorter, and no reshape of what is longer.
+        array = tf.slice(array, tf.zeros_like(shape), tf.maximum(shape, tf.shape(array)))
+    return tf.reshape(array, shape)
 
 
 def _fitted(loss: Loss, options: Options, x: Array, operands: Operands) -> Operands:
@@ -308,15 +309,11 @@ class TensorflowBackend(Backend):
     def linear_inputs(self, inputs: Linear) -> Linear:
         if dtypes_of(EAGER, inputs) is not None:
             return inputs
-        given: list[Any] = [None if array is None else tf.convert_to_tensor(array) for array in inputs]
-        features, weight, bias = given
-        if bias is not None and None in (*weight.shape, *bias.shape):  # one number would broadcast
-            bias = _fit(bias, tf.shape(weight)[:1])
-        return Linear(features, weight, bias)
+        return Linear(*(None if array is None else tf.convert_to_tensor(array) for array in inputs))
 
     def linear_loss(self, loss: Loss, options: Options, inputs: Linear, operands: Operands) -> Array:
         with on_device_of(inputs.features):
-            operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
+            inputs, operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
             arrays = [array for array in (*inputs, *operands) if array is not None and array.dtype.is_floating]
             # A ForwardAccumulator sees no custom gradients within a graph.
             taped = tf.executing_eagerly() and internals.can_tape_within()
@@ -334,7 +331,7 @@ class TensorflowBackend(Backend):
         inputs = Linear(*(None if a is None else tf.stop_gradient(a) for a in inputs))
         operands = Operands(*(None if a is None else tf.stop_gradient(a) for a in operands))
         with on_device_of(inputs.features):
-            operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
+            inputs, operands = tensorflow_linear.fitted(_fit, loss, options, inputs, operands)
             value, found = _linear(loss, options, inputs, operands, needed)
             return value, formulas.rounded(standard, found, inputs)
 

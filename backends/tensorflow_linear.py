@@ -18,11 +18,11 @@ from .tensorflow_namespaces import differentiable, on_device_of, standard
 
 def fitted(
     fit: Callable[[Array, Any], Array], loss: Loss, options: Options, inputs: Linear, operands: Operands
-) -> Operands:
-    """Operands whose shapes `fit` checks when it runs if they were not known before."""
+) -> tuple[Linear, Operands]:
+    """Bias and operands whose shapes `fit` checks when it runs if they were not known before."""
     arrays: list[Any] = [*inputs, *operands]
     if all(array is None or array.shape.is_fully_defined() for array in arrays):
-        return operands
+        return inputs, operands
     n, classes = tf.shape(inputs.features)[0], tf.shape(inputs.linear_weight)[0]
     each = tf.shape(operands.targets)[-1] if options.positives else classes
     wanted = {"targets": [n] if options.indices else [n, each], "values": [n, each], "sample_weight": [n]}
@@ -34,7 +34,9 @@ def fitted(
             given[name] = fit(array, tf.stack(wanted[name]))
         elif array.shape.rank == 2 and array.shape[0] != 1:
             given[name] = tf.broadcast_to(array, tf.stack([n, array.shape[1] or classes]))
-    return operands._replace(**given)
+    if inputs.linear_bias is not None:
+        inputs = inputs._replace(linear_bias=fit(inputs.linear_bias, tf.stack([classes])))
+    return inputs, operands._replace(**given)
 
 
 def in_loop(

@@ -256,7 +256,9 @@ class TorchBackend(Backend):
         if x.layout is not torch.strided:
             return f"layout {x.layout}"
         if beside is not None and is_sharded(x) and not is_sharded(beside):
-            return "a DTensor beside a plain tensor (DTensor.from_local makes that one too, full_tensor() this plain)"
+            return (
+                "a DTensor beside a plain tensor (DTensor.from_local makes one of that; or give full_tensor() of this)"
+            )
         if beside is not None and x.is_meta and not beside.is_meta:
             return "a tensor on the meta device, which has no values, beside one that has"
         return None

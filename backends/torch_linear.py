@@ -229,15 +229,16 @@ def in_expression(
 ) -> tuple[Array | None, Linear]:
     """The loss and its gradients in the compute dtype, of tensors that torch's own blocks are not for."""
     xp, call = space_of(inputs), (loss, options, inputs, operands, needed)
-    rows = _rows_of_sharded(inputs, operands) if is_sharded(inputs.features) else rows_of_blocks(inputs)
+    sharded = is_sharded(inputs.features)
+    rows = _rows_of_sharded(inputs, operands, cotangent) if sharded else rows_of_blocks(inputs)
     value, found = formulas.in_blocks(xp, formulas.directly(xp), rows, *call, cotangent)
-    if is_sharded(inputs.features):  # each summed over the processes now
+    if sharded:  # each summed over the processes now
         pairs = zip(found, inputs, strict=True)
         found = Linear(*(None if a is None else a.redistribute(placements=b.placements) for a, b in pairs))
     return value, found
 
 
-def _rows_of_sharded(inputs: Linear, operands: Operands) -> int | None:
+def _rows_of_sharded(inputs: Linear, operands: Operands, cotangent: Array | None) -> int | None:
     """As `rows_of_blocks`, of DTensors: on each process its part of the classes counts.
 
     All at once where examples are sharded, too: a block of them would have to be gathered.
@@ -245,8 +246,10 @@ def _rows_of_sharded(inputs: Linear, operands: Operands) -> int | None:
     if torch.compiler.is_dynamo_compiling():
         return None
     features, weight, _ = inputs
-    arrays: list[Any] = [features, *formulas.by_row(operands)]
-    if any(place.is_shard(0) for array in arrays for place in getattr(array, "placements", ())):
+    arrays: list[Any] = [features, cotangent, *formulas.by_row(operands)]
+    places = [place for array in arrays for place in getattr(array, "placements", ())]
+    # Of (B, T, D) sharded along T, the placement of the rows is a Shard of another kind.
+    if not all(place.is_replicate() or place.is_partial() or place.is_shard(1) for place in places):
         return None
     parts = [weight.device_mesh.size(axis) for axis, place in enumerate(weight.placements) if place.is_shard()]
     return formulas.rows_of_blocks(inputs, TIMES * math.prod(parts))

@@ -48,11 +48,33 @@ results = [loss, tape.gradient(loss, x), *ul.value_and_grad(ul.multilabel_logist
 assert [result.device.rpartition("/")[2] for result in results] == ["device:CPU:1"] * 5
 """
 
+TENSORFLOW_FUNCTION = """
+import tensorflow as tf, unilabel as ul
+specs = [tf.TensorSpec(shape) for shape in ((4, 3), (5, 3), (None,))]
+
+@tf.function(input_signature=specs)
+def loss(features, weight, bias):
+    return ul.linear_softmax_nll(features, weight, [0, 1, 2, 3], linear_bias=bias)
+
+features, weight, bias = tf.ones((4, 3)), tf.ones((5, 3)), tf.constant([0.0, 1, 2, 3, 4])
+x = features @ tf.transpose(weight) + bias
+tf.debugging.assert_near(loss(features, weight, bias), ul.softmax_nll(x, [0, 1, 2, 3]))
+try:
+    loss(features, weight, bias[:1])
+except tf.errors.InvalidArgumentError:
+    pass
+else:
+    raise AssertionError("one number is a bias of all classes")
+"""
+
 
 @pytest.mark.parametrize(
     "code",
-    [JAX_DEVICES, *(pytest.param(code, marks=pytest.mark.full) for code in (COMPILED, TENSORFLOW_DEVICES))],
-    ids=["jax", "compiled", "tensorflow"],
+    [
+        JAX_DEVICES,
+        *(pytest.param(code, marks=pytest.mark.full) for code in (COMPILED, TENSORFLOW_DEVICES, TENSORFLOW_FUNCTION)),
+    ],
+    ids=["jax", "compiled", "tensorflow", "tensorflow in a function"],
 )
 def test_fresh(code, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -575,14 +575,38 @@ def test_unknown_lengths_beside_known_logits(name, good, jit):
     """One number is not that of all: graphs are rewritten where shapes are known, checks among them."""
     x, good = tf.constant(np.random.default_rng(0).normal(size=(2, 3))), tf.constant(good)
 
-    def loss(array):
+    def loss(x, array):
         return ul.softmax_nll(x, **{"targets": tf.constant([0, 1])} | {name: array})
 
-    run = traced(loss, jit_compile=jit, input_signature=[tf.TensorSpec([None] * len(good.shape), good.dtype)])
-    np.testing.assert_allclose(run(good), loss(good), rtol=1e-12)
-    for bad in (good[:1], tf.concat([good, good], 0)):
-        with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
-            run(bad)
+    spec = tf.TensorSpec([None] * len(good.shape), good.dtype)
+    run = traced(lambda array: loss(x, array), jit_compile=jit, input_signature=[spec])
+    inner = traced(loss, jit_compile=jit, input_signature=[tf.TensorSpec([None, None], x.dtype), spec])
+    outer = traced(lambda array: inner(x, array), input_signature=[spec])  # it knows more than what it calls
+    for each in (run, outer):
+        np.testing.assert_allclose(each(good), loss(x, good), rtol=1e-12)
+        for bad in (good[:1], tf.concat([good, good], 0), tf.transpose(good)):
+            if bad.shape != good.shape:
+                with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+                    each(bad)
+
+
+def test_accumulator_beside_unknown_lengths():
+    """What the check of a length returns has tangents."""
+    x, y = tf.constant(np.random.default_rng(0).normal(size=(2, 3))), tf.constant([0, 1])
+    features, weight = x[:, :2], tf.ones((3, 2), x.dtype)
+    for loss, array in (
+        (lambda a: ul.softmax_nll(x, y, sample_weight=a), tf.constant([1.0, 2], x.dtype)),
+        (lambda a: ul.softmax_nll(x, a), tf.nn.softmax(x)),
+        (lambda a: ul.linear_softmax_nll(features, weight, y, linear_bias=a), tf.constant([3.0, 1, 2], x.dtype)),
+    ):
+
+        def along(array, loss=loss):
+            with tf.autodiff.ForwardAccumulator(array, array) as accumulator:
+                value = loss(array)
+            return accumulator.jvp(value)
+
+        run = traced(along).get_concrete_function(tf.TensorSpec([None] * len(array.shape), x.dtype))
+        np.testing.assert_allclose(run(array), along(array), rtol=1e-12)
 
 
 def test_unknown_rank_with_options():

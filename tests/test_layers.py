@@ -237,10 +237,10 @@ def test_a_linear_module_beside_pytorchs_own():
 def test_a_linear_module_takes_no_parameter_that_it_would_not_use(kind, name):
     """Least of all an embedding to tie as its weights of the classes, which broadcast if there are as many of all."""
     head = kind(5, 5)
-    with pytest.raises(AttributeError, match=f"Set module.linear.{name.rpartition('_')[2]}, .*, not module.{name}."):
+    with pytest.raises(AttributeError, match=f"Set module.linear.{name.rpartition('_')[2]}, not module.{name}."):
         setattr(head, name, torch.nn.Parameter(torch.zeros(5, 5)))
     assert [name for name, _ in head.named_parameters()] == ["linear.weight", "linear.bias"]
-    head.weight = torch.ones(5)
+    head.weight, head.bias, head.linear_weight = torch.ones(5), None, True  # as a subclass of somebody's
     assert list(head.state_dict()) == ["weight", "linear.weight", "linear.bias"]
 
 
@@ -249,21 +249,15 @@ class _Scaled(torch.nn.Linear):
         return 2 * super().forward(input)
 
 
-def _with_forward(linear):
-    linear.forward = lambda input: torch.nn.functional.linear(input, linear.weight)
-    return linear
-
-
 @pytest.mark.parametrize(
     ("changed", "received"),
     [
-        (lambda linear: _Scaled(3, 5), "_Scaled with a forward"),
-        (lambda linear: torch.nn.Sequential(linear), "Sequential with a forward"),
-        (lambda linear: torch.nn.Embedding(5, 3), "Embedding with a forward"),
-        (_with_forward, "Linear with a forward"),
-        (torch.nn.utils.spectral_norm, "Linear with weight_orig, of which a hook"),
-        (lambda linear: prune.random_unstructured(linear, "weight", 2), "Linear with weight_orig, of which a hook"),
-        (lambda linear: prune.random_unstructured(linear, "bias", 2), "Linear with bias_orig, of which a hook"),
+        (lambda linear: _Scaled(3, 5), "_Scaled'> with its own forward"),
+        (lambda linear: torch.nn.Sequential(linear), "Sequential'> with its own forward"),
+        (lambda linear: torch.nn.Embedding(5, 3), "Embedding'> with its own forward"),
+        (torch.nn.utils.spectral_norm, "Linear'> with weight_orig"),
+        (lambda linear: prune.random_unstructured(linear, "weight", 2), "Linear'> with weight_orig"),
+        (lambda linear: prune.random_unstructured(linear, "bias", 2), "Linear'> with bias_orig"),
     ],
 )
 def test_a_linear_module_reads_no_weight_that_its_layer_would_not_use(changed, received):
@@ -271,7 +265,7 @@ def test_a_linear_module_reads_no_weight_that_its_layer_would_not_use(changed, r
     head = LinearSoftmaxNLL(3, 5, dtype=torch.float64)
     head.linear = changed(head.linear)
     for run in (head, torch.compile(head, backend="eager")):
-        with pytest.raises(TypeError, match=f"module.linear: a torch.nn.Linear, .* Received: {received}"):
+        with pytest.raises(TypeError, match=f"module.linear: a torch.nn.Linear, .* Received: .*{received}"):
             run(X, torch.tensor([0, 4]))
     torch.compiler.reset()  # what failed once is not compiled again
 

@@ -674,6 +674,17 @@ def spread_over_processes(rank):
             seconds = [grad(sum((a**2).sum() for a in first), some) for first, some in pairs]
             for array, expected in zip(*seconds, strict=True):
                 close(array.full_tensor(), expected)
+    # Sharded along an axis that becomes one with another, and by the cotangent alone: blocks would be gathered.
+    for place, of_weights in ((Shard(1), whole), (whole, by_row)):
+        traffic = []
+        for block in (1, 1 << 23):
+            FORMULAS.BLOCK = block
+            features, weight = spread(np.ones((4, 6, 3)), place), spread(np.eye(7, 3), whole).requires_grad_()
+            with Sent() as sent:
+                losses = ul.linear_softmax_nll(features, weight, np.zeros((4, 6), int), reduction="none")
+                (losses * spread(np.ones((4, 6)), of_weights)).sum().backward()
+            traffic.append(sent.calls)
+        assert traffic[0] == traffic[1]
     features, weight = spread(np.ones((4, 2)), whole), spread(np.ones((6, 2)), Shard(1))
     with pytest.raises(ValueError, match=r"linear_weight: placements Shard\(0\), by classes, or Replicate"):
         ul.linear_softmax_nll(features, weight, np.zeros(4, int))

@@ -202,8 +202,9 @@ def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
 
 def type_name(x: Any) -> str:
     """As an error names it."""
-    is_of_keras = type(x).__module__.partition(".")[0] == "keras"
-    return type(x).__name__ + (" of Keras (give its value)" if is_of_keras else "")
+    name = type(x).__name__
+    is_of_keras = name == "Variable" and type(x).__module__.partition(".")[0] == "keras"
+    return "Variable of Keras (give its value)" if is_of_keras else name
 
 
 def is_plain_data(data: Any) -> bool:

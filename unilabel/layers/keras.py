@@ -275,8 +275,8 @@ class LinearMultilabelLogisticLoss(_LinearLayer):
         reduction: "sum_over_batch_size", a mean over the examples that are not masked, or "sum".
         keywords: of `keras.layers.Layer`: name, dtype, trainable.
 
-    A training loop of your own uses the loss that it returns, or `model.losses`, in which it is. `fit` has weights for
-    losses that the model is compiled with alone: `sample_weight` is an input of the model here, as targets are.
+    A training loop of your own uses the loss that it returns, or `model.losses`, in which it is. In Keras the
+    `sample_weight` and `class_weight` of `fit` change no loss that a layer adds: make weights an input, as targets are.
 
     >>> layer = LinearMultilabelLogisticLoss(3, kernel_initializer="zeros")
     >>> f"{float(layer(np.ones((2, 4)), np.array([[1, 0, 1], [0, 0, 0]]))):.6f}"

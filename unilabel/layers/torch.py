@@ -269,18 +269,18 @@ class _LinearModule(_Module):
         self.linear = torch.nn.Linear(*layer)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = self.linear.weight.shape if name == "weight" and hasattr(self, "linear") else None
-        if name in ("bias", "linear_weight", "linear_bias") or getattr(value, "shape", 0) == own:  # trained by nothing
-            raise AttributeError(f"Set module.linear.{name.removeprefix('linear_')}, the layer's, not module.{name}.")
+        if isinstance(value, torch.Tensor) and name in ("weight", "bias", "linear_weight", "linear_bias"):
+            size = [getattr(getattr(self, "linear", None), f"{end}_features", None) for end in ("out", "in")]
+            if name != "weight" or list(value.shape) == size:  # nothing would train it, or it would weigh the classes
+                raise AttributeError(f"Set module.linear.{name.removeprefix('linear_')}, not module.{name}.")
         super().__setattr__(name, value)
 
     def _of_layer(self, loss: Any, input: torch.Tensor, target: Any, options: dict[str, Any]) -> torch.Tensor:
         linear: Any = self.linear  # not called: that would make the logits
-        made = [name for name in ("weight_g", "weight_orig", "bias_orig") if hasattr(linear, name)]  # by a hook
-        if made or "forward" in vars(linear) or type(linear).forward is not torch.nn.Linear.forward:
+        made = [name for name in ("weight_g", "bias_g", "weight_orig", "bias_orig") if hasattr(linear, name)]  # hooks'
+        if made or type(linear).forward is not torch.nn.Linear.forward:
             only = "a torch.nn.Linear, whose weight and bias alone are read (else: a loss of module.logits(input))"
-            other = f"{made[0]}, of which a hook makes another" if made else "a forward of its own"
-            checks.fail(TypeError, "module.linear", only, f"{type(linear).__name__} with {other}")
+            checks.fail(TypeError, "module.linear", only, f"{type(linear)} with {', '.join(made) or 'its own forward'}")
         return loss(input, linear.weight, target, linear_bias=linear.bias, **options)
 
     def logits(self, input: torch.Tensor) -> torch.Tensor:
@@ -352,8 +352,8 @@ class LinearSoftmaxNLL(_LinearModule):
         weight: one for each class, a buffer or a parameter, as in `SoftmaxNLL`.
         ignore_index, label_smoothing, reduction, validate: as in `unilabel.linear_softmax_nll`.
 
-    Options are attributes as there. `torch.nn.LinearCrossEntropyLoss(D, C)` is `LinearSoftmaxNLL(D, C, bias=False,
-    ignore_index=-100)`, with the same names in its state.
+    Options are attributes and arguments of a call, as there. `torch.nn.LinearCrossEntropyLoss(D, C)` is
+    `LinearSoftmaxNLL(D, C, bias=False, ignore_index=-100)`, with the same names in its state.
 
     Returns:
         What the function returns.
