@@ -34,8 +34,9 @@ def fitted(
             given[name] = fit(array, tf.stack(wanted[name]))
         elif array.shape.rank == 2 and array.shape[0] != 1:
             given[name] = tf.broadcast_to(array, tf.stack([n, array.shape[1] or classes]))
-    if inputs.linear_bias is not None:
-        inputs = inputs._replace(linear_bias=fit(inputs.linear_bias, tf.stack([classes])))
+    bias = inputs.linear_bias
+    if bias is not None and None in (bias.shape[0], inputs.linear_weight.shape[0]):  # mostly the batch alone is open
+        inputs = inputs._replace(linear_bias=fit(bias, tf.stack([classes])))
     return inputs, operands._replace(**given)
 
 

@@ -185,7 +185,7 @@ def backend_of(logits: Any, *others: Any, label: str = "logits") -> Backend:
     if backend is None:
         exchanged = EXCHANGED if label == "logits" and others and _of_type(type(others[0])) else ""
         raise TypeError(
-            f"Expected {'' if label == 'logits' else 'features: '}an array of {', '.join(BUILT_IN)} or of another "
+            f"Expected {'' if label == 'logits' else f'{label}: '}an array of {', '.join(BUILT_IN)} or of another "
             f"library with the array API. Received: {type_name(logits)}{exchanged}."
         )
     for other in others:
